@@ -1,0 +1,1 @@
+"""Driving data: sources, shards and loaders."""

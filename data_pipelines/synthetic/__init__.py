@@ -1,0 +1,1 @@
+"""A procedural driving world in the nuScenes layout."""

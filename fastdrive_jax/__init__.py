@@ -1,0 +1,3 @@
+"""FastDrive-JAX: visual-token pruning for vision-language-action models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Metrics, intervals, tables, pictures and the report."""

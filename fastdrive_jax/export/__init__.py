@@ -1,0 +1,1 @@
+"""Pruned-model bundles: safetensors and Orbax, with their config."""

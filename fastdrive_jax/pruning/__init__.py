@@ -1,0 +1,1 @@
+"""Token pruners: one file per method, one interface."""

@@ -1,0 +1,1 @@
+"""Training: losses, the reconstruction decoder, state, step, loop, checkpoints."""
