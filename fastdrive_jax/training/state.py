@@ -100,8 +100,8 @@ def make_train_step(
         metrics = dict(
             metrics,
             loss=loss,
-            grad_norm=optax.global_norm(grads),
-            update_norm=optax.global_norm(updates),
+            grad_norm=optax.tree.norm(grads),
+            update_norm=optax.tree.norm(updates),
         )
         params = optax.apply_updates(state.params, updates)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)

@@ -1,0 +1,264 @@
+"""Checkpoints of a run (train state and data position together) and of bare parameters.
+
+A thin layer over Orbax's `CheckpointManager`. A checkpoint is committed by a rename, so one whose
+writing was cut off is never seen, and its remains are removed when the run is opened again.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.training.integrity import verify_checksums, write_checksums
+from fastdrive_jax.training.run_config import (
+    CONFIG_FILE,
+    claim_run_folder,
+    read_json,
+    to_plain,
+    write_json,
+)
+
+_NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+class RunCheckpoints:
+    """The checkpoints of one run folder; use it as a context manager.
+
+    `FOLDER/config.json` is the config and `FOLDER/checkpoints/STEP/` a checkpoint.
+    """
+
+    def __init__(self, folder: Path, config: Any, *, keep: int = 2, ignore: Collection[str] = ()):
+        """Open a run folder, new or old.
+
+        Args:
+            folder: of the run.
+            config: dataclass of the run; an old folder must hold the same one.
+            keep: how many of the newest checkpoints stay.
+            ignore: dotted names of config fields that may differ from the stored ones.
+
+        Raises:
+            UserError: the folder holds a run of another config.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}")
+        if jax.process_index() == 0:
+            claim_run_folder(folder, config, ignore)
+        self.folder = folder
+        self._root = (folder / "checkpoints").absolute()
+        self._saving: int | None = None
+        self._manager = ocp.CheckpointManager(
+            self._root,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+        )
+        self._log_filter = _DropRaisedErrors()
+        logging.getLogger("absl").addFilter(self._log_filter)
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.close()
+            return
+        # What went wrong first is the news, not that the last save could not be finished as well.
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, None in a new run."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, iterator: grain.DatasetIterator) -> None:
+        """Copy state and data position now, write them in the background.
+
+        A step that is already saved is left as it is. `state` may be donated afterwards.
+
+        Args:
+            step: number of updates made.
+            state: pytree of arrays.
+            iterator: about to give the batch of that update; it must not have been advanced.
+
+        Raises:
+            UserError: this save or the one before it found no room on the disk.
+        """
+        if step in self._manager.all_steps():
+            return
+        with self._explained(step):
+            self._manager.wait_until_finished()
+            self._check_room(state)
+            self._saving = step
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)
+            )
+            self._manager.save(step, args=args, force=True)
+
+    def restore(
+        self, abstract: Any, iterator: grain.DatasetIterator, step: int | None = None
+    ) -> Any:
+        """Read a checkpoint and put the iterator where it was.
+
+        Args:
+            abstract: tree of `jax.ShapeDtypeStruct` with shardings, like the saved state.
+            iterator: of the same data; its position is set.
+            step: which checkpoint, by default the newest.
+
+        Returns:
+            The state, each leaf where `abstract` says.
+
+        Raises:
+            UserError: it is damaged, or not of such a state or data.
+            ValueError: there is no checkpoint.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise ValueError(f"{self.folder} has no checkpoint to restore")
+        folder = self._root / str(step)
+        verify_checksums(folder)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract),
+            data=grain.checkpoint.CheckpointRestore(iterator),
+        )
+        with _reading(folder):
+            return self._manager.restore(step, args=args).state
+
+    def wait(self) -> None:
+        """Return when what was saved is on the disk.
+
+        Raises:
+            UserError: there was no room for it.
+        """
+        with self._explained(self._saving):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, then free the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+            logging.getLogger("absl").removeFilter(self._log_filter)
+
+    def _seal(self) -> None:
+        """Add checksums to the written files; Orbax calls this just before it commits them."""
+        # The name of the unfinished folder is Orbax's affair; that it begins with the step is not.
+        unfinished = [path for path in self._root.glob(f"{self._saving}.*") if path.is_dir()]
+        if len(unfinished) != 1:
+            raise RuntimeError(f"one unfinished checkpoint expected, found {unfinished}")
+        write_checksums(unfinished[0])
+
+    def _check_room(self, state: Any) -> None:
+        """Refuse before writing what can't fit; a second writer may still take the room."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._root).free
+        if free < needed:
+            raise UserError(
+                f"The disk of {self.folder} has {free >> 20} MiB left and a checkpoint needs "
+                f"{needed >> 20}: free some, then run the same command again."
+            )
+
+    @contextlib.contextmanager
+    def _explained(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if any(text in str(error) for text in _NO_ROOM):
+                raise UserError(
+                    f"No room on the disk for checkpoint {step} of {self.folder}: free some, "
+                    "then run the same command again to go on from the checkpoint before."
+                ) from error
+            raise
+
+
+def save_params(folder: Path, params: Any, config: Any, *, overwrite: bool = False) -> None:
+    """Write parameters for inference with the config that builds their model.
+
+    Args:
+        folder: to make; it appears whole or not at all.
+        params: nested dict of arrays.
+        config: dataclass or dict.
+        overwrite: replace a folder that is there.
+
+    Raises:
+        UserError: the folder exists and `overwrite` is off, or the disk is full.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} exists already: choose another name or ask to overwrite it.")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_json(temporary / CONFIG_FILE, to_plain(config))
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(temporary / "params", args=ocp.args.StandardSave(params))
+        write_checksums(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except (OSError, ValueError) as error:
+        if any(text in str(error) for text in _NO_ROOM):
+            raise UserError(f"No room on the disk for {folder}: free some.") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_params(folder: Path, abstract: Any = None) -> tuple[Any, Any]:
+    """Read what `save_params` wrote.
+
+    Args:
+        folder: of the parameters.
+        abstract: tree of `jax.ShapeDtypeStruct`, with shardings if wanted; by default what was
+            saved, on the default device.
+
+    Returns:
+        The params and the config as plain JSON values.
+
+    Raises:
+        UserError: the folder is absent or damaged, or does not hold such params.
+    """
+    folder = folder.absolute()
+    config = read_json(folder / CONFIG_FILE)
+    verify_checksums(folder)
+    with _reading(folder), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        if abstract is None:
+            abstract = checkpointer.metadata(folder / "params").item_metadata.tree
+        abstract = jax.tree.map(_with_sharding, abstract)
+        args = ocp.args.StandardRestore(abstract)
+        return checkpointer.restore(folder / "params", args=args), config
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype), sharding=sharding)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn whatever Orbax raises on reading (bare `Exception` among them) into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"The checkpoint {folder} can't be read as asked: {reason}") from error
+
+
+class _DropRaisedErrors(logging.Filter):
+    """Drops the tracebacks that Orbax logs from threads whose error it also raises."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised" not in record.getMessage()

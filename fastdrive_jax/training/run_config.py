@@ -1,0 +1,115 @@
+"""The config of a run as plain JSON, kept in its folder and compared on every return to it."""
+
+import dataclasses
+import enum
+import json
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastdrive_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+
+
+def to_plain(config: Any) -> Any:
+    """Dataclasses, enums, paths, tuples and numpy scalars as what JSON can hold.
+
+    Raises:
+        ValueError: a value has no such form.
+    """
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = dataclasses.fields(config)
+        return {field.name: to_plain(getattr(config, field.name)) for field in fields}
+    if isinstance(config, dict):
+        return {str(key): to_plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_plain(value) for value in config]
+    if isinstance(config, enum.Enum):
+        return config.name
+    if isinstance(config, Path):
+        return config.as_posix()
+    if config is None or isinstance(config, bool | int | float | str):
+        return config
+    if hasattr(config, "item") and getattr(config, "ndim", None) == 0:
+        return config.item()
+    raise ValueError(f"a config may not hold a {type(config).__name__}: {config!r}")
+
+
+def differences(stored: Any, asked: Any, ignore: Collection[str] = ()) -> list[str]:
+    """One phrase for each field in which two plain configs differ, with both values."""
+    old, new = dict(_flat(stored)), dict(_flat(asked))
+    names = sorted(old.keys() | new.keys())
+    missing = object()
+    return [
+        f"{name} was {_show(old.get(name, missing), missing)} and is now "
+        f"{_show(new.get(name, missing), missing)}"
+        for name in names
+        if not any(name == skip or name.startswith(skip + ".") for skip in ignore)
+        and old.get(name, missing) != new.get(name, missing)
+    ]
+
+
+def claim_run_folder(folder: Path, config: Any, ignore: Collection[str] = ()) -> None:
+    """Write the config into a new run folder, or check that it is the config of an old one.
+
+    Args:
+        folder: of the run; made if absent.
+        config: a dataclass (or dict) of plain values.
+        ignore: dotted names of fields that may change between starts, such as a flag for quiet.
+
+    Raises:
+        UserError: the folder belongs to a run of another config, is unreadable, or is no run's.
+    """
+    path = folder / CONFIG_FILE
+    # Through JSON and back, so that what is compared is what would be read.
+    asked = json.loads(json.dumps(to_plain(config)))
+    if not path.exists():
+        if folder.is_dir() and (folder / "checkpoints").exists():
+            raise UserError(f"{folder} holds checkpoints but no {CONFIG_FILE}: use a new folder.")
+        write_json(path, asked)
+        return
+    found = differences(read_json(path), asked, ignore)
+    if found:
+        raise UserError(
+            f"{folder} holds a run of another config ({'; '.join(found)}): "
+            "use a new folder, or the same settings to go on with this run."
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all, making the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}).") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is absent, unreadable or no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+
+
+def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(config, dict) and config:
+        for key, value in config.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, config
+
+
+def _show(value: Any, missing: object) -> str:
+    return "absent" if value is missing else json.dumps(value)

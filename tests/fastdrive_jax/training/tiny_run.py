@@ -1,0 +1,77 @@
+"""A run small enough to be killed often: a linear model on noise from a Grain dataset.
+
+Also a program: `python tiny_run.py FOLDER STEPS [SLEEP]`.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastdrive_jax.training.loop import fit
+from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer
+from fastdrive_jax.training.state import init_train_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyConfig:
+    seed: int = 3
+    features: int = 16
+    batch: int = 8
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=0.05, warmup_steps=2, total_steps=40)
+
+
+def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    x = np.random.default_rng(index).standard_normal(16, np.float32)
+    # The random part makes the drawn batches depend on Grain's own seeds and position.
+    y = x[:3] + 0.1 * rng.standard_normal(3, np.float32)
+    return {"x": x, "y": y.astype(np.float32)}
+
+
+def make_batches(config: TinyConfig) -> grain.DatasetIterator:
+    data = grain.MapDataset.range(64).seed(config.seed).shuffle().repeat().random_map(example)
+    return iter(data.batch(config.batch).to_iter_dataset())
+
+
+def loss_fn(params, batch, key):
+    keep = jax.random.bernoulli(key, 0.9, batch["x"].shape)
+    error = (batch["x"] * keep) @ params["kernel"] + params["bias"] - batch["y"]
+    return jnp.square(error).mean(), {"largest": jnp.abs(error).max()}
+
+
+def init_params(config: TinyConfig, key):
+    kernel = jax.random.normal(key, (config.features, 3))
+    return {"kernel": kernel, "bias": jnp.zeros(3)}
+
+
+def run(folder: Path, steps: int, config: TinyConfig = TinyConfig(), **options):
+    optimizer = make_optimizer(config.optimizer)
+    options = {"checkpoint_every": 3, "log_every": 2, "quiet": True} | options
+    batches = options.pop("batches", None) or make_batches(config)
+    loss = options.pop("loss_fn", loss_fn)
+    return fit(
+        folder,
+        config,
+        lambda: init_train_state(lambda key: init_params(config, key), optimizer, config.seed),
+        make_train_step(loss, optimizer),
+        batches,
+        steps,
+        **options,
+    )
+
+
+if __name__ == "__main__":
+    sleep = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
+
+    def pace(record):
+        print("log", record["step"], flush=True)
+        time.sleep(sleep)
+
+    print("start", flush=True)
+    run(Path(sys.argv[1]), int(sys.argv[2]), on_log=pace, log_every=1)
+    print("done", flush=True)
