@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from fastdrive_jax.evaluation import palette
+from fastdrive_jax.evaluation.results import Row, select
+from fastdrive_jax.evaluation.tables import Method, merge_seeds
 
 DPI = 160
 Rgb = UInt8[np.ndarray, "H W 3"]
@@ -37,6 +39,28 @@ class Curve:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     control: bool = False
+
+
+def curves(rows: Sequence[Row], metric: str, methods: Sequence[Method]) -> tuple[Curve, ...]:
+    """Curves of one metric, one a method that was measured at two ratios or more.
+
+    Seeds are averaged and their intervals joined, as in the tables. Bands are drawn only where
+    every point has an interval.
+    """
+    found = []
+    for method in methods:
+        points: dict[float, list[Row]] = {}
+        for row in select(rows, metric=metric, method=method.name):
+            if row.keep_ratio is not None:
+                points.setdefault(row.keep_ratio, []).append(row)
+        if len(points) < 2:
+            continue
+        ratios = sorted(points, reverse=True)
+        y, low, high = zip(*(merge_seeds(points[ratio]) for ratio in ratios), strict=True)
+        if None in low:
+            low = high = None
+        found.append(Curve(method.label, ratios, y, low, high, method.role != "pruner"))
+    return tuple(found)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, object]:

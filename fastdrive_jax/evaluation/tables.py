@@ -115,7 +115,8 @@ class Pivot:
     intervals: bool
 
 
-def _merge(rows: Sequence[Row]) -> tuple[float, float | None, float | None]:
+def merge_seeds(rows: Sequence[Row]) -> tuple[float, float | None, float | None]:
+    """(mean, lowest low, highest high) of the seeds of one cell; None, None without intervals."""
     value = sum(row.value for row in rows) / len(rows)
     if any(row.low is None for row in rows):
         return value, None, None
@@ -143,7 +144,7 @@ def _range(merged: dict) -> tuple[float, float]:
 
 
 def _cell(metric: Metric, rows: Sequence[Row], limits, best: float | None) -> Cell:
-    value, low, high = _merge(rows)
+    value, low, high = merge_seeds(rows)
     place = lambda x: round(100 * (x - limits[0]) / (limits[1] - limits[0]), 2)  # noqa: E731
     start, end = (place(value), place(value)) if low is None else (place(low), place(high))
     return Cell(
@@ -167,7 +168,7 @@ def _band(metric: Metric, table: ResultTable, ratios: Sequence[float]) -> Band |
     groups = {key: rows for key, rows in groups.items() if key[0] in shown}
     if not groups:
         return None
-    merged = {key: _merge(rows) for key, rows in groups.items()}
+    merged = {key: merge_seeds(rows) for key, rows in groups.items()}
     limits = _range(merged)
     best = {ratio: _best(metric, merged, table.methods, ratio) for ratio in ratios}
     lines = []

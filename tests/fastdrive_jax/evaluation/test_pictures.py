@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 
 from fastdrive_jax.evaluation import palette, pictures, plots
+from fastdrive_jax.evaluation.results import Row
+from fastdrive_jax.evaluation.tables import Method
 
 IMAGE = np.random.default_rng(0).integers(60, 200, (56, 84, 3)).astype(np.uint8)  # 2 x 3 tokens
 
@@ -126,6 +128,25 @@ def test_plots_are_rgb_and_show_their_series():
 
     dots = plots.interval_bars(["a", "b"], [1, -1], [0.5, None], [1.5, None], "m", highlight=["a"])
     assert _has(dots, palette.ACCENT)
+
+
+def test_curves_average_seeds_and_leave_single_points_out():
+    rows = [
+        Row("ours", 0.5, "l2", 1.0, 0.9, 1.1, 9, 0),
+        Row("ours", 0.5, "l2", 3.0, 2.5, 3.5, 9, 1),
+        Row("ours", 1.0, "l2", 0.5, 0.4, 0.6, 9, 0),
+        Row("ours", 1.0, "ade", 9.0, 8.0, 10.0, 9, 0),
+        Row("random", 1.0, "l2", 0.5, None, None, 9, 0),
+        Row("random", 0.5, "l2", 4.0, 3.0, 5.0, 9, 0),
+        Row("none", None, "l2", 7.0, 6.0, 8.0, 9, 0),
+    ]
+    methods = (Method("ours", "Ours"), Method("random", "R", "control"), Method("none", "N"))
+    ours, random = plots.curves(rows, "l2", methods)
+    assert (ours.name, list(ours.x), list(ours.y)) == ("Ours", [1.0, 0.5], [0.5, 2.0])
+    assert (list(ours.low), list(ours.high)) == ([0.4, 0.9], [0.6, 3.5])
+    assert not ours.control
+    assert random.control
+    assert random.low is None
 
 
 def test_left_is_left_in_the_birds_eye_view():

@@ -1,0 +1,219 @@
+"""A pruned model as one folder: config, safetensors for other tools, Orbax for JAX.
+
+    OUT/config.json          what it is, every tensor, the SHA-256 of every file
+    OUT/model.safetensors    flat names such as "pruner/layer/attention/query/kernel"
+    OUT/orbax/               the same tree, readable onto any mesh
+
+Both forms hold the same bits. The folder is written beside its place and renamed into it, so it is
+whole or absent.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+from flax.traverse_util import flatten_dict
+from safetensors import flax as safetensors_flax
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.export import manifest as manifests
+from fastdrive_jax.export.manifest import Manifest
+from fastdrive_jax.export.trees import SEPARATOR, flatten, unflatten
+
+SAFETENSORS = "model.safetensors"
+ORBAX = "orbax"
+_PACKAGES = ("fastdrive-jax", "jax", "flax", "orbax-checkpoint", "safetensors")
+
+Params = dict[str, Any]
+ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+
+def write_bundle(out_dir: str | Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+    """Write a model as a bundle, atomically as a whole folder.
+
+    Args:
+      out_dir: the folder to make. An empty folder or an earlier bundle there is replaced.
+      params: named trees of arrays, such as {"pruner": ..., "vla": ...}; nested dicts, unboxed.
+        Every dtype is kept, bfloat16 included; 64-bit and zero-size arrays are refused, since JAX
+        would narrow the first on reading and Orbax cannot hold the second.
+      config: what rebuilds the model; JSON only, and it must come back equal (lists, not tuples).
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: the place is taken by something else, or cannot be written (full disk).
+      ValueError: parameters or config that a bundle cannot hold.
+    """
+    out = Path(out_dir).resolve()
+    tensors = {name: np.asarray(value) for name, value in flatten(params).items()}
+    for name, value in tensors.items():
+        if value.size == 0 or value.dtype.itemsize > 4:
+            raise ValueError(f"{name} is {value.dtype} {value.shape}; a bundle cannot keep that")
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or manifests.is_bundle(out))):
+        raise UserError(f"{out} exists and is no bundle; choose another folder or remove it")
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _need_space(out.parent, 2 * sum(value.nbytes for value in tensors.values()) + 2**20)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.parent))
+        try:
+            _fill(temporary, tensors, config)
+            _swap(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write bundle {out}: {error.strerror or error}; "
+            "free some space or choose another folder"
+        ) from error
+    except (ValueError, safetensors.SafetensorError) as error:
+        # how Orbax and safetensors say that the disk is full
+        if "RESOURCE_EXHAUSTED" not in str(error) and "I/O error" not in str(error):
+            raise
+        raise UserError(
+            f"cannot write bundle {out}: {str(error).splitlines()[0]}; "
+            "free some space or choose another folder"
+        ) from error
+
+
+def _need_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"cannot write a bundle below {folder}: it needs {size / 2**20:.0f} MiB and "
+            f"{free / 2**20:.0f} MiB are free; free some space or choose another folder"
+        )
+
+
+def _fill(folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:
+    shapes = {
+        name: {"shape": list(value.shape), "dtype": value.dtype.name}
+        for name, value in tensors.items()
+    }
+    manifests.dump(Manifest(dict(config), shapes, {}, {}))  # refuse a bad config before the work
+    # straight to disk: `save` would hold a second copy of the model in memory
+    safetensors_flax.save_file(tensors, folder / SAFETENSORS, metadata={"format": manifests.FORMAT})
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / ORBAX, unflatten(tensors))
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    made_with = {name: metadata.version(name) for name in _PACKAGES}
+    files = manifests.describe_files(folder)
+    text = manifests.dump(Manifest(dict(config), shapes, files, made_with))
+    (folder / manifests.NAME).write_text(text, "utf-8")  # last: no config, no bundle
+    for path in folder.rglob("*"):
+        _flush(path)
+    folder.chmod(0o755)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(temporary: Path, out: Path) -> None:
+    """Put the finished folder in place; an earlier bundle is moved aside first, then removed."""
+    if not out.exists() or not any(out.iterdir()):
+        temporary.rename(out)  # onto nothing or an empty folder: one atomic step
+    else:
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent)) / out.name
+        out.rename(aside)
+        try:
+            temporary.rename(out)
+        except OSError:
+            aside.rename(out)
+            raise
+        finally:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+    _flush(out.parent)
+
+
+def read_bundle_safetensors(folder: str | Path) -> tuple[Params, dict[str, Any]]:
+    """Read a bundle's safetensors onto the default device.
+
+    Returns:
+      (params, config) as they were written, bit for bit.
+
+    Raises:
+      UserError: there is no whole bundle, its version is unknown, or a file does not match.
+    """
+    folder = Path(folder).resolve()
+    manifest = manifests.load(folder)
+    manifests.check_files(folder, manifest, SAFETENSORS)
+    try:
+        flat = safetensors_flax.load_file(folder / SAFETENSORS)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{folder / SAFETENSORS} cannot be read ({error})") from error
+    _check_tensors(folder / SAFETENSORS, flat, manifest)
+    return unflatten(flat), manifest.config
+
+
+def read_bundle_orbax(
+    folder: str | Path, sharding: ShardingOf | jax.sharding.Sharding | None = None
+) -> tuple[Params, dict[str, Any]]:
+    """Read a bundle's Orbax checkpoint onto the devices at hand, whatever mesh wrote it.
+
+    Args:
+      folder: the bundle.
+      sharding: where arrays go: one sharding for all, or a function of flat name and shape; the
+        first local device if None.
+
+    Returns:
+      (params, config) as they were written, bit for bit.
+
+    Raises:
+      UserError: there is no whole bundle, its version is unknown, or a file does not match.
+    """
+    folder = Path(folder).resolve()
+    manifest = manifests.load(folder)
+    manifests.check_files(folder, manifest, ORBAX)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    targets = {}
+    for name, tensor in manifest.tensors.items():
+        shape = tuple(tensor["shape"])
+        place = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(name, shape)
+        targets[name] = jax.ShapeDtypeStruct(shape, np.dtype(tensor["dtype"]), sharding=place)
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(folder / ORBAX).item_metadata.tree
+        # before restoring: Orbax casts to the dtype it is asked for without a word
+        _check_tensors(folder / ORBAX, flatten_dict(stored, sep=SEPARATOR), manifest)
+        params = checkpointer.restore(folder / ORBAX, unflatten(targets))
+    return params, manifest.config
+
+
+def _check_tensors(path: Path, flat: Mapping[str, Any], manifest: Manifest) -> None:
+    found = {
+        name: {"shape": list(value.shape), "dtype": np.dtype(value.dtype).name}
+        for name, value in flat.items()
+    }
+    if found == manifest.tensors:
+        return
+    wrong = sorted(
+        name
+        for name in found.keys() | manifest.tensors.keys()
+        if found.get(name) != manifest.tensors.get(name)
+    )
+    raise UserError(
+        f"{path} does not hold the tensors its config lists; the first that differs is {wrong[0]}"
+    )
