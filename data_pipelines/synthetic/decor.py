@@ -60,7 +60,7 @@ def decorate(sit: Situation, rng: np.random.Generator, pavement: float) -> list[
 def _parked(sit, rng, layout):
     actors = []
     for side in (1, -1):
-        chance = rng.choice([0.0, 0.25, 0.6])
+        chance = rng.choice([0.0, 0.15, 0.35])
         for s in np.arange(-24.0, 70.0, 6.5):
             if rng.random() > chance:
                 continue
@@ -71,7 +71,12 @@ def _parked(sit, rng, layout):
                 continue
             layout.take(xy, 1.8)
             facing = yaw + (np.pi if side == 1 and sit.main.ego_offset else 0.0)
-            actors.append(car_actor(rng, xy, facing + rng.normal(0, 0.03)))
+            facing = float(facing + rng.normal(0, 0.03))
+            if rng.random() < 0.12:
+                xy, _ = sit.main.centre.beside(s, side * (offset + 0.5))
+                actors.append(_bus(rng, xy, facing, None))
+            else:
+                actors.append(car_actor(rng, xy, facing))
     return actors
 
 
@@ -136,12 +141,10 @@ def _traffic(sit, rng):
     actors = []
     if main.ego_offset and sit.oncoming:
         s = rng.uniform(8, 26)
-        while s < 90 and rng.random() < 0.75:
+        while s < 90 and rng.random() < 0.65:
             motion = Motion(main.centre, float(s), -float(rng.uniform(5, 9)), LANE_WIDTH / 2)
             if rng.random() < 0.15:
-                size = (2.5, 10.0, 3.1)
-                actors.append(Actor(meshes.bus(paint(rng), size), (0, 0), 0.0, "vehicle.bus.rigid",
-                                    "vehicle.moving", size, motion))  # fmt: skip
+                actors.append(_bus(rng, (0, 0), 0.0, motion))
                 break
             actors.append(car_actor(rng, (0, 0), 0.0, motion=motion))
             s += rng.uniform(14, 40)
@@ -155,6 +158,14 @@ def _traffic(sit, rng):
             actors.append(car_actor(rng, xy, yaw + np.pi, braking=bool(rng.random() < 0.5)))
         del side
     return actors
+
+
+def _bus(rng, xy, yaw, motion):
+    size = (2.5, 9.0, 3.1)
+    attribute = "vehicle.moving" if motion else "vehicle.parked"
+    place = (float(xy[0]), float(xy[1]))
+    mesh = meshes.bus(paint(rng), size)
+    return Actor(mesh, place, yaw, "vehicle.bus.rigid", attribute, size, motion)
 
 
 def _people(sit, rng, layout, pavement):
@@ -190,7 +201,16 @@ def _signs(sit, rng, layout):
             layout.take(xy, 0.4)
             turned = float(yaw) + (np.pi if side == 1 else 0.0)
             actors.append(Actor(meshes.other_sign(int(rng.integers(0, 4))), tuple(xy), turned))
-    if rng.random() < 0.25 and not any(a.critical_height for a in sit.actors if not a.category):
+    if rng.random() < 0.35:
+        # Boards above the road; far beyond any signal, so that they never hide its lamps.
+        s = rng.uniform(24, 60)
+        if not any(a.critical_height for a in sit.actors if not a.category) or s > 48:
+            xy, yaw = main.centre.beside(s, -main.half_width - 1.2)
+            if layout.free(xy, 0.4, 0.4):
+                layout.take(xy, 0.5)
+                span = 2 * main.half_width + 1.2
+                actors.append(Actor(meshes.gantry(rng, span), tuple(xy), float(yaw)))
+    if rng.random() < 0.35 and not any(a.critical_height for a in sit.actors if not a.category):
         # A head for the oncoming traffic: we see its back.
         xy, yaw = main.centre.beside(rng.uniform(15, 45), main.half_width + 0.9)
         if layout.free(xy, 0.3, 0.4):

@@ -285,6 +285,26 @@ def other_sign(kind: int) -> Mesh:
     return mesh.build()
 
 
+def gantry(rng: np.random.Generator, span: float) -> Mesh:
+    """Direction boards above the road, on a beam from one pole at the right-hand side."""
+    mesh = MeshBuilder(SIGN)
+    grey = (112, 116, 120)
+    mesh.box((0.3, 0, 3.1), (0.3, 0.3, 6.2), grey, GROUND)
+    mesh.box((0.3, span / 2, 6.0), (0.2, span, 0.25), grey, GROUND)
+    colour = ((20, 84, 176), (18, 112, 68))[rng.integers(0, 2)]
+    count = int(rng.integers(1, 3))
+    for k in range(count):
+        y, width = span * (k + 1) / (count + 0.6), rng.uniform(2.0, 2.9)
+        mesh.box((0.1, y, 5.7), (0.12, width, 1.7), (120, 122, 126))
+        mesh.add([facing(y, 5.7, width, 1.7, 0.02)], (240, 240, 240))
+        mesh.add([facing(y, 5.7, width - 0.2, 1.5, 0.01)], colour)
+        lines = [
+            facing(y, 5.7 + dz, width * rng.uniform(0.4, 0.7), 0.24, 0.0) for dz in (-0.35, 0.35)
+        ]
+        mesh.add(lines, (240, 240, 240))
+    return mesh.build()
+
+
 _C = np.sqrt(0.5)
 _QUARTER = np.array([[1, 0, 0], [0, _C, -_C], [0, _C, _C]])
 _QUARTER_SHIFT = np.array([0, 2.4 * _C, 2.4 * (1 - _C)])

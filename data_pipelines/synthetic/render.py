@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from data_pipelines.synthetic import textures
@@ -86,15 +87,15 @@ def _paint(scene, camera: Camera, view: View, canvas: Canvas, labels, shadows, s
     flat = _ON_GROUND[labels]
     gain = np.where(flat, ground, wall) * _CONTRAST[labels]
     gain += 1.0
-    gain[flat & (shadows > 0)] *= _SHADOW
-    gain *= look.exposure
-    image = canvas.colours() * gain[..., None]
+    gain *= np.where(flat & shadows.view(bool), np.float32(_SHADOW), np.float32(1))
+    image = cv2.multiply(canvas.colours(), cv2.merge([gain] * 3), dtype=cv2.CV_32F)
     sky = canvas.numbers == 0
-    if sky.any():
-        image[sky] = _sky(look, view, height, width)[sky] * look.exposure
-    image *= look.tint.astype(np.float32)
-    image += (look.noise * grain)[..., None]
-    return np.clip(image, 0, 255).astype(np.uint8)
+    rows = int(sky.any(1).nonzero()[0].max(initial=-1)) + 1
+    if rows:
+        np.copyto(image[:rows], _sky(look, view, rows, width), where=sky[:rows, :, None])
+    image += cv2.merge([grain * np.float32(look.noise)] * 3)
+    gains = (*(float(t) * look.exposure for t in look.tint), 0.0)
+    return cv2.multiply(image, gains, dtype=cv2.CV_8U)
 
 
 def _sky(look, view: View, height, width):

@@ -7,7 +7,7 @@ import numpy as np
 from data_pipelines.synthetic.config import GROUND, LANE_MARK, ROAD
 from data_pipelines.synthetic.geometry import STEP, Path, path_from_curvature, path_through
 
-LANE_WIDTH = 3.2
+LANE_WIDTH = 2.8
 MARK_WIDTH = 0.18
 
 
@@ -55,7 +55,7 @@ def main_road(rng: np.random.Generator, two_lanes: bool, curves, straight=None) 
     path = path_from_curvature(curvature, zero=100)
     if two_lanes:
         return Road(path, LANE_WIDTH, -LANE_WIDTH / 2)
-    return Road(path, rng.uniform(2.0, 2.4), 0.0)
+    return Road(path, rng.uniform(1.8, 2.2), 0.0)
 
 
 def side_road(main: Road, s: float, side: int, bend: float, curvature: float) -> Road:

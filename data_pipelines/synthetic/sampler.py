@@ -56,7 +56,7 @@ def _draw(config, split, index, name, rng) -> Scene | None:
     yaw = float(heading + np.clip(turn, -0.08, 0.08))
     start = EgoState(float(xy[0]), float(xy[1]), yaw, sit.speed, 0.0)
     keyframes = config.keyframes_per_scene
-    pitch = float(rng.uniform(-0.125, 0.125))
+    pitch = float(rng.uniform(-0.11, 0.165))
     tile = index % (TILES * TILES)
     world_yaw = float(rng.uniform(-math.pi, math.pi))
     pavement = float(rng.uniform(1.6, 3.6))

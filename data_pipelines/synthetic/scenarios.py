@@ -125,7 +125,7 @@ def _junction(rng, main: Road, s: float, sides) -> list:
 
 def build(name: str, rng: np.random.Generator) -> Situation:
     """Draws one situation called `name` (an entry of `CYCLE`)."""
-    two_lanes = name.startswith(("turn", "barrier", "straight")) or rng.random() < 0.8
+    two_lanes = name.startswith(("turn", "barrier", "straight")) or rng.random() < 0.75
     speed = float(rng.uniform(0.0, 3.0) if rng.random() < 0.15 else rng.uniform(2.5, 12.0))
     # Where things happen grows with the speed, so that they change the coming seconds.
     where = float(rng.uniform(9 + 1.4 * speed, 15 + 2.2 * speed))

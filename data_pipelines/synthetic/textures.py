@@ -74,11 +74,18 @@ def on_ground(intrinsic, rotation, eye, slope, height: int, width: int, seed: in
     to_metres = np.array(
         [[1 / grain, 0, -(seed % 997)], [0, 1 / grain, -((seed // 997) % 997)], [0, 0, 1.0]]
     )
-    to_picture = intrinsic @ rotation.T @ plane @ to_metres
-    return cv2.warpPerspective(
+    # Rows above the plane's horizon stay empty; 8% of a focal length allows for hills.
+    normal = rotation.T @ np.array([-slope[0], -slope[1], 1.0])
+    edges = np.array([0.0, width]) - intrinsic[0, 2]
+    horizon = -(normal[0] * edges / intrinsic[0, 0] + normal[2]) / normal[1]
+    top = int(np.clip((horizon.min() - 0.08) * intrinsic[1, 1] + intrinsic[1, 2], 0, height - 1))
+    crop_top = np.array([[1, 0, 0], [0, 1, -top], [0, 0, 1.0]])
+    texture = np.zeros((height, width), np.float32)
+    texture[top:] = cv2.warpPerspective(
         rough_tile(),
-        to_picture,
-        (width, height),
+        crop_top @ intrinsic @ rotation.T @ plane @ to_metres,
+        (width, height - top),
         flags=cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_WRAP,
     )
+    return texture
