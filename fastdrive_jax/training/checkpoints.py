@@ -99,7 +99,7 @@ class RunCheckpoints:
             return
         with self._explained(step):
             self._manager.wait_until_finished()
-            self._check_room(state)
+            _check_room(self._root, state)
             self._saving = step
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)
@@ -133,6 +133,7 @@ class RunCheckpoints:
             data=grain.checkpoint.CheckpointRestore(iterator),
         )
         with _reading(folder):
+            _check_tree(folder, _stored_tree(folder / "state"), abstract)
             return self._manager.restore(step, args=args).state
 
     def wait(self) -> None:
@@ -159,16 +160,6 @@ class RunCheckpoints:
         if len(unfinished) != 1:
             raise RuntimeError(f"one unfinished checkpoint expected, found {unfinished}")
         write_checksums(unfinished[0])
-
-    def _check_room(self, state: Any) -> None:
-        """Refuse before writing what can't fit; a second writer may still take the room."""
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self._root).free
-        if free < needed:
-            raise UserError(
-                f"The disk of {self.folder} has {free >> 20} MiB left and a checkpoint needs "
-                f"{needed >> 20}: free some, then run the same command again."
-            )
 
     @contextlib.contextmanager
     def _explained(self, step: int | None) -> Iterator[None]:
@@ -202,6 +193,7 @@ def save_params(folder: Path, params: Any, config: Any, *, overwrite: bool = Fal
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write_json(temporary / CONFIG_FILE, to_plain(config))
+        _check_room(temporary, params)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(temporary / "params", args=ocp.args.StandardSave(params))
         write_checksums(temporary)
@@ -233,11 +225,50 @@ def load_params(folder: Path, abstract: Any = None) -> tuple[Any, Any]:
     config = read_json(folder / CONFIG_FILE)
     verify_checksums(folder)
     with _reading(folder), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        if abstract is None:
-            abstract = checkpointer.metadata(folder / "params").item_metadata.tree
-        abstract = jax.tree.map(_with_sharding, abstract)
+        stored = _stored_tree(folder / "params")
+        abstract = jax.tree.map(_with_sharding, stored if abstract is None else abstract)
+        _check_tree(folder, stored, abstract)
         args = ocp.args.StandardRestore(abstract)
         return checkpointer.restore(folder / "params", args=args), config
+
+
+def _check_room(folder: Path, tree: Any) -> None:
+    """Refuse before writing what can't fit; another writer may still take the room."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"The disk of {folder} has {free >> 20} MiB left and a checkpoint needs "
+            f"{needed / 2**20:.1f}: free some, then run the same command again."
+        )
+
+
+def _stored_tree(folder: Path) -> Any:
+    """Shapes and dtypes of a saved tree, as Orbax's metadata."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return checkpointer.metadata(folder).item_metadata.tree
+
+
+def _check_tree(folder: Path, stored: Any, abstract: Any) -> None:
+    """Compare names and shapes, for Orbax finds out in the middle of reading."""
+    found, asked = _shapes(stored), _shapes(abstract)
+    wrong = [
+        f"{name} is {found.get(name, 'absent')} there and {asked.get(name, 'absent')} here"
+        for name in sorted(found.keys() | asked.keys())
+        if found.get(name) != asked.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(
+            f"The checkpoint {folder} is of another model: {', '.join(wrong[:5])}{more}."
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -252,6 +283,8 @@ def _reading(folder: Path) -> Iterator[None]:
     """Turn whatever Orbax raises on reading (bare `Exception` among them) into one sentence."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"The checkpoint {folder} can't be read as asked: {reason}") from error

@@ -75,7 +75,7 @@ def test_a_metric_that_is_not_finite_stops_before_the_save(tmp_path):
         return loss, {}
 
     with pytest.raises(UserError, match=r"step 1 .*loss is nan"):
-        run(tmp_path, 6, loss_fn=exploding, checkpoint_every=1)
+        run(tmp_path, 6, loss=exploding, checkpoint_every=1)
     assert not any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
 
 
@@ -89,6 +89,6 @@ def test_frozen_params_are_read_and_not_saved(tmp_path):
         return jax.numpy.square(params["kernel"] - frozen["goal"]).sum(), {}
 
     frozen = {"goal": np.full((16, 3), 2.0, np.float32)}
-    result = run(tmp_path, 40, loss_fn=loss_fn, frozen=jax.device_put(frozen))
+    result = run(tmp_path, 40, loss=loss_fn, frozen=jax.device_put(frozen))
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert "goal" not in str(jax.tree.structure(result.state))

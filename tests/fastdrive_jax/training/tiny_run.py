@@ -4,6 +4,7 @@ Also a program: `python tiny_run.py FOLDER STEPS [SLEEP]`.
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,9 @@ class TinyConfig:
     seed: int = 3
     features: int = 16
     batch: int = 8
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=0.05, warmup_steps=2, total_steps=40)
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(learning_rate=0.05, warmup_steps=2, total_steps=40)
+    )
 
 
 def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -49,20 +52,22 @@ def init_params(config: TinyConfig, key):
     return {"kernel": kernel, "bias": jnp.zeros(3)}
 
 
-def run(folder: Path, steps: int, config: TinyConfig = TinyConfig(), **options):
+@functools.cache  # the same functions again, so that JAX compiles once in a process of many runs
+def functions(config: TinyConfig, loss):
     optimizer = make_optimizer(config.optimizer)
+
+    def init():
+        return init_train_state(lambda key: init_params(config, key), optimizer, config.seed)
+
+    return init, make_train_step(loss, optimizer)
+
+
+def run(folder: Path, steps: int, config: TinyConfig | None = None, loss=loss_fn, **options):
+    config = config or TinyConfig()
+    init, train_step = functions(config, loss)
     options = {"checkpoint_every": 3, "log_every": 2, "quiet": True} | options
     batches = options.pop("batches", None) or make_batches(config)
-    loss = options.pop("loss_fn", loss_fn)
-    return fit(
-        folder,
-        config,
-        lambda: init_train_state(lambda key: init_params(config, key), optimizer, config.seed),
-        make_train_step(loss, optimizer),
-        batches,
-        steps,
-        **options,
-    )
+    return fit(folder, config, init, train_step, batches, steps, **options)
 
 
 if __name__ == "__main__":
@@ -73,5 +78,5 @@ if __name__ == "__main__":
         time.sleep(sleep)
 
     print("start", flush=True)
-    run(Path(sys.argv[1]), int(sys.argv[2]), on_log=pace, log_every=1)
+    run(Path(sys.argv[1]), int(sys.argv[2]), on_log=pace, log_every=1, checkpoint_every=2)
     print("done", flush=True)

@@ -1,0 +1,209 @@
+import collections
+import os
+import shutil
+import subprocess
+import sys
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.training import checkpoints as module
+from fastdrive_jax.training.checkpoints import RunCheckpoints, load_params, save_params
+from fastdrive_jax.training.state import abstract_state
+
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def data():
+    return iter(grain.MapDataset.range(1000).repeat().batch(4).to_iter_dataset())
+
+
+def init(size=300):
+    big = jax.random.normal(jax.random.key(0), (size, size))
+    return {"big": big, "half": big[0].astype(jnp.bfloat16), "step": jnp.zeros((), jnp.int32)}
+
+
+def filled(folder, last=3, keep=2):
+    """Checkpoints at steps 1 to `last`, where step s holds `init() + s` and 2 s batches drawn."""
+    batches, state = data(), init()
+    with RunCheckpoints(folder, {"a": 1}, keep=keep) as checkpoints:
+        for step in range(1, last + 1):
+            state = jax.tree.map(lambda x: x + 1, state)
+            next(batches), next(batches)
+            checkpoints.save(step, state, batches)
+    return state, batches
+
+
+def restore(folder, abstract=None, **options):
+    batches = data()
+    abstract = abstract or abstract_state(init, HERE)
+    with RunCheckpoints(folder, {"a": 1}) as checkpoints:
+        return checkpoints.restore(abstract, batches, **options), batches
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_state_and_data_position_come_back(tmp_path):
+    state, batches = filled(tmp_path)
+    restored, again = restore(tmp_path)
+    assert_same(state, restored)
+    assert [leaf.dtype for leaf in jax.tree.leaves(restored)] == [
+        leaf.dtype for leaf in jax.tree.leaves(state)
+    ]
+    np.testing.assert_array_equal(next(again), next(batches))
+    older, _ = restore(tmp_path, step=2)
+    assert int(older["step"]) == 2
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    filled(tmp_path, last=5, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
+
+
+def test_what_is_saved_is_the_state_at_the_call(tmp_path):
+    """The writing goes on while donated buffers are overwritten and the iterator moves on."""
+    update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state, batches = jax.jit(lambda: init(1500))(), data()
+    expected = jax.tree.map(np.array, state)
+    with RunCheckpoints(tmp_path, {"a": 1}) as checkpoints:
+        checkpoints.save(1, state, batches)
+        for _ in range(20):
+            state = update(state)
+            next(batches)
+        jax.block_until_ready(state)
+    restored, again = restore(tmp_path, abstract_state(lambda: init(1500), HERE))
+    assert_same(expected, restored)
+    assert next(again)[0] == 0
+
+
+def test_remains_of_a_killed_save_are_ignored_and_removed(tmp_path):
+    state, _ = filled(tmp_path)
+    root = tmp_path / "checkpoints"
+    for name in ("4.orbax-checkpoint-tmp", "5.orbax-checkpoint-tmp-17"):
+        shutil.copytree(root / "3", root / name)
+        (root / name / "state/_METADATA").unlink()
+    restored, _ = restore(tmp_path)
+    assert_same(state, restored)
+    assert sorted(path.name for path in root.iterdir()) == ["2", "3"]
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [flip, shorten, os.unlink], ids=["flip", "shorten", "unlink"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    filled(tmp_path)
+    damage(largest_file(tmp_path / "checkpoints/3"))
+    with pytest.raises(UserError, match=r"checkpoints/3 is damaged: state/"):
+        restore(tmp_path)
+    restore(tmp_path, step=2)
+
+
+def test_a_checkpoint_without_checksums_is_not_whole(tmp_path):
+    filled(tmp_path)
+    (tmp_path / "checkpoints/3/checksums.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoints/3 is not a whole checkpoint"):
+        restore(tmp_path)
+
+
+def test_a_state_of_another_shape_or_structure_is_refused(tmp_path, capfd):
+    filled(tmp_path)
+    with pytest.raises(UserError, match=r"model: big is \(300, 300\) there and \(301, 301\) here"):
+        restore(tmp_path, abstract_state(lambda: init(301), HERE))
+    with pytest.raises(UserError, match=r"model: other is absent there and \(2,\) here\.$"):
+        restore(tmp_path, abstract_state(lambda: init() | {"other": jnp.zeros(2)}, HERE))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_no_room_is_found_before_writing(tmp_path, monkeypatch, capfd):
+    usage = collections.namedtuple("usage", "free")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(100))
+    with pytest.raises(UserError, match=r"has 0 MiB left and a checkpoint needs 0\.3"):
+        filled(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    with pytest.raises(UserError, match="has 0 MiB left"):
+        save_params(tmp_path / "params", init(), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.json"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_checkpoints import *
+folder = Path(sys.argv[1])
+filled(folder, last=1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+for write in (
+    lambda: filled(folder, last=2),
+    lambda: save_params(folder / "params", init(), {}),
+):
+    try:
+        write()
+    except UserError as error:
+        print("refused:", error)
+print(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
+print(restore(folder)[0]["step"])
+"""
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path):
+    here = os.path.dirname(__file__)  # noqa: PTH120
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path, here], capture_output=True, text=True, check=True
+    )
+    first, second, names, step = done.stdout.splitlines()
+    assert first.startswith("refused: No room on the disk for checkpoint 2 of")
+    assert second.startswith("refused: No room on the disk for")
+    assert names == "['checkpoints', 'config.json']"
+    assert step == "1"
+
+
+def test_params_come_back_with_their_config(tmp_path):
+    params = {"layer": {"kernel": init()["big"], "scale": init()["half"]}}
+    save_params(tmp_path / "p", params, {"size": 3})
+    loaded, config = load_params(tmp_path / "p")
+    assert_same(params, loaded)
+    assert loaded["layer"]["scale"].dtype == jnp.bfloat16
+    assert config == {"size": 3}
+    again, _ = load_params(tmp_path / "p", jax.eval_shape(lambda: params))
+    assert_same(params, again)
+
+
+def test_params_are_not_overwritten_unasked(tmp_path):
+    save_params(tmp_path / "p", {"a": jnp.zeros(2)}, {})
+    with pytest.raises(UserError, match="exists already"):
+        save_params(tmp_path / "p", {"a": jnp.ones(2)}, {})
+    save_params(tmp_path / "p", {"a": jnp.ones(2)}, {}, overwrite=True)
+    np.testing.assert_array_equal(load_params(tmp_path / "p")[0]["a"], 1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_damaged_or_absent_params_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nothing/config\.json can't be read"):
+        load_params(tmp_path / "nothing")
+    save_params(tmp_path / "p", {"a": init()["big"]}, {})
+    with pytest.raises(UserError, match="is of another model: a is"):
+        load_params(tmp_path / "p", {"b": jax.ShapeDtypeStruct((2,), jnp.float32)})
+    flip(largest_file(tmp_path / "p"))
+    with pytest.raises(UserError, match="is damaged"):
+        load_params(tmp_path / "p")
