@@ -11,8 +11,10 @@ import fcntl
 import functools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -125,18 +127,22 @@ def _locked(partial: Path) -> Iterator[None]:
 
 def _prepare_folders(partial: Path, config: WorldConfig):
     """Keeps finished scenes of the same config, clears everything else."""
+    marker = partial / CONFIG_FILE
     if not is_complete(partial, config):
-        for path in partial.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
+        others = [path for path in partial.iterdir() if path.name not in (".lock", CONFIG_FILE)]
+        if others and not marker.exists():
+            raise UserError(
+                f"{partial} is not an unfinished data set of this generator; move it away or "
+                "choose another folder."
+            )
+        for path in others:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _write_json(marker, _identity(config))
     for name in config.cameras:
         for kind in ("samples", "masks", "labels"):
             (partial / kind / name).mkdir(parents=True, exist_ok=True)
     for name in ("records", "maps", tables.VERSION):
         (partial / name).mkdir(exist_ok=True)
-    _write_json(partial / CONFIG_FILE, _identity(config))
 
 
 def _write_scenes(partial: Path, config: WorldConfig, progress: bool) -> list[dict]:
@@ -172,6 +178,14 @@ def _write_scenes(partial: Path, config: WorldConfig, progress: bool) -> list[di
 
 def _start_worker():
     cv2.setNumThreads(1)
+    parent = multiprocessing.parent_process()
+
+    def leave_with_parent():
+        # The pool's queue never closes by itself when the parent is killed.
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _scene_job(partial: Path, config: WorldConfig, job: tuple[str, int]):

@@ -17,7 +17,7 @@ from data_pipelines.synthetic.config import (
     SPLITS,
     WorldConfig,
 )
-from data_pipelines.synthetic.planner import DT, waypoints, without_hazards
+from data_pipelines.synthetic.planner import DT, simulate, waypoints, without_hazards
 from data_pipelines.synthetic.record import write_scene
 from data_pipelines.synthetic.sampler import keyframe_indices, rollout, sample_scene
 from data_pipelines.synthetic.tables import VERSION
@@ -135,6 +135,4 @@ def planning_figures(config: WorldConfig) -> dict[str, float]:
 
 
 def _free_run(task, state):
-    from data_pipelines.synthetic.planner import simulate
-
     return waypoints(simulate(task, state, FUTURE_STEPS * KEYFRAME_PERIOD + DT), 0)

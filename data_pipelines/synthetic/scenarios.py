@@ -132,7 +132,7 @@ def build(name: str, rng: np.random.Generator) -> Situation:
     crossing = None
     if name in ("turn_left", "turn_right"):
         speed = min(speed, 9.5)
-        crossing = float(rng.uniform(14 + 0.9 * speed, 22 + 1.8 * speed))
+        crossing = float(rng.uniform(12 + 0.7 * speed, 20 + 1.5 * speed))
     elif name == "straight_over_junction":
         crossing = where
     elif name.endswith("light") and two_lanes and rng.random() < 0.6:

@@ -1,0 +1,180 @@
+"""Scenes show what decides their plan, and their masks are exact."""
+
+import dataclasses
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+
+from data_pipelines.synthetic.camera import make_camera
+from data_pipelines.synthetic.config import (
+    BARRIER,
+    FOREGROUND_IDS,
+    PERSON,
+    ROAD,
+    SIGN,
+    TRAFFIC_LIGHT,
+    VEHICLE,
+    WorldConfig,
+)
+from data_pipelines.synthetic.measure import planning_figures
+from data_pipelines.synthetic.planner import DT, waypoints
+from data_pipelines.synthetic.record import encode
+from data_pipelines.synthetic.render import prepare, render
+from data_pipelines.synthetic.sampler import (
+    keyframe_indices,
+    rollout,
+    sample_scene,
+    scenario_name,
+)
+from data_pipelines.synthetic.scenarios import CYCLE
+
+CONFIG = WorldConfig(seed=3)
+KEYFRAMES = CONFIG.keyframes_per_scene
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [sample_scene(CONFIG, "train", k) for k in range(len(CYCLE))]
+
+
+def _front(scene, states, k, stage=None, actors=None):
+    if actors is not None:
+        scene = dataclasses.replace(scene, actors=actors)
+    camera = make_camera("CAM_FRONT", CONFIG.height, CONFIG.width, scene.pitch["CAM_FRONT"])
+    step = keyframe_indices(KEYFRAMES)[k]
+    return render(scene, stage or prepare(scene), camera, states[step], step * DT, scene.sway[k], k)
+
+
+def test_every_cycle_holds_every_scenario(scenes):
+    assert Counter(scene.scenario for scene in scenes) == Counter(CYCLE)
+    again = [scenario_name(CONFIG.seed, "train", len(CYCLE) + k) for k in range(len(CYCLE))]
+    assert Counter(again) == Counter(CYCLE)
+    assert again != [scene.scenario for scene in scenes]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "label", "least"),
+    [
+        ("red_light", TRAFFIC_LIGHT, 40),
+        ("person_on_road", PERSON, 40),
+        ("stop_sign", SIGN, 15),
+        ("lead_stopped", VEHICLE, 80),
+        ("lead_slow", VEHICLE, 20),
+        ("lead_moving", VEHICLE, 60),
+    ],
+)
+def test_what_the_plan_needs_is_seen_in_every_key_frame(scenes, scenario, label, least):
+    for scene in [s for s in scenes if s.scenario == scenario]:
+        states, stage = rollout(scene, KEYFRAMES), prepare(scene)
+        kept = tuple(a for a in scene.actors if a.critical_height is None)
+        assert len(kept) < len(scene.actors)
+        for k in range(KEYFRAMES):
+            with_it = _front(scene, states, k, stage)
+            without = _front(scene, states, k, actors=kept)
+            gained = (with_it.labels != without.labels) & (with_it.labels == label)
+            assert gained.sum() >= least, (scene.name, k)
+
+
+def test_barriers_are_seen_before_they_are_passed(scenes):
+    for scene in [s for s in scenes if s.scenario == "barrier_avoid"]:
+        states = rollout(scene, KEYFRAMES)
+        assert (_front(scene, states, 0).labels == BARRIER).sum() >= 60
+        lateral = [waypoints(states, k)[:, 1].max() for k in keyframe_indices(KEYFRAMES)]
+        assert max(lateral) > 0.8  # passes on the left
+
+
+def test_red_and_green_differ_in_the_lamp_and_in_the_plan(scenes):
+    green = next(s for s in scenes if s.scenario == "green_light")
+    red = next(s for s in scenes if s.scenario == "red_light")
+    assert not green.task.stops
+    assert red.task.stops
+    for scene, channel in ((red, 0), (green, 1)):
+        picture = _front(scene, rollout(scene, KEYFRAMES), 0)
+        lamp = picture.image[picture.labels == TRAFFIC_LIGHT].astype(int)
+        lit = lamp[:, channel] - lamp[:, 1 - channel]
+        assert (lit > 60).sum() >= 6
+
+
+def test_turns_follow_the_command(scenes):
+    for scene in scenes:
+        states = rollout(scene, KEYFRAMES)
+        turned = states[-1].yaw - states[0].yaw
+        if scene.scenario == "turn_left":
+            assert scene.command_at(states[0]) == 0
+            assert turned > 0.25
+        elif scene.scenario == "turn_right":
+            assert scene.command_at(states[0]) == 2
+            assert turned < -0.25
+        else:
+            assert scene.command_at(states[0]) == 1
+
+
+def test_nothing_stands_in_the_way_of_the_ego_car(scenes):
+    for scene in scenes:
+        states = rollout(scene, KEYFRAMES)
+        for k, state in enumerate(states):
+            along = np.array([np.cos(state.yaw), np.sin(state.yaw)])
+            for actor in scene.actors:
+                if not actor.category:
+                    continue
+                xy, _ = actor.pose(k * DT, state.s)
+                offset = xy - [state.x, state.y]
+                ahead, aside = offset @ along, abs(offset @ [-along[1], along[0]])
+                half = min(actor.size[:2]) / 2
+                inside = -0.8 - half < ahead < 3.7 + half and aside < 0.85 + half * 0.8
+                assert not inside, (scene.name, scene.scenario, actor.category, k * DT)
+
+
+def test_mask_is_the_foreground_of_the_labels(scenes):
+    picture = _front(scenes[0], rollout(scenes[0], KEYFRAMES), 0)
+    jpeg, mask, labels = encode(picture, 92)
+    mask = cv2.imdecode(np.frombuffer(mask, np.uint8), cv2.IMREAD_UNCHANGED)
+    labels = cv2.imdecode(np.frombuffer(labels, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(labels, picture.labels)
+    assert np.array_equal(mask > 0, np.isin(labels, FOREGROUND_IDS))
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert image.shape == (224, 392, 3)
+    assert np.abs(image.astype(int) - picture.image).mean() < 12
+
+
+def test_near_things_hide_far_things(scenes):
+    """A wall set before the car leaves no trace of what is behind it, in labels or visibility."""
+    from data_pipelines.synthetic.meshes import MeshBuilder
+    from data_pipelines.synthetic.scene import Actor
+
+    scene = next(s for s in scenes if s.scenario == "lead_stopped")
+    states = rollout(scene, KEYFRAMES)
+    state = states[keyframe_indices(KEYFRAMES)[0]]
+    wall = MeshBuilder(1)
+    wall.box((0, 0, 0), (0.2, 40.0, 40.0), (200, 100, 50))
+    place = (state.x + 6 * np.cos(state.yaw), state.y + 6 * np.sin(state.yaw))
+    actors = (*scene.actors, Actor(wall.build(), place, state.yaw))
+    hidden = _front(scene, states, 0, actors=actors)
+    assert (hidden.labels == 1).mean() > 0.95
+    lead = next(k for k, a in enumerate(scene.actors) if a.critical_height)
+    assert _front(scene, states, 0).visible[lead] > 0.5
+    assert hidden.visible[lead] == 0
+
+
+def test_road_lies_below_the_car(scenes):
+    hits = 0
+    for scene in scenes:
+        labels = _front(scene, rollout(scene, KEYFRAMES), 0).labels
+        hits += (labels[-20:, 150:250] >= ROAD).mean() > 0.8
+    assert hits >= 0.9 * len(scenes)
+
+
+def test_render_is_a_pure_function(scenes):
+    states = rollout(scenes[4], KEYFRAMES)
+    first, second = (_front(scenes[4], states, 2) for _ in range(2))
+    assert np.array_equal(first.image, second.image)
+    assert np.array_equal(first.labels, second.labels)
+
+
+def test_plans_depend_on_more_than_the_speed():
+    figures = planning_figures(WorldConfig(seed=1, train_scenes=63, val_scenes=0))
+    assert figures["hazard_share"] >= 0.65
+    assert figures["constant_velocity_l2"] > 2.4
+    assert figures["standing_share"] < 0.15
