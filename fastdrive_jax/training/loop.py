@@ -6,6 +6,7 @@ checkpoint is that of its step, and a run that was killed ends bit for bit like 
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -67,6 +68,8 @@ def fit(
 ) -> FitResult:
     """Train up to `total_steps`, from the newest checkpoint of `workdir` if it has one.
 
+    For one process, with any number of devices.
+
     Args:
         workdir: run folder: `config.json`, `metrics.jsonl`, `checkpoints/`.
         config: dataclass that defines the run; a folder of another config is refused.
@@ -75,7 +78,7 @@ def fit(
             metrics are scalars. Jitted here, with the state donated.
         batches: iterator over trees of numpy arrays `[B, ...]`, endless or long enough.
         total_steps: to reach, counted from the start of the run.
-        frozen: pytree of arrays that the step reads: neither trained nor saved.
+        frozen: pytree of arrays on the devices that the step reads: neither trained nor saved.
         mesh: devices that share a batch, by default one device.
         state_shardings: one sharding or a tree like the state; by default replicated on `mesh`.
         batch_to_device: by default splits the leading axis over `mesh`.
@@ -131,7 +134,8 @@ def fit(
                     checkpoints.save(step, state, batches)
                 if stop.signal:
                     checkpoints.wait()
-                    bar.write(f"{stop.signal.name}: saved step {step} in {workdir}.")
+                    note = f"{stop.signal.name}: saved step {step} in {workdir}."
+                    bar.write(note, file=sys.stderr)
                     raise StoppedBySignal(128 + stop.signal)
                 if last:
                     break
