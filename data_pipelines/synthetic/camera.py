@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipelines.synthetic.config import CAMERA_NAMES
+from data_pipelines.schema import CAMERAS
 
 _NATIVE_WIDTH, _NATIVE_HEIGHT = 1600, 900
 # yaw in degrees, focal length in pixels at 1600 x 900, place in the ego frame in metres
@@ -62,7 +62,7 @@ def make_camera(name: str, height: int, width: int, pitch: float = 0.0) -> Camer
         width: Picture width in pixels; pixels are square and the focal length scales with it.
         pitch: Radians, positive looks down.
     """
-    if name not in CAMERA_NAMES:
+    if name not in CAMERAS:
         raise ValueError(f"unknown camera {name!r}")
     yaw_deg, focal, place = _LAYOUT[name]
     yaw = math.radians(yaw_deg)

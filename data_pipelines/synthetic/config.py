@@ -2,16 +2,9 @@
 
 from dataclasses import dataclass
 
+from data_pipelines.schema import CAMERAS
 from fastdrive_jax.errors import UserError
 
-CAMERA_NAMES = (
-    "CAM_FRONT",
-    "CAM_FRONT_RIGHT",
-    "CAM_BACK_RIGHT",
-    "CAM_BACK",
-    "CAM_BACK_LEFT",
-    "CAM_FRONT_LEFT",
-)
 CLASS_NAMES = (
     "sky",
     "building",
@@ -31,8 +24,6 @@ FOREGROUND_IDS = (ROAD, LANE_MARK, VEHICLE, PERSON, SIGN, TRAFFIC_LIGHT, BARRIER
 OBJECT_IDS = (VEHICLE, PERSON, SIGN, TRAFFIC_LIGHT, BARRIER)
 
 SPLITS = ("train", "val")
-KEYFRAME_PERIOD = 0.5  # seconds; nuScenes annotates at 2 Hz
-FUTURE_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ class WorldConfig:
     keyframes_per_scene: int = 6
     height: int = 224
     width: int = 392
-    cameras: tuple[str, ...] = CAMERA_NAMES
+    cameras: tuple[str, ...] = CAMERAS
     jpeg_quality: int = 92
     workers: int = 0
 
@@ -82,10 +73,10 @@ class WorldConfig:
             raise UserError(f"jpeg_quality={self.jpeg_quality} is outside 1 to 100.")
         if self.workers < 0:
             raise UserError(f"workers={self.workers} is negative; give 0 to use every core.")
-        unknown = [name for name in self.cameras if name not in CAMERA_NAMES]
+        unknown = [name for name in self.cameras if name not in CAMERAS]
         if unknown or not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise UserError(
-                f"cameras={self.cameras} must name each wanted camera once, out of {CAMERA_NAMES}."
+                f"cameras={self.cameras} must name each wanted camera once, out of {CAMERAS}."
             )
 
     def scenes(self, split: str) -> int:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_pipelines.synthetic import meshes
+from data_pipelines.synthetic import meshes, scenery
 from data_pipelines.synthetic.roads import LANE_WIDTH, Road
 from data_pipelines.synthetic.scenarios import Situation, car_actor, paint, person_actor
 from data_pipelines.synthetic.scene import Actor, Motion
@@ -95,7 +95,7 @@ def _row(road, begin, end, rng, layout, pavement, density, leaves):
                     layout.take(xy, radius * 0.85)
                     wall = _WALLS[rng.integers(0, len(_WALLS))]
                     wall = tuple(float(np.clip(c + rng.normal(0, 12), 20, 240)) for c in wall)
-                    mesh = meshes.building(rng, length, depth, rng.uniform(4, 14), wall)
+                    mesh = scenery.building(rng, length, depth, rng.uniform(4, 14), wall)
                     actors.append(Actor(mesh, tuple(xy), float(yaw)))
             s += length * 0.5 + rng.uniform(1, 8)
         for s in np.arange(begin, end, 5.0):
@@ -107,9 +107,9 @@ def _row(road, begin, end, rng, layout, pavement, density, leaves):
                     tint = tuple(float(np.clip(c * rng.uniform(0.75, 1.2), 0, 255)) for c in leaves)
                     height = rng.uniform(4, 9)
                     mesh = (
-                        meshes.tree(rng, height, tint)
+                        scenery.tree(rng, height, tint)
                         if rng.random() < 0.7
-                        else meshes.bush(rng, tint)
+                        else scenery.bush(rng, tint)
                     )
                     actors.append(Actor(mesh, tuple(xy), 0.0))
             if rng.random() < 0.5 * density:
@@ -119,7 +119,7 @@ def _row(road, begin, end, rng, layout, pavement, density, leaves):
                 if layout.free(xy, 0.5, 0.3):
                     layout.take(xy, 0.6)
                     turned = float(yaw + rng.normal(0, 0.3))
-                    actors.append(Actor(meshes.clutter(rng), tuple(xy), turned))
+                    actors.append(Actor(scenery.clutter(rng), tuple(xy), turned))
     return actors
 
 
@@ -132,7 +132,7 @@ def _skyline(rng, layout):
             layout.take(xy, 12.0)
             wall = _WALLS[rng.integers(0, len(_WALLS))]
             size = rng.uniform(10, 20), rng.uniform(10, 18), rng.uniform(10, 34)
-            actors.append(Actor(meshes.building(rng, *size, wall), xy, float(angle)))
+            actors.append(Actor(scenery.building(rng, *size, wall), xy, float(angle)))
     return actors
 
 

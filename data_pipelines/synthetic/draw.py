@@ -7,7 +7,7 @@ import numpy as np
 
 from data_pipelines.synthetic.config import GROUND, LANE_MARK
 from data_pipelines.synthetic.scene import Scene
-from data_pipelines.synthetic.view import NEAR, Canvas, View, clip, fill_shadow
+from data_pipelines.synthetic.view import NEAR, Canvas, View, clip, fill_shadow, fixed_point
 
 _FAR = 130.0
 _MARKS_FAR = 70.0
@@ -19,6 +19,8 @@ class Stage:
 
     Attributes:
         outlines: Ground polygons on the terrain, each `[n, 3]`.
+        reaches: `[S, 4]` centre and radius of each ground polygon.
+        shadows: Shadow outline `[n, 3]` of each actor that stands still, else None.
         paints: `[S, 3]` their colours.
         paint_labels: `[S]` their classes.
         vertices: `[M, 8, 3]` polygons of all actors in their own frames.
@@ -33,6 +35,8 @@ class Stage:
     """
 
     outlines: list[np.ndarray]
+    reaches: np.ndarray
+    shadows: list[np.ndarray | None]
     paints: np.ndarray
     paint_labels: list[int]
     vertices: np.ndarray
@@ -57,8 +61,16 @@ def prepare(scene: Scene) -> Stage:
     }
     meshes = [a.mesh for a in scene.actors]
     starts = np.cumsum([0] + [m.groups[-1] + 1 for m in meshes])[:-1]
+    outlines = [scene.terrain.lift(s.outline) for s in scene.strips]
+    middles = [(o.min(0) + o.max(0)) / 2 for o in outlines]
+    radii = [np.linalg.norm(o - m, axis=1).max() for o, m in zip(outlines, middles, strict=True)]
     return Stage(
-        outlines=[scene.terrain.lift(s.outline) for s in scene.strips],
+        outlines=outlines,
+        reaches=np.concatenate([np.array(middles), np.array(radii)[:, None]], 1),
+        shadows=[
+            _shadow(scene, a, np.asarray(a.xy), a.yaw) if a.motion is None else None
+            for a in scene.actors
+        ],
         paints=np.array([paints[s.paint] for s in scene.strips], float),
         paint_labels=[s.label for s in scene.strips],
         vertices=np.concatenate([m.vertices for m in meshes]),
@@ -75,17 +87,24 @@ def prepare(scene: Scene) -> Stage:
 
 def draw_ground(scene: Scene, stage: Stage, view: View, canvas: Canvas):
     """Draws open ground below the skyline, then pavements, roads and marks."""
-    canvas.fill([_skyline(scene, view)], scene.look.grass, GROUND)
-    size = np.array([view.width, view.height])
-    for outline, colour, label in zip(
-        stage.outlines, stage.paints, stage.paint_labels, strict=True
-    ):
-        polygon = clip(view.local(outline))
-        if len(polygon) < 3 or (label == LANE_MARK and polygon[:, 2].min() > _MARKS_FAR):
-            continue
-        pixels = view.pixels(polygon)
-        if (pixels.max(0) >= 0).all() and (pixels.min(0) <= size).all():
-            canvas.fill([pixels], colour, label)
+    canvas.fill([fixed_point(_skyline(scene, view))], scene.look.grass, GROUND)
+    middles, radii = view.local(stage.reaches[:, :3]), stage.reaches[:, 3]
+    seen = _may_be_seen(view, middles, radii)
+    seen &= (np.array(stage.paint_labels) != LANE_MARK) | (middles[:, 2] - radii < _MARKS_FAR)
+    for k in np.flatnonzero(seen):
+        polygon = clip(view.local(stage.outlines[k]))
+        if len(polygon) >= 3:
+            pixels = fixed_point(view.pixels(polygon))
+            canvas.fill([pixels], stage.paints[k], stage.paint_labels[k])
+
+
+def _may_be_seen(view: View, middles, radii):
+    """Whether balls at `middles` `[n, 3]` (camera coordinates) reach into the field of view."""
+    slope = (
+        0.5 * view.width / view.focal[0] + abs(view.centre[0] - 0.5 * view.width) / view.focal[0]
+    )
+    outside = (np.abs(middles[:, 0]) - slope * middles[:, 2]) / np.hypot(1.0, slope)
+    return (middles[:, 2] > NEAR - radii) & (outside < radii)
 
 
 def _skyline(scene, view):
@@ -114,8 +133,7 @@ def draw_actors(scene: Scene, stage: Stage, view: View, canvas: Canvas, time: fl
     towards_camera = np.arctan2(away[:, 1], away[:, 0])
     yaws = np.where(stage.billboard, towards_camera, [p[1] for p in poses])
     local = away @ view.rotation
-    outside = np.abs(local[:, 0]) - 0.55 * view.width / view.focal[0] * np.maximum(local[:, 2], 0)
-    seen = (local[:, 2] > -stage.radius) & (local[:, 2] < _FAR) & (outside < 1.6 * stage.radius + 1)
+    seen = _may_be_seen(view, local, stage.radius + 1.5) & (local[:, 2] < _FAR)
 
     chosen = np.flatnonzero(seen[stage.owner])
     owner = stage.owner[chosen]
@@ -126,10 +144,10 @@ def draw_actors(scene: Scene, stage: Stage, view: View, canvas: Canvas, time: fl
     whole = points[..., 2].min(1) > NEAR
     drawn = front & (points[..., 2].max(1) > NEAR)
     colours = _lit(scene.look, stage, chosen, normals, points)
-    pixels = view.pixels(points)
+    pixels = fixed_point(view.pixels(points))
 
     shadows = np.zeros((view.height, view.width), np.uint8)
-    fill_shadow(shadows, _shadows(scene, view, np.flatnonzero(seen), spots, yaws))
+    fill_shadow(shadows, _shadows(scene, stage, view, np.flatnonzero(seen), spots, yaws))
     drawings = []
     bounds = np.searchsorted(owner, np.arange(len(poses) + 1))
     for actor in np.argsort(-np.hypot(away[:, 0], away[:, 1]), kind="stable"):
@@ -140,15 +158,19 @@ def draw_actors(scene: Scene, stage: Stage, view: View, canvas: Canvas, time: fl
         begin, outline = len(canvas), []
         groups = stage.groups[chosen[rows]]
         for members in np.split(rows, np.flatnonzero(np.diff(groups)) + 1):
-            polygons = [pixels[r] if whole[r] else view.pixels(clip(points[r])) for r in members]
+            polygons = [
+                pixels[r] if whole[r] else fixed_point(view.pixels(clip(points[r])))
+                for r in members
+            ]
             polygons = [p for p in polygons if len(p) >= 3]
             if polygons:
                 head = chosen[members[0]]
                 canvas.fill(polygons, colours[members[0]], int(stage.labels[head]))
                 outline += polygons
         if outline:
-            hull = cv2.convexHull(np.concatenate(outline).astype(np.float32))
-            drawings.append((int(actor), begin, len(canvas), float(cv2.contourArea(hull))))
+            hull = cv2.convexHull(np.concatenate(outline))
+            area = cv2.contourArea(hull) / fixed_point(np.ones(1))[0] ** 2
+            drawings.append((int(actor), begin, len(canvas), float(area)))
     return shadows, drawings
 
 
@@ -168,26 +190,33 @@ def _lit(look, stage, chosen, normals, points):
     return np.where(stage.glowing[chosen][:, None], colour, dull)
 
 
-def _shadows(scene, view, actors, spots, yaws):
-    """Flat shadows below everything that stands on the ground, moved away from the sun."""
-    sun = scene.look.sun
+def _shadows(scene, stage, view, actors, spots, yaws):
     for k in actors:
-        actor = scene.actors[k]
-        top = float(actor.mesh.vertices[..., 2].max())
-        if actor.mesh.billboard:
-            half = np.array([0.15, 0.15]) * top
-        elif actor.category:
-            half = np.array([actor.size[1], actor.size[0]]) * 0.52
-        else:
-            half = np.abs(actor.mesh.vertices[..., :2]).max((0, 1)) * 1.02
-            if top > 3.2 and half.max() < 6:  # masts cast next to nothing
-                continue
-        c, s = np.cos(yaws[k]), np.sin(yaws[k])
-        corners = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * half
-        corners = corners @ np.array([[c, s], [-s, c]]) + spots[k]
-        reach = min(top, 3.0) * 0.35
-        cast = corners - reach * sun[:2] / sun[2] * 0.5
-        flat = cv2.convexHull(np.concatenate([corners, cast]).astype(np.float32))[:, 0]
-        polygon = clip(view.local(scene.terrain.lift(flat.astype(float))))
+        outline = stage.shadows[k]
+        if outline is None and scene.actors[k].motion is not None:
+            outline = _shadow(scene, scene.actors[k], spots[k], yaws[k])
+        if outline is None:
+            continue
+        polygon = clip(view.local(outline))
         if len(polygon) >= 3:
             yield view.pixels(polygon)
+
+
+def _shadow(scene, actor, xy, yaw):
+    """Flat shadow `[n, 3]` below an actor, moved away from the sun; None where there is none."""
+    top = float(actor.mesh.vertices[..., 2].max())
+    if actor.mesh.billboard:
+        half = np.array([0.15, 0.15]) * top
+    elif actor.category:
+        half = np.array([actor.size[1], actor.size[0]]) * 0.52
+    else:
+        half = np.abs(actor.mesh.vertices[..., :2]).max((0, 1)) * 1.02
+        if top > 3.2 and half.max() < 6:  # masts cast next to nothing
+            return None
+    c, s = np.cos(yaw), np.sin(yaw)
+    corners = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * half
+    corners = corners @ np.array([[c, s], [-s, c]]) + xy
+    sun = scene.look.sun
+    cast = corners - min(top, 3.0) * 0.17 * sun[:2] / sun[2]
+    flat = cv2.convexHull(np.concatenate([corners, cast]).astype(np.float32))[:, 0]
+    return scene.terrain.lift(flat.astype(float))

@@ -8,11 +8,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data_pipelines.schema import FUTURE_STEPS, STEP_SECONDS
 from data_pipelines.synthetic.config import (
     CLASS_NAMES,
     FOREGROUND_IDS,
-    FUTURE_STEPS,
-    KEYFRAME_PERIOD,
     OBJECT_IDS,
     SPLITS,
     WorldConfig,
@@ -119,7 +118,7 @@ def planning_figures(config: WorldConfig) -> dict[str, float]:
             free = without_hazards(scene.task)
             for step in keyframe_indices(config.keyframes_per_scene):
                 future = waypoints(states, step)
-                times = KEYFRAME_PERIOD * np.arange(1, FUTURE_STEPS + 1)
+                times = STEP_SECONDS * np.arange(1, FUTURE_STEPS + 1)
                 straight = np.stack([states[step].speed * times, np.zeros(FUTURE_STEPS)], 1)
                 errors.append(np.linalg.norm(future - straight, axis=1).mean())
                 alone = _free_run(free, states[step])
@@ -135,4 +134,4 @@ def planning_figures(config: WorldConfig) -> dict[str, float]:
 
 
 def _free_run(task, state):
-    return waypoints(simulate(task, state, FUTURE_STEPS * KEYFRAME_PERIOD + DT), 0)
+    return waypoints(simulate(task, state, FUTURE_STEPS * STEP_SECONDS + DT), 0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_pipelines.synthetic.config import FUTURE_STEPS, KEYFRAME_PERIOD
+from data_pipelines.schema import FUTURE_STEPS, STEP_SECONDS
 from data_pipelines.synthetic.geometry import Path
 
 DT = 0.1
@@ -117,7 +117,7 @@ def simulate(task: Task, start: EgoState, seconds: float) -> list[EgoState]:
 
 def waypoints(states: list[EgoState], index: int) -> np.ndarray:
     """Future positions `[6, 2]` every 0.5 s in the flat frame of `states[index]`."""
-    stride = round(KEYFRAME_PERIOD / DT)
+    stride = round(STEP_SECONDS / DT)
     here = states[index]
     future = [states[index + stride * (k + 1)] for k in range(FUTURE_STEPS)]
     offset = np.array([[f.x - here.x, f.y - here.y] for f in future])

@@ -5,14 +5,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data_pipelines.schema import FUTURE_STEPS, STEP_SECONDS
 from data_pipelines.synthetic import tables
 from data_pipelines.synthetic.camera import Camera, make_camera
-from data_pipelines.synthetic.config import (
-    FOREGROUND_IDS,
-    FUTURE_STEPS,
-    KEYFRAME_PERIOD,
-    WorldConfig,
-)
+from data_pipelines.synthetic.config import FOREGROUND_IDS, WorldConfig
 from data_pipelines.synthetic.geometry import STEP, pose_on, quaternion, rotation_z
 from data_pipelines.synthetic.planner import DT, EgoState
 from data_pipelines.synthetic.render import Picture, prepare, render
@@ -38,7 +34,7 @@ def plan(scene: Scene, states: list[EgoState], index: int, sway) -> dict:
     """Planning record of the key frame at simulation step `index`, in the tilted ego frame."""
     here = states[index]
     rotation, origin = pose_on(scene.terrain, (here.x, here.y), here.yaw, *sway)
-    stride = round(KEYFRAME_PERIOD / DT)
+    stride = round(STEP_SECONDS / DT)
     future = [states[index + stride * (k + 1)] for k in range(FUTURE_STEPS)]
     spots = scene.terrain.lift(np.array([[f.x, f.y] for f in future]))
     return {

@@ -5,9 +5,10 @@ import math
 
 import numpy as np
 
+from data_pipelines.schema import CAMERAS, STEP_SECONDS
 from data_pipelines.synthetic import decor
 from data_pipelines.synthetic.camera import make_camera
-from data_pipelines.synthetic.config import CAMERA_NAMES, KEYFRAME_PERIOD, SPLITS, WorldConfig
+from data_pipelines.synthetic.config import SPLITS, WorldConfig
 from data_pipelines.synthetic.geometry import Terrain, pose_on
 from data_pipelines.synthetic.planner import DT, FRONT_OVERHANG, EgoState, simulate
 from data_pipelines.synthetic.roads import surface
@@ -21,12 +22,12 @@ _ATTEMPTS = 400
 
 def keyframe_indices(keyframes: int) -> list[int]:
     """Simulation steps at which the key frames lie."""
-    return [round((WARM_UP + KEYFRAME_PERIOD * k) / DT) for k in range(keyframes)]
+    return [round((WARM_UP + STEP_SECONDS * k) / DT) for k in range(keyframes)]
 
 
 def rollout(scene: Scene, keyframes: int, task=None) -> list[EgoState]:
     """Ego states every 0.1 s until 3 s after the last key frame."""
-    seconds = WARM_UP + KEYFRAME_PERIOD * (keyframes - 1) + 3.0
+    seconds = WARM_UP + STEP_SECONDS * (keyframes - 1) + 3.0
     return simulate(task or scene.task, scene.start, seconds)
 
 
@@ -76,7 +77,7 @@ def _draw(config, split, index, name, rng) -> Scene | None:
         start=start,
         actors=tuple(sit.actors),
         look=_look(rng),
-        pitch={c: pitch + float(rng.normal(0, 0.012)) for c in CAMERA_NAMES},
+        pitch={c: pitch + float(rng.normal(0, 0.012)) for c in CAMERAS},
         sway=sway,
         world_yaw=world_yaw,
         world_shift=np.append(corner, 0.0),

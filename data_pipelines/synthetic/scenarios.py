@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_pipelines.schema import LEFT, RIGHT, STRAIGHT
 from data_pipelines.synthetic import meshes
 from data_pipelines.synthetic.geometry import Path, path_through
 from data_pipelines.synthetic.planner import Task
@@ -17,7 +18,7 @@ from data_pipelines.synthetic.roads import (
     stop_line,
     turn_route,
 )
-from data_pipelines.synthetic.scene import LEFT, RIGHT, STRAIGHT, Actor, Motion
+from data_pipelines.synthetic.scene import Actor, Motion
 
 # One cycle of scenes; hazards that change the plan outnumber the look-alikes that must not.
 CYCLE = (

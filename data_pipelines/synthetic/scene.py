@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipelines.schema import STRAIGHT
 from data_pipelines.synthetic.geometry import Path, Terrain, rotation_z
-from data_pipelines.synthetic.meshes import Mesh
+from data_pipelines.synthetic.mesh import Mesh
 from data_pipelines.synthetic.planner import EgoState, Task
 from data_pipelines.synthetic.roads import Road, Strip
 
-LEFT, STRAIGHT, RIGHT = 0, 1, 2
 WARM_UP = 0.5  # seconds driven before the first key frame, so that its acceleration is defined
 
 

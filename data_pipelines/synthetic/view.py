@@ -67,26 +67,33 @@ class Canvas:
         return len(self._labels)
 
     def fill(self, polygons, colour, label: int):
-        """Paints disjoint polygons (pixels, each `[n, 2]`) over what is there."""
-        fixed = [np.rint(p * (1 << _SHIFT)).astype(np.int32) for p in polygons]
-        cv2.fillPoly(self.numbers, fixed, len(self._labels), cv2.LINE_8, _SHIFT)
+        """Paints disjoint polygons (`fixed_point` pixels, each `[n, 2]`) over what is there."""
+        cv2.fillPoly(self.numbers, polygons, len(self._labels), cv2.LINE_8, _SHIFT)
         self._colours.append(colour)
         self._labels.append(label)
 
     def colours(self) -> np.ndarray:
         """Colour of every pixel `[H, W, 3]` uint8."""
-        return np.clip(np.array(self._colours), 0, 255).astype(np.uint8)[self.numbers]
+        table = np.zeros((len(self._colours), 4), np.uint8)
+        table[:, :3] = np.clip(np.array(self._colours), 0, 255)
+        # One 4-byte word per pixel is gathered several times faster than a row of three bytes.
+        words = table.view(np.uint32)[:, 0].take(self.numbers)
+        return cv2.cvtColor(words.view(np.uint8).reshape(*words.shape, 4), cv2.COLOR_BGRA2BGR)
 
     def labels(self) -> np.ndarray:
         """Class of every pixel `[H, W]` uint8."""
-        return np.array(self._labels, np.uint8)[self.numbers]
+        return np.array(self._labels, np.uint8).take(self.numbers)
+
+
+def fixed_point(pixels: np.ndarray) -> np.ndarray:
+    """Pixels as the integers that `Canvas.fill` takes, in sixteenths."""
+    return np.rint(pixels * (1 << _SHIFT)).astype(np.int32)
 
 
 def fill_shadow(mask: np.ndarray, polygons):
     """Sets `mask` `[H, W]` uint8 to 1 inside pixel polygons."""
     for polygon in polygons:
-        fixed = np.rint(polygon * (1 << _SHIFT)).astype(np.int32)
-        cv2.fillPoly(mask, [fixed], 1, cv2.LINE_8, _SHIFT)
+        cv2.fillPoly(mask, [fixed_point(polygon)], 1, cv2.LINE_8, _SHIFT)
 
 
 def clip(polygon: np.ndarray) -> np.ndarray:

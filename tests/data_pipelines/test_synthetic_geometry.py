@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from data_pipelines.schema import CAMERAS
 from data_pipelines.synthetic.camera import make_camera
-from data_pipelines.synthetic.config import CAMERA_NAMES
 from data_pipelines.synthetic.geometry import (
     Terrain,
     path_from_curvature,
@@ -36,7 +36,7 @@ def test_quaternion_gives_the_matrix_back():
     assert np.allclose(np.abs(quaternion(rotation_z(math.pi))), [0, 0, 0, 1], atol=1e-9)
 
 
-@pytest.mark.parametrize("name", CAMERA_NAMES)
+@pytest.mark.parametrize("name", CAMERAS)
 def test_camera_frame_is_right_down_forward(name):
     camera = make_camera(name, 224, 392)
     right, down, forward = camera.rotation.T
@@ -50,7 +50,7 @@ def test_camera_frame_is_right_down_forward(name):
 
 def test_yaws_and_focal_lengths_are_those_of_nuscenes():
     yaws = {}
-    for name in CAMERA_NAMES:
+    for name in CAMERAS:
         forward = make_camera(name, 900, 1600).rotation[:, 2]
         yaws[name] = round(math.degrees(math.atan2(forward[1], forward[0])))
     assert list(yaws.values()) == [0, -55, -110, 180, 110, 55]

@@ -141,7 +141,7 @@ def test_mask_is_the_foreground_of_the_labels(scenes):
 
 def test_near_things_hide_far_things(scenes):
     """A wall set before the car leaves no trace of what is behind it, in labels or visibility."""
-    from data_pipelines.synthetic.meshes import MeshBuilder
+    from data_pipelines.synthetic.mesh import MeshBuilder
     from data_pipelines.synthetic.scene import Actor
 
     scene = next(s for s in scenes if s.scenario == "lead_stopped")

@@ -1,0 +1,111 @@
+"""Meshes: lists of flat polygons in an object's own frame (x forward, y left, z up).
+
+Polygons are listed in the order in which they are painted. Those of one `group` share colour and
+label, don't overlap on the screen and are filled in one call.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+CORNERS = 8  # every polygon is stored with 8 vertices; shorter ones repeat the last
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Polygons of one object.
+
+    Attributes:
+        vertices: `[M, 8, 3]` metres.
+        colours: `[M, 3]` RGB, 0..255.
+        labels: `[M]` class ids.
+        groups: `[M]` increasing group numbers.
+        culled: `[M]` True where the back side is not drawn.
+        glowing: `[M]` True where light and haze leave the colour alone.
+        billboard: Turned about the vertical to face the camera.
+        radius: Distance of the farthest vertex from the origin.
+    """
+
+    vertices: np.ndarray
+    colours: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+    culled: np.ndarray
+    glowing: np.ndarray
+    billboard: bool
+    radius: float
+
+
+class MeshBuilder:
+    """Collects polygons, then freezes them into a `Mesh`."""
+
+    def __init__(self, label: int):
+        self.label = label
+        self._rows = []
+        self._group = -1
+
+    def add(self, polygons, colour, label=None, culled=True, glowing=False):
+        """Adds polygons (each `[n <= 8, 3]`) as one group of one colour."""
+        self._group += 1
+        label = self.label if label is None else label
+        for polygon in polygons:
+            polygon = np.asarray(polygon, float)
+            rest = np.repeat(polygon[-1:], CORNERS - len(polygon), 0)
+            padded = np.concatenate([polygon, rest])
+            self._rows.append((padded, colour, label, self._group, culled, glowing))
+
+    def box(self, centre, size, colour, label=None, top=1.0, faces="fblrt"):
+        """Adds a box; `top` scales its upper face, `faces` picks front, back, left, right, top."""
+        (x, y, z), (length, width, height) = centre, size
+        a, b, c = length / 2, width / 2, height / 2
+        lower = [(x + i * a, y + j * b, z - c) for i, j in ((1, 1), (1, -1), (-1, -1), (-1, 1))]
+        upper = [
+            (x + i * a * top, y + j * b * top, z + c)
+            for i, j in ((1, 1), (1, -1), (-1, -1), (-1, 1))
+        ]
+        sides = {
+            "f": [lower[1], lower[0], upper[0], upper[1]],
+            "r": [lower[2], lower[1], upper[1], upper[2]],
+            "b": [lower[3], lower[2], upper[2], upper[3]],
+            "l": [lower[0], lower[3], upper[3], upper[0]],
+            "t": [upper[1], upper[0], upper[3], upper[2]],
+        }
+        for face in faces:
+            self.add([sides[face]], colour, label)
+
+    def build(self, billboard: bool = False) -> Mesh:
+        """Freezes the polygons."""
+        columns = list(zip(*self._rows, strict=True))
+        vertices = np.stack(columns[0])
+        return Mesh(
+            vertices,
+            np.array(columns[1], float),
+            np.array(columns[2], np.uint8),
+            np.array(columns[3], np.int32),
+            np.array(columns[4], bool),
+            np.array(columns[5], bool),
+            billboard,
+            float(np.linalg.norm(vertices, axis=-1).max()),
+        )
+
+
+def facing(y, z, width, height, x=0.0, sign=-1):
+    """Rectangle in a plane of constant x; `sign` -1 faces backwards, +1 forwards."""
+    a, b = width / 2 * sign, height / 2
+    return [(x, y - a, z - b), (x, y + a, z - b), (x, y + a, z + b), (x, y - a, z + b)]
+
+
+def beside(x, z, length, height, y, sign):
+    """Rectangle in a plane of constant y; `sign` +1 faces left, -1 right."""
+    a, b = length / 2 * sign, height / 2
+    return [(x + a, y, z - b), (x - a, y, z - b), (x - a, y, z + b), (x + a, y, z + b)]
+
+
+def disc(centre, radius, axis="x", sign=-1, corners=8):
+    """Regular polygon about `centre`, facing along `sign` times the axis."""
+    angles = np.arange(corners) * 2 * np.pi / corners + np.pi / corners
+    p, q = radius * np.cos(angles) * sign, radius * np.sin(angles)
+    x, y, z = centre
+    if axis == "x":
+        return np.stack([np.full(corners, x), y + p, z + q], -1)
+    return np.stack([x - p, np.full(corners, y), z + q], -1)
