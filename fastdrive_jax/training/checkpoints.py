@@ -245,8 +245,11 @@ def _check_room(folder: Path, tree: Any) -> None:
 
 def _stored_tree(folder: Path) -> Any:
     """Shapes and dtypes of a saved tree, as Orbax's metadata."""
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return checkpointer.metadata(folder).item_metadata.tree
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return handler.metadata(folder).tree
+    finally:
+        handler.close()
 
 
 def _check_tree(folder: Path, stored: Any, abstract: Any) -> None:

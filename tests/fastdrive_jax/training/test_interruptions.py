@@ -14,6 +14,7 @@ import pytest
 from tiny_run import TinyConfig, functions, make_batches, run
 
 from fastdrive_jax.training.checkpoints import RunCheckpoints
+from fastdrive_jax.training.loop import StoppedBySignal
 from fastdrive_jax.training.metrics_log import read_log
 from fastdrive_jax.training.state import abstract_state
 
@@ -34,7 +35,7 @@ def start(folder, cache, pause=0.02):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return out.splitlines(), err
 
 
@@ -61,19 +62,16 @@ def timeless(folder):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """A run that nothing disturbed, and a compilation cache."""
-    root = tmp_path_factory.mktemp("straight")
-    out, err = finish(start(root / "run", root / "cache", pause=0))
-    assert out[-1] == "done", err
-    return root
+def cache(tmp_path_factory):
+    """Shared by the processes, so that only the first one compiles."""
+    return tmp_path_factory.mktemp("cache")
 
 
-def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tmp_path, straight):
+def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tmp_path, cache):
     chance = random.Random(0)
-    folder, reached = tmp_path / "run", []
-    for logs in (1, 7, 4, 8):
-        process = start(folder, straight / "cache")
+    folder, reached = tmp_path / "killed", []
+    for logs in (1, 7, 5):
+        process = start(folder, cache)
         wait_for_logs(process, logs)
         time.sleep(chance.uniform(0.0, 0.1))
         process.kill()
@@ -81,20 +79,36 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tmp_path, strai
         assert process.returncode == -signal.SIGKILL
         reached.append(timeless(folder)[-1]["step"])
     assert 0 < max(reached) < STEPS  # none came to the end before it was killed
-    out, err = finish(start(folder, straight / "cache", pause=0))
+    out, err = finish(start(folder, cache, pause=0))
     assert out[-1] == "done", err
     assert out[1] != "log 1"  # it did go on from a checkpoint
-    jax.tree.map(np.testing.assert_array_equal, final_state(folder), final_state(straight / "run"))
-    assert timeless(folder) == timeless(straight / "run")
+    straight = run(tmp_path / "straight", STEPS, log_every=1, checkpoint_every=2)
+    jax.tree.map(np.testing.assert_array_equal, final_state(folder), straight.state)
+    assert timeless(folder) == timeless(tmp_path / "straight")
+
+
+def test_a_run_told_to_stop_saves_and_exits_without_a_traceback(tmp_path, cache):
+    process = start(tmp_path, cache)
+    wait_for_logs(process, 1)
+    process.terminate()
+    _, err = finish(process)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in err
+    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert f"SIGTERM: saved step {saved} in" in err
+    assert timeless(tmp_path)[-1]["step"] == saved < STEPS
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_told_to_stop_saves_first(tmp_path, straight, number):
-    process = start(tmp_path, straight / "cache")
-    wait_for_logs(process, 1)
-    process.send_signal(number)
-    _, err = finish(process)
-    assert process.returncode == 128 + number
-    assert "Traceback" not in err
-    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert timeless(tmp_path)[-1]["step"] == saved < STEPS
+def test_signals_stop_at_the_next_step_and_get_their_handlers_back(tmp_path, number):
+    before = signal.getsignal(number)
+
+    def interrupt(record):
+        if record["step"] == 4:
+            signal.raise_signal(number)
+
+    with pytest.raises(StoppedBySignal) as stopped:
+        run(tmp_path, STEPS, on_log=interrupt, checkpoint_every=100)
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
