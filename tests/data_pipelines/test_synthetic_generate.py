@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -46,8 +47,6 @@ def _rows(root: Path, table: str) -> list[dict]:
 
 
 def test_two_workers_write_the_same_bytes(dataset, tmp_path):
-    from dataclasses import replace
-
     other = generate(tmp_path / "two", replace(SMALL, workers=2), progress=False)
     assert _equal(dataset, other)
     seeded = generate(tmp_path / "seed", replace(SMALL, seed=6), progress=False)
@@ -56,8 +55,6 @@ def test_two_workers_write_the_same_bytes(dataset, tmp_path):
 
 
 def test_scene_does_not_depend_on_the_size_of_the_set(dataset, tmp_path):
-    from dataclasses import replace
-
     one = generate(tmp_path / "one", replace(SMALL, train_scenes=1, val_scenes=1), progress=False)
     pictures = [p for p in _files(one) if p.endswith((".jpg", "0.png")) and "maps" not in p]
     assert pictures
@@ -127,8 +124,6 @@ def test_planning_agrees_with_the_ego_poses(dataset):
 
 
 def test_second_call_returns_at_once_and_other_config_is_refused(dataset):
-    from dataclasses import replace
-
     before = (dataset / "planning.json").stat().st_mtime_ns
     assert generate(dataset, replace(SMALL, workers=2), progress=False) == dataset
     assert (dataset / "planning.json").stat().st_mtime_ns == before
@@ -169,8 +164,6 @@ def test_full_disk_is_one_sentence_and_the_next_run_goes_on(dataset, tmp_path, m
 
 
 def test_unfinished_set_of_another_config_is_started_afresh(dataset, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     def stop(*args):
         raise OSError(errno.ENOSPC, "full")
 
@@ -216,6 +209,35 @@ def test_killed_run_is_never_taken_for_a_whole_one_and_goes_on(dataset, tmp_path
     assert is_complete(root, SMALL)
     assert not partial.exists()
     assert _equal(root, dataset)
+
+
+def _generate_in_two_workers(root):
+    generate(root, replace(SMALL, train_scenes=200, workers=2), progress=False)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads process ids from /proc")
+def test_workers_end_with_a_killed_run(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(target=_generate_in_two_workers, args=(tmp_path / "data",))
+    child.start()
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("data.partial/records/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    deadline = time.monotonic() + 20
+    while any(_alive(int(w)) for w in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_alive(int(w)) for w in workers)
 
 
 @pytest.mark.parametrize(

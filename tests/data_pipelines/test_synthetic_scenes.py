@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from data_pipelines.synthetic import sampler, scenery
 from data_pipelines.synthetic.camera import make_camera
 from data_pipelines.synthetic.config import (
     BARRIER,
@@ -19,6 +20,7 @@ from data_pipelines.synthetic.config import (
     WorldConfig,
 )
 from data_pipelines.synthetic.measure import planning_figures
+from data_pipelines.synthetic.mesh import MeshBuilder
 from data_pipelines.synthetic.planner import DT, waypoints
 from data_pipelines.synthetic.record import encode
 from data_pipelines.synthetic.render import prepare, render
@@ -29,6 +31,7 @@ from data_pipelines.synthetic.sampler import (
     scenario_name,
 )
 from data_pipelines.synthetic.scenarios import CYCLE
+from data_pipelines.synthetic.scene import Actor
 
 CONFIG = WorldConfig(seed=3)
 KEYFRAMES = CONFIG.keyframes_per_scene
@@ -75,6 +78,30 @@ def test_what_the_plan_needs_is_seen_in_every_key_frame(scenes, scenario, label,
             without = _front(scene, states, k, actors=kept)
             gained = (with_it.labels != without.labels) & (with_it.labels == label)
             assert gained.sum() >= least, (scene.name, k)
+
+
+def test_scenery_never_hides_what_the_plan_needs(scenes):
+    """A tree half way to the hazard is dropped, the same tree well beside the line is kept."""
+    tree = scenery.tree(np.random.default_rng(0), 6.0, (60, 100, 40))
+    checked = 0
+    for scene in scenes:
+        hazards = [k for k, a in enumerate(scene.actors) if a.critical_height]
+        if not hazards or scene.scenario == "barrier_avoid":
+            continue
+        states = rollout(scene, KEYFRAMES)
+        lines = sampler._sight_lines(scene, states, KEYFRAMES)
+        state = states[keyframe_indices(KEYFRAMES)[0]]
+        hazard, _ = scene.actors[hazards[0]].pose(0.5, state.s)
+        eye = np.array([state.x, state.y])
+        across = np.array([eye[1] - hazard[1], hazard[0] - eye[0]])
+        across = across / np.linalg.norm(across)
+        for place, hides in (((eye + hazard) / 2, True), ((eye + hazard) / 2 + 30 * across, False)):
+            actor = Actor(tree, (float(place[0]), float(place[1])), 0.0)
+            assert sampler._blocks(actor, lines) == hides, (scene.name, hides)
+        kept = [a for a in scene.actors if not a.critical_height and a.motion is None]
+        assert not any(sampler._blocks(a, lines) for a in kept if not a.category)
+        checked += 1
+    assert checked >= 8
 
 
 def test_barriers_are_seen_before_they_are_passed(scenes):
@@ -141,9 +168,6 @@ def test_mask_is_the_foreground_of_the_labels(scenes):
 
 def test_near_things_hide_far_things(scenes):
     """A wall set before the car leaves no trace of what is behind it, in labels or visibility."""
-    from data_pipelines.synthetic.mesh import MeshBuilder
-    from data_pipelines.synthetic.scene import Actor
-
     scene = next(s for s in scenes if s.scenario == "lead_stopped")
     states = rollout(scene, KEYFRAMES)
     state = states[keyframe_indices(KEYFRAMES)[0]]
