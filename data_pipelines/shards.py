@@ -7,21 +7,19 @@ order is the source's order, memory is one shard, and TensorFlow is never import
 A data set is written beside its final folder and renamed when it is whole, `manifest.json` last.
 """
 
-import contextlib
 import errno
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from data_pipelines.disk import check_space, disk_errors
 from data_pipelines.pictures import check_picture
 from data_pipelines.schema import Classes, Record, Source, classes_from_dict, tfds_features
 from fastdrive_jax.errors import UserError
@@ -162,10 +160,10 @@ def build_shards(
     building = out_dir.with_name(out_dir.name + ".building")
     seen = _Seen()
     total = sum(map(len, source.samples.values())) * len(source.cameras)
-    with _disk_errors(out_dir):
+    with disk_errors(out_dir):
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        _check_space(source.size, building)
+        check_space(source.size, building)
         with tqdm(total=total, desc="shards", unit="picture", disable=not progress) as bar:
 
             def on_record(record: Record) -> None:
@@ -315,28 +313,3 @@ def record_source(shards: Shards, split: str):
 def _installed(names) -> list[str]:
     found = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
     return [name for name in names if name in found]
-
-
-def _check_space(size: int, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(errno.ENOSPC, f"{math.ceil(size / 1e6)} MB needed, {free // 10**6} MB free")
-
-
-@contextlib.contextmanager
-def _disk_errors(out_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, RuntimeError) as error:
-        # array_record reports a failed write as a RuntimeError with the system's text in it.
-        text = str(error)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or os.strerror(errno.ENOSPC) in text or os.strerror(errno.EDQUOT) in text:
-            raise UserError(
-                f"The disk is full while writing {out_dir} ({text}); free some space and run again."
-            ) from error
-        if isinstance(error, OSError):
-            raise UserError(f"Cannot write {out_dir} ({text}); check the folder.") from error
-        raise
