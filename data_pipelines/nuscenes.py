@@ -33,7 +33,21 @@ TABLES = (
     "sensor",
     "visibility",
 )
-_NEEDED = ("calibrated_sensor", "ego_pose", "sample", "sample_data", "scene", "sensor")
+_FIELDS = {  # of the tables that are read
+    "calibrated_sensor": ("token", "sensor_token"),
+    "ego_pose": ("token", "timestamp", "translation", "rotation"),
+    "sample": ("token", "timestamp", "scene_token"),
+    "sample_data": (
+        "token",
+        "sample_token",
+        "ego_pose_token",
+        "calibrated_sensor_token",
+        "is_key_frame",
+        "filename",
+    ),
+    "scene": ("token", "name"),
+    "sensor": ("token", "channel"),
+}
 
 
 @dataclass(frozen=True)
@@ -127,12 +141,16 @@ def _read_tables(folder: Path) -> dict[str, list[dict]]:
             f"{folder} lacks {len(absent)} of the {len(TABLES)} nuScenes tables: "
             f"{', '.join(f'{name}.json' for name in absent)}; add them."
         )
-    tables = {name: _read_json(folder / f"{name}.json") for name in _NEEDED}
-    for name, rows in tables.items():
-        if not isinstance(rows, list) or not all(
-            isinstance(r, dict) and "token" in r for r in rows
-        ):
-            raise UserError(f"{folder / name}.json is not a list of rows with tokens.")
+    tables = {}
+    for name, fields in _FIELDS.items():
+        path = folder / f"{name}.json"
+        tables[name] = rows = _read_json(path)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{path} is not a list of rows; write it again.")
+        for row in rows:
+            if not all(field in row for field in fields):
+                lacking = ", ".join(field for field in fields if field not in row)
+                raise UserError(f"A row of {path} lacks {lacking} (token {row.get('token')}).")
     return tables
 
 
