@@ -29,10 +29,13 @@ class Path:
 
     def at(self, s):
         """Position `[..., 2]` and heading `[...]` at arc length(s) `s`, held at the ends."""
-        index = (np.asarray(s, float) - self.start) / STEP
-        grid = np.arange(len(self.points))
-        xy = [np.interp(index, grid, self.points[:, k]) for k in (0, 1)]
-        return np.stack(xy, -1), np.interp(index, grid, self.headings)
+        last = len(self.points) - 1
+        index = np.minimum(np.maximum((np.asarray(s, float) - self.start) / STEP, 0.0), last)
+        low = np.minimum(index.astype(int), last - 1)
+        share = index - low
+        xy = self.points[low] + share[..., None] * (self.points[low + 1] - self.points[low])
+        heading = self.headings[low] + share * (self.headings[low + 1] - self.headings[low])
+        return xy, heading
 
     def beside(self, s, lateral):
         """Position `[..., 2]` at `lateral` metres to the left of arc length `s`, and heading."""

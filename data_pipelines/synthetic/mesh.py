@@ -41,18 +41,16 @@ class MeshBuilder:
 
     def __init__(self, label: int):
         self.label = label
-        self._rows = []
-        self._group = -1
+        self._groups = []
 
     def add(self, polygons, colour, label=None, culled=True, glowing=False):
-        """Adds polygons (each `[n <= 8, 3]`) as one group of one colour."""
-        self._group += 1
+        """Adds polygons `[P, n <= 8, 3]` as one group of one colour."""
+        block = np.asarray(polygons, float)
+        short = CORNERS - block.shape[1]
+        if short:
+            block = np.concatenate([block] + [block[:, -1:]] * short, 1)
         label = self.label if label is None else label
-        for polygon in polygons:
-            polygon = np.asarray(polygon, float)
-            rest = np.repeat(polygon[-1:], CORNERS - len(polygon), 0)
-            padded = np.concatenate([polygon, rest])
-            self._rows.append((padded, colour, label, self._group, culled, glowing))
+        self._groups.append((block, colour, label, culled, glowing))
 
     def box(self, centre, size, colour, label=None, top=1.0, faces="fblrt"):
         """Adds a box; `top` scales its upper face, `faces` picks front, back, left, right, top."""
@@ -75,15 +73,16 @@ class MeshBuilder:
 
     def build(self, billboard: bool = False) -> Mesh:
         """Freezes the polygons."""
-        columns = list(zip(*self._rows, strict=True))
-        vertices = np.stack(columns[0])
+        blocks, colours, labels, culled, glowing = zip(*self._groups, strict=True)
+        sizes = [len(block) for block in blocks]
+        vertices = np.concatenate(blocks)
         return Mesh(
             vertices,
-            np.array(columns[1], float),
-            np.array(columns[2], np.uint8),
-            np.array(columns[3], np.int32),
-            np.array(columns[4], bool),
-            np.array(columns[5], bool),
+            np.repeat(np.array(colours, float), sizes, 0),
+            np.repeat(np.array(labels, np.uint8), sizes),
+            np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+            np.repeat(np.array(culled, bool), sizes),
+            np.repeat(np.array(glowing, bool), sizes),
             billboard,
             float(np.linalg.norm(vertices, axis=-1).max()),
         )
