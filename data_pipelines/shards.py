@@ -7,6 +7,7 @@ order is the source's order, memory is one shard, and TensorFlow is never import
 A data set is written beside its final folder and renamed when it is whole, `manifest.json` last.
 """
 
+import contextlib
 import errno
 import hashlib
 import importlib.metadata
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from tqdm import tqdm
 
 from data_pipelines.disk import check_space, disk_errors
@@ -144,7 +146,7 @@ def build_shards(
 
     Args:
         source: What to write.
-        out_dir: New folder.
+        out_dir: New or empty folder.
         progress: Show a progress bar.
         records_per_shard: Pictures in a shard, at most; rounded down to whole samples.
 
@@ -152,7 +154,7 @@ def build_shards(
         UserError: `out_dir` exists, a picture of the source is unusable, or the disk is full.
     """
     out_dir = Path(out_dir)
-    if out_dir.exists():
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise UserError(f"{out_dir} already exists; choose another folder or delete it.")
     if not source.samples or not all(source.samples.values()):
         empty = [name for name, refs in source.samples.items() if not refs]
@@ -160,8 +162,9 @@ def build_shards(
     building = out_dir.with_name(out_dir.name + ".building")
     seen = _Seen()
     total = sum(map(len, source.samples.values())) * len(source.cameras)
-    with disk_errors(out_dir):
+    with disk_errors(out_dir), contextlib.ExitStack() as cleanup:
         shutil.rmtree(building, ignore_errors=True)
+        cleanup.callback(shutil.rmtree, building, ignore_errors=True)
         building.mkdir(parents=True)
         check_space(source.size, building)
         with tqdm(total=total, desc="shards", unit="picture", disable=not progress) as bar:
@@ -182,7 +185,6 @@ def build_shards(
         folder = Path(builder.data_path)
         _write_manifest(folder, source, seen, builder.info)
         folder.rename(out_dir)
-        shutil.rmtree(building)
     return open_shards(out_dir)
 
 
@@ -210,8 +212,12 @@ def _write_manifest(folder: Path, source: Source, seen: _Seen, info) -> None:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
+        # TFDS counts what it handed over; a shard is whole only if that many can be read back.
+        records = array_record_module.ArrayRecordReader(str(path)).num_records()
+        if records != lengths.get(path.name):
+            raise OSError(errno.EIO, f"{path.name} holds {records} of {lengths.get(path.name)}")
         shards[path.name] = {
-            "records": lengths[path.name],
+            "records": records,
             "bytes": path.stat().st_size,
             "sha256": digest,
         }
