@@ -19,7 +19,7 @@ def test_rotation_matrix_turns_x_to_y_at_ninety_degrees():
         rotation_matrix([half, 0, 0, half]) @ [1, 0, 0], [0, 1, 0], atol=1e-12
     )
     np.testing.assert_allclose(
-        rotation_matrix([3 * half, 0, 0, 3 * half]), rotation_matrix([half, 0, 0, half])
+        rotation_matrix([3, 0, 0, 3]), rotation_matrix([half, 0, 0, half]), atol=1e-12
     )
 
 
