@@ -107,7 +107,7 @@ class DrivingShards(tfds.core.ShardBasedBuilder):
 
 @dataclass(frozen=True)
 class _ShardExamples:
-    """Makes the (key, example) pairs of one shard; a value, so that Beam could ship it."""
+    """Makes the (key, example) pairs of one shard when it is called."""
 
     source: Source
     split: str
