@@ -1,0 +1,107 @@
+"""Sizes of Qwen2.5-VL, published and tiny, as frozen values."""
+
+from dataclasses import dataclass
+
+from fastdrive_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision encoder; defaults are those of Qwen2.5-VL-3B.
+
+    Attributes:
+        depth: Transformer blocks.
+        hidden_size: Width of a patch.
+        intermediate_size: Width of the feed-forward part.
+        num_heads: Attention heads.
+        out_hidden_size: D, width of a merged token; the decoder's hidden size.
+        patch_size: Patch edge in pixels.
+        temporal_patch_size: Frames of a patch; a single picture is repeated.
+        spatial_merge_size: Patches merged along each axis into one token.
+        window_size: Edge of an attention window in pixels.
+        fullatt_block_indexes: Blocks that attend over the whole picture.
+        rope_theta: Base of the 2-D rotary angles.
+    """
+
+    depth: int = 32
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    out_hidden_size: int = 2048
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    rope_theta: float = 10_000.0
+
+    @property
+    def token_pixels(self) -> int:
+        """Edge in pixels of the square that one visual token covers."""
+        return self.patch_size * self.spatial_merge_size
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The language decoder; defaults are those of Qwen2.5-VL-3B.
+
+    Attributes:
+        hidden_size: D.
+        intermediate_size: F.
+        num_layers: Decoder layers.
+        num_heads: Query heads Q.
+        num_kv_heads: Key/value heads G; divides `num_heads`.
+        vocab_size: Token ids.
+        rope_theta: Base of the rotary angles.
+        mrope_section: Rotary channel pairs that follow the temporal, row and column position.
+        rms_norm_eps: Of every norm.
+        tie_word_embeddings: Whether the output head is the embedding table.
+    """
+
+    hidden_size: int = 2048
+    intermediate_size: int = 11_008
+    num_layers: int = 36
+    num_heads: int = 16
+    num_kv_heads: int = 2
+    vocab_size: int = 151_936
+    rope_theta: float = 1_000_000.0
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size} and be a "
+                f"multiple of num_kv_heads={self.num_kv_heads}."
+            )
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise UserError(
+                f"mrope_section={self.mrope_section} must sum to half the head size "
+                f"{self.head_dim}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """d, size of a head."""
+        return self.hidden_size // self.num_heads
+
+
+TINY_VISION = VisionConfig(
+    depth=4,
+    hidden_size=96,
+    intermediate_size=256,
+    num_heads=3,
+    out_hidden_size=128,
+    fullatt_block_indexes=(1, 3),
+)
+TINY_DECODER = DecoderConfig(
+    hidden_size=128,
+    intermediate_size=384,
+    num_layers=5,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=256,
+    rope_theta=10_000.0,
+    mrope_section=(4, 6, 6),
+)
