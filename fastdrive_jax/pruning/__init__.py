@@ -1,1 +1,49 @@
-"""Token pruners: one file per method, one interface."""
+"""Token pruners: one file per method, one interface, and the list of them by name."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.pruning.ground_truth import ground_truth
+from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, keep_indices, pruner_scores
+from fastdrive_jax.pruning.position_prior import position_prior
+from fastdrive_jax.pruning.random_tokens import random_tokens
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig, recon_pruner
+from fastdrive_jax.pruning.uniform_grid import uniform_grid
+
+PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
+    {
+        "reconpruner": recon_pruner,
+        "random": random_tokens,
+        "uniform": uniform_grid,
+        "prior": position_prior,
+        "ground_truth": ground_truth,
+    }
+)
+
+
+def make_pruner(name: str, **settings) -> Pruner:
+    """The method called `name`, made with its settings (`config=` for "reconpruner").
+
+    Raises:
+        UserError: There is no such method.
+    """
+    if name not in PRUNERS:
+        close = difflib.get_close_matches(name, PRUNERS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PRUNERS)}."
+        raise UserError(f"There is no pruner {name!r}: {hint}")
+    return PRUNERS[name](**settings)
+
+
+__all__ = [
+    "PRUNERS",
+    "Pruner",
+    "PrunerInputs",
+    "ReconPruner",
+    "ReconPrunerConfig",
+    "keep_indices",
+    "make_pruner",
+    "pruner_scores",
+    "recon_pruner",
+]

@@ -1,0 +1,288 @@
+"""Training of ReconPruner by reconstruction (FastDriveVLA, section 3.3).
+
+The scores split the tokens in two by a straight-through mask; one shared decoder must paint the
+foreground of the picture from the kept tokens and the background from the others. Both passes run
+as one batch. What the paper leaves open is a field of `ReconConfig`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.layers import RMSNorm
+from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.decoder import DecoderLayer, mrope_angles
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
+from fastdrive_jax.training.losses import SsimConfig, ssim
+
+TOKEN = 28  # pixels a side of a visual token
+
+
+@dataclass(frozen=True)
+class ReconConfig:
+    """How a ReconPruner is trained; the defaults are the paper's where it says.
+
+    Attributes:
+        pruner: The module that is trained.
+        decoder: Of the shared reconstruction decoder, 6 layers in the paper; a hidden size other
+            than the tokens' gets a projection in front.
+        decoder_rope: Turn the decoder's queries and keys by M-RoPE ids. It must know where a
+            token is once the token is zero, so this is on.
+        alpha: Weight of the foreground loss; the background's is 1 - alpha.
+        ssim_weight: lambda, share of 1 - SSIM in each loss; the rest is the mean squared error.
+        ssim_window: Side of the SSIM window in pixels of the target.
+        fill: Value of the pixels that a target leaves out: "zero", or "mean", the picture's mean
+            colour.
+        target_pixels: Edge of a token in the reconstructed picture; below 28 the targets are
+            averaged over areas, which is faster on a laptop.
+        mask_mode: "sign" keeps what scores above 0 (the paper); "top_k" keeps the best tokens of
+            a budget that is drawn for each picture, so that all or nothing is impossible and every
+            budget is trained.
+        keep_range: Lowest and highest keep ratio that "top_k" draws.
+        surrogate: Whose slope the mask has: "identity" (the paper: 1 everywhere) or "sigmoid" of
+            the distance to the threshold, in units of `temperature` times the scores' spread.
+        temperature: See `surrogate`.
+        prior_weighting: Exponent p of pixel weights (mean / prior)^p in the foreground error, from
+            the mean training mask: foreground where any picture has it (road below) weighs less
+            than where it is rare. 0 is off.
+    """
+
+    pruner: ReconPrunerConfig = ReconPrunerConfig()
+    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(num_layers=6))
+    decoder_rope: bool = True
+    alpha: float = 0.5
+    ssim_weight: float = 0.2
+    ssim_window: int = 11
+    fill: Literal["zero", "mean"] = "zero"
+    target_pixels: int = TOKEN
+    mask_mode: Literal["sign", "top_k"] = "sign"
+    keep_range: tuple[float, float] = (0.05, 0.75)
+    surrogate: Literal["identity", "sigmoid"] = "identity"
+    temperature: float = 0.5
+    prior_weighting: float = 0.0
+
+    def __post_init__(self):
+        if self.target_pixels < 1 or TOKEN % self.target_pixels:
+            raise UserError(f"target_pixels={self.target_pixels} must divide {TOKEN}.")
+        low, high = self.keep_range
+        if not 0 < low <= high < 1:
+            raise UserError(f"keep_range={self.keep_range} must rise within 0 and 1.")
+        for name in ("alpha", "ssim_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} must be in [0, 1].")
+        if not self.temperature > 0:
+            raise UserError(f"temperature={self.temperature} must be positive.")
+        if self.prior_weighting < 0:
+            raise UserError(f"prior_weighting={self.prior_weighting} must not be negative.")
+
+
+class ReconDecoder(nn.Module):
+    """Pictures from masked tokens; see `ReconConfig` for the fields.
+
+    Attributes:
+        config: Of the layers.
+        rope: See `ReconConfig.decoder_rope`.
+        target_pixels: Edge of a token in the result.
+    """
+
+    config: DecoderConfig
+    rope: bool
+    target_pixels: int
+
+    @nn.compact
+    def __call__(
+        self, tokens: Float[Array, "B N D"], grid: tuple[int, int]
+    ) -> Float[Array, "B H W 3"]:
+        """Reconstructs [B, H, W, 3] in about [0, 1] from tokens [B, N, D], N = rows * columns."""
+        config, edge = self.config, self.target_pixels
+        x = tokens
+        if x.shape[-1] != config.hidden_size:
+            x = nn.Dense(config.hidden_size, name="in_proj")(x)
+        angles = None
+        if self.rope:
+            angles = mrope_angles(config, grid_position_ids(x.shape[0], grid))
+        for number in range(config.num_layers):
+            x, _ = DecoderLayer(config, causal=False, name=f"layer_{number}")(x, angles)
+        x = RMSNorm(config.rms_norm_eps, name="norm")(x)
+        x = nn.Dense(edge * edge * 3, name="head")(x)
+        return unpatchify(x.reshape(*x.shape[:2], edge, edge, 3), grid)
+
+
+def grid_position_ids(batch: int, grid: tuple[int, int]) -> Int[Array, "3 B N"]:
+    """M-RoPE ids of one picture's tokens by themselves: time 0, row, column."""
+    rows, columns = jnp.indices(grid)
+    ids = jnp.stack([jnp.zeros_like(rows), rows, columns]).reshape(3, 1, -1)
+    return jnp.broadcast_to(ids, (3, batch, ids.shape[-1]))
+
+
+def unpatchify(
+    patches: Float[Array, "B N p p 3"], grid: tuple[int, int]
+) -> Float[Array, "B H W 3"]:
+    """Lays token squares in raster order out as a picture."""
+    batch, _, edge = patches.shape[:3]
+    picture = patches.reshape(batch, *grid, edge, edge, 3).transpose(0, 1, 3, 2, 4, 5)
+    return picture.reshape(batch, grid[0] * edge, grid[1] * edge, 3)
+
+
+def straight_through(scores: Float[Array, "B N"], mask: Float[Array, "B N"]) -> Float[Array, "B N"]:
+    """`S + sg(M - S)`: the value of the mask, the gradient of the scores."""
+    return scores + jax.lax.stop_gradient(mask - scores)
+
+
+def training_mask(
+    scores: Float[Array, "B N"], key: jax.Array, config: ReconConfig
+) -> Float[Array, "B N"]:
+    """The mask {0, 1} of kept tokens, with a gradient to the scores.
+
+    Args:
+        scores: S.
+        key: Draws the budgets of "top_k".
+        config: Mode and surrogate.
+    """
+    if config.mask_mode == "sign":
+        threshold = jnp.zeros((scores.shape[0], 1), scores.dtype)
+    else:
+        low, high = config.keep_range
+        ratio = jax.random.uniform(key, (scores.shape[0], 1), minval=low, maxval=high)
+        below = jnp.floor((1 - ratio) * scores.shape[1]).astype(jnp.int32)  # tokens left out
+        below = jnp.clip(below, 1, scores.shape[1] - 1)
+        threshold = jnp.take_along_axis(jnp.sort(scores, axis=1), below - 1, axis=1)
+    threshold = jax.lax.stop_gradient(threshold)
+    mask = (scores > threshold).astype(scores.dtype)
+    if config.surrogate == "sigmoid":
+        spread = jax.lax.stop_gradient(scores.std(axis=1, keepdims=True)) + 1e-6
+        scores = jax.nn.sigmoid((scores - threshold) / (config.temperature * spread))
+    return straight_through(scores, mask)
+
+
+def masked_targets(
+    image: UInt8[Array, "B H W 3"], mask: UInt8[Array, "B H W"], config: ReconConfig
+) -> tuple[Float[Array, "B h w 3"], Float[Array, "B h w 3"]]:
+    """Foreground and background pictures in [0, 1], with the rest filled, at target resolution."""
+    pictures = image.astype(jnp.float32) / 255
+    inside = mask.astype(jnp.float32)[..., None]
+    fill = pictures.mean((1, 2), keepdims=True) if config.fill == "mean" else 0.0
+    fore = inside * pictures + (1 - inside) * fill
+    back = (1 - inside) * pictures + inside * fill
+    return _shrink(fore, config), _shrink(back, config)
+
+
+def init_params(config: ReconConfig, key: jax.Array, grid: tuple[int, int] = (2, 2)) -> Any:
+    """Fresh params {"pruner": ..., "decoder": ...}; they do not depend on the grid."""
+    pruner_key, decoder_key = jax.random.split(key)
+    tokens = jnp.zeros((1, grid[0] * grid[1], config.pruner.layer.hidden_size))
+    pruner = ReconPruner(config.pruner).init(pruner_key, tokens, grid_position_ids(1, grid))
+    decoder = _decoder(config).init(decoder_key, tokens, grid)
+    return {"pruner": pruner["params"], "decoder": decoder["params"]}
+
+
+def reconstruct(
+    params: Any,
+    tokens: Float[Array, "B N D"],
+    keep: Float[Array, "B N"],
+    grid: tuple[int, int],
+    config: ReconConfig,
+) -> tuple[Float[Array, "B H W 3"], Float[Array, "B H W 3"]]:
+    """Foreground and background pictures from the tokens that `keep` splits.
+
+    Args:
+        params: Of `init_params`.
+        tokens: V; these are masked, not the pruner's V* (paper, section 3.3).
+        keep: M, 1 for the foreground pass and 0 for the background pass.
+        grid: Token rows and columns.
+        config: Of the training.
+    """
+    halves = jnp.concatenate([tokens * keep[..., None], tokens * (1 - keep)[..., None]])
+    pictures = _decoder(config).apply({"params": params["decoder"]}, halves, grid)
+    return tuple(jnp.split(pictures, 2))
+
+
+def recon_loss(
+    params: Any,
+    batch: dict[str, Array],
+    key: jax.Array,
+    prior: Float[Array, "cameras N"] | None = None,
+    *,
+    config: ReconConfig,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """`alpha * L_fore + (1 - alpha) * L_back`, each `lambda (1 - SSIM) + (1 - lambda) MSE`.
+
+    Args:
+        params: Of `init_params`.
+        batch: tokens [B, N, D]; image uint8 [B, H, W, 3]; mask uint8 {0, 1} [B, H, W]; with
+            prior weighting also camera int32 [B].
+        key: Draws budgets.
+        prior: Mean training mask; needed with `config.prior_weighting`.
+        config: Of the training.
+
+    Returns:
+        The loss and the metrics loss_fore, loss_back, ssim_fore, ssim_back, mse_fore, mse_back
+        and kept (share of tokens in the foreground pass).
+    """
+    tokens, grid = batch["tokens"].astype(jnp.float32), _grid(batch)
+    scores = ReconPruner(config.pruner).apply(
+        {"params": params["pruner"]}, tokens, grid_position_ids(tokens.shape[0], grid)
+    )
+    keep = training_mask(scores, key, config)
+    targets = masked_targets(batch["image"], batch["mask"], config)
+    pictures = reconstruct(params, tokens, keep, grid, config)
+    weights = None
+    if config.prior_weighting:
+        if prior is None:
+            raise ValueError("prior_weighting needs the mean training mask")
+        weights = prior_weights(prior, config)[batch["camera"]]
+        weights = jnp.repeat(weights.reshape(-1, *grid), config.target_pixels, axis=1)
+        weights = jnp.repeat(weights, config.target_pixels, axis=2)[..., None]
+    fore = _half(pictures[0], targets[0], weights, config)
+    back = _half(pictures[1], targets[1], None, config)
+    loss = config.alpha * fore["loss"] + (1 - config.alpha) * back["loss"]
+    metrics = {f"{name}_fore": value for name, value in fore.items()}
+    metrics |= {f"{name}_back": value for name, value in back.items()}
+    return loss, metrics | {"kept": keep.mean()}
+
+
+def prior_weights(
+    prior: Float[Array, "cameras N"], config: ReconConfig
+) -> Float[Array, "cameras N"]:
+    """`(mean / prior)^p`, with 0.02 added to both against places that are never foreground."""
+    floor = 0.02
+    mean = prior.mean(axis=1, keepdims=True)
+    return ((mean + floor) / (prior + floor)) ** config.prior_weighting
+
+
+def _half(prediction, target, weights, config: ReconConfig) -> dict[str, Array]:
+    error = jnp.square(prediction - target)
+    error = error.mean() if weights is None else (weights * error).mean()
+    if not config.ssim_weight:
+        return {"loss": error, "mse": error}
+    similarity = ssim(prediction, target, SsimConfig(window=config.ssim_window)).mean()
+    loss = config.ssim_weight * (1 - similarity) + (1 - config.ssim_weight) * error
+    return {"loss": loss, "mse": error, "ssim": similarity}
+
+
+def _decoder(config: ReconConfig) -> ReconDecoder:
+    return ReconDecoder(config.decoder, config.decoder_rope, config.target_pixels)
+
+
+def _grid(batch: dict[str, Array]) -> tuple[int, int]:
+    height, width = batch["image"].shape[1:3]
+    grid = height // TOKEN, width // TOKEN
+    if height % TOKEN or width % TOKEN or grid[0] * grid[1] != batch["tokens"].shape[1]:
+        raise ValueError(
+            f"{batch['tokens'].shape[1]} tokens do not fit a picture of {height} x {width}"
+        )
+    return grid
+
+
+def _shrink(pictures: Float[Array, "B H W 3"], config: ReconConfig) -> Float[Array, "B h w 3"]:
+    factor = TOKEN // config.target_pixels
+    if factor == 1:
+        return pictures
+    batch, height, width, channels = pictures.shape
+    shape = (batch, height // factor, factor, width // factor, factor, channels)
+    return pictures.reshape(shape).mean((2, 4))
