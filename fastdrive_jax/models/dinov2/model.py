@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fastdrive_jax.models.dinov2.attention import full_attention
+from fastdrive_jax.models.attention import full_attention
 from fastdrive_jax.models.dinov2.config import Dinov2Config
 from fastdrive_jax.models.dinov2.positions import interpolate_positions
 

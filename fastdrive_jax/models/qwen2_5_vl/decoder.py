@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fastdrive_jax.models.attention import full_attention
 from fastdrive_jax.models.layers import RMSNorm, SwiGLU, rotate
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
 
@@ -101,7 +102,10 @@ class Attention(nn.Module):
             row_of = cache.length - count + jnp.arange(count)
             mask = (slots <= row_of[:, None])[None, None]
             key, value, causal = cache.key, cache.value, False
-        out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+        if mask is None and not causal:
+            out = full_attention(query, key, value)
+        else:
+            out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
         out = out.reshape(batch, count, config.num_heads * config.head_dim)
         return nn.Dense(config.hidden_size, use_bias=False, name="o_proj")(out), cache
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from fastdrive_jax.models.dinov2.attention import full_attention, head_by_head_attention
+from fastdrive_jax.models.attention import full_attention, head_by_head_attention
 from fastdrive_jax.models.dinov2.config import Dinov2Config
 from fastdrive_jax.models.dinov2.model import Dinov2
 from fastdrive_jax.models.dinov2.positions import cubic_matrix, interpolate_positions

@@ -1,0 +1,183 @@
+"""Train the tiny driving VLA from nothing on the synthetic world.
+
+    python -m experiments.train_vla --workdir runs/vla
+
+Writes a data set of one front camera, its shards, and trains vision encoder and decoder together.
+This made the weights that the package bundles (seed 1). Two CPU cores: see README for the time.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.augment import ColorJitter
+from data_pipelines.loader import LoaderConfig, make_loader
+from data_pipelines.nuscenes import read_nuscenes
+from data_pipelines.shards import Shards, build_shards, open_shards
+from data_pipelines.synthetic.config import WorldConfig
+from data_pipelines.synthetic.generate import generate
+from fastdrive_jax.inference.generate import generate as generate_plan
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA, visual_positions
+from fastdrive_jax.parallel.mesh import make_mesh
+from fastdrive_jax.training.driving import DrivingLossConfig, driving_loss, init_driving
+from fastdrive_jax.training.loop import FitResult, fit
+from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer
+from fastdrive_jax.training.state import init_train_state, make_train_step
+
+
+@dataclass(frozen=True)
+class TrainVLAConfig:
+    """A training run of the tiny VLA.
+
+    Attributes:
+        world: The data set to write and learn from.
+        model: The VLA.
+        loss: Weights of its parts.
+        optimizer: AdamW and its schedule; its total_steps is the length of the run.
+        batch_size: Samples a step.
+        seed: Of parameters and data order.
+    """
+
+    world: WorldConfig = field(
+        default_factory=lambda: WorldConfig(
+            seed=1, train_scenes=1680, val_scenes=63, cameras=("CAM_FRONT",)
+        )
+    )
+    model: DrivingConfig = field(default_factory=DrivingConfig)
+    loss: DrivingLossConfig = field(default_factory=DrivingLossConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=1.5e-3,
+            warmup_steps=100,
+            total_steps=1600,
+            weight_decay=0.02,
+            clip_norm=1.0,
+        )
+    )
+    batch_size: int = 16
+    seed: int = 0
+
+
+def loader_config(config: TrainVLAConfig, train: bool) -> LoaderConfig:
+    """Training batches are flipped and jittered; validation ones come once, in order."""
+    return LoaderConfig(
+        batch_size=config.batch_size,
+        image_size=config.model.image_size,
+        cameras=config.model.cameras,
+        group="sample",
+        shuffle=train,
+        seed=config.seed,
+        num_epochs=None if train else 1,
+        flip=train and config.model.cameras == ("CAM_FRONT",),
+        jitter=ColorJitter(0.2, 0.2, 0.2) if train else ColorJitter(),
+        drop_remainder=train,
+    )
+
+
+def planning_error(model: DrivingVLA, config: TrainVLAConfig, shards: Shards) -> Callable:
+    """An evaluation for `fit`: mean L2 over all waypoints of the validation split, in metres."""
+
+    @jax.jit
+    def plan(params, images, speed, command):
+        variables = {"params": params["vla"]}
+        tokens = model.apply(variables, images, method="encode")
+        prompt = model.config.vocabulary.prompt(speed, command)
+        where = visual_positions(model.config, len(command))
+        return generate_plan(model, variables, tokens, where, prompt)
+
+    def evaluate(state) -> dict[str, float]:
+        errors = []
+        params = jax.device_get(state.params)
+        for batch in make_loader(shards, "val", loader_config(config, train=False)):
+            count = len(batch["speed"])
+            fill = [(0, config.batch_size - count)]  # keeps one compiled shape
+
+            def pad(name, batch=batch, fill=fill):
+                value = batch[name]
+                return np.pad(value, fill + [(0, 0)] * (value.ndim - 1), mode="edge")
+
+            planned = np.asarray(plan(params, pad("image"), pad("speed"), pad("command")))[:count]
+            errors.append(np.linalg.norm(planned - batch["future"], axis=-1).mean(axis=1))
+        return {"l2": float(np.concatenate(errors).mean())}
+
+    return evaluate
+
+
+def prepare_data(workdir: Path, world: WorldConfig, progress: bool = True) -> Shards:
+    """The shards of a world under `workdir`, written if they are not there."""
+    root = generate(workdir / "world", world, progress=progress)
+    if (workdir / "shards").exists():
+        return open_shards(workdir / "shards")
+    return build_shards(read_nuscenes(root), workdir / "shards", progress=progress)
+
+
+def train_vla(workdir: Path, config: TrainVLAConfig, quiet: bool = False) -> FitResult:
+    """Trains, or goes on with, the run in `workdir`; all devices share each batch."""
+    shards = prepare_data(workdir, config.world, progress=not quiet)
+    model = DrivingVLA(config.model)
+    optimizer = make_optimizer(config.optimizer)
+
+    def init_state():
+        return init_train_state(
+            lambda key: init_driving(model, config.loss, key), optimizer, config.seed
+        )
+
+    step = make_train_step(
+        lambda params, batch, key: driving_loss(model, config.loss, params, batch), optimizer
+    )
+    names = ("image", "labels", "speed", "command", "future")
+    batches = make_loader(shards, "train", loader_config(config, train=True))
+    batches = batches.map(lambda batch: {name: batch[name] for name in names})
+    return fit(
+        workdir / "train",
+        config,
+        init_state,
+        step,
+        iter(batches),
+        config.optimizer.total_steps,
+        mesh=make_mesh(),
+        checkpoint_every=200,
+        log_every=10,
+        evaluate=planning_error(model, config, shards),
+        evaluate_every=400,
+        quiet=quiet,
+        name="train VLA",
+    )
+
+
+@dataclass(frozen=True)
+class Args:
+    """Command line.
+
+    Attributes:
+        workdir: Run folder; a run found there is resumed.
+        cpu_devices: Virtual devices that a CPU is split into. Two on two cores train twice as fast
+            as one, since much of a small model's step runs on one thread.
+        config: The run.
+    """
+
+    workdir: Path
+    cpu_devices: int = 2
+    config: TrainVLAConfig = field(default_factory=TrainVLAConfig)
+
+
+def main() -> None:
+    """Parses and calls."""
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__)
+    jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+    result = train_vla(args.workdir, args.config)
+    from fastdrive_jax.training.checkpoints import save_params
+
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), result.state.params["vla"])
+    save_params(args.workdir / "params", half, dataclasses.asdict(args.config.model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Pictures to patch rows, and the static tables of a patch grid.
+
+Rows run merge block by merge block (2 x 2 neighbours are adjacent), blocks in raster order, as in
+the published image processor. Everything about the grid is NumPy: it is known when tracing.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
+
+# Mean and deviation of CLIP's training pictures, which the published processor normalises by.
+IMAGE_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+IMAGE_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def patch_grid(height: int, width: int, config: VisionConfig) -> tuple[int, int]:
+    """Patch rows and columns of a picture.
+
+    Raises:
+        UserError: The picture is not made of whole tokens.
+    """
+    edge = config.token_pixels
+    if height % edge or width % edge or min(height, width) < edge:
+        raise UserError(
+            f"A picture of {height} x {width} pixels is not made of {edge} x {edge} tokens; resize "
+            f"it to {max(height // edge, 1) * edge} x {max(width // edge, 1) * edge}."
+        )
+    return height // config.patch_size, width // config.patch_size
+
+
+def patchify(images: Shaped[Array, "B H W 3"], config: VisionConfig) -> Float[Array, "B P pixels"]:
+    """Normalised patch rows [B, P, 3 * temporal * 14 * 14] of uint8 pictures [B, H, W, 3]."""
+    batch, height, width, _ = images.shape
+    rows, columns = patch_grid(height, width, config)
+    merge, size = config.spatial_merge_size, config.patch_size
+    x = (images.astype(jnp.float32) / 255.0 - IMAGE_MEAN) / IMAGE_STD
+    x = x.reshape(batch, rows // merge, merge, size, columns // merge, merge, size, 3)
+    x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # B, block row, block column, 2, 2, colour, 14, 14
+    x = jnp.repeat(x[..., None, :, :], config.temporal_patch_size, axis=-3)
+    return x.reshape(batch, rows * columns, -1)
+
+
+@functools.cache
+def patch_positions(rows: int, columns: int, merge: int) -> np.ndarray:
+    """Row and column of each patch in merge-block order, [P, 2]."""
+    row, column = np.mgrid[:rows, :columns]
+    position = np.stack([row, column], axis=-1)
+    position = position.reshape(rows // merge, merge, columns // merge, merge, 2)
+    return position.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+
+
+@functools.cache
+def rotary_table(rows: int, columns: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine [P, d] of the 2-D rotary embedding: half the pairs turn by the row."""
+    size = config.hidden_size // config.num_heads
+    quarter = size // 4
+    inverse = config.rope_theta ** (-np.arange(quarter, dtype=np.float32) / quarter)
+    position = patch_positions(rows, columns, config.spatial_merge_size)
+    angles = (position[..., None].astype(np.float32) * inverse).reshape(len(position), -1)
+    angles = np.concatenate([angles, angles], axis=-1)
+    return np.cos(angles), np.sin(angles)
+
+
+@functools.cache
+def window_table(rows: int, columns: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Which patches share a window.
+
+    Returns:
+        members: [windows, S], patch indices, windows cut off by the border filled up with the
+            index P, one past the last patch.
+        slots: [P], where patch p stands in `members.ravel()`.
+    """
+    merge = config.spatial_merge_size
+    edge = config.window_size // config.patch_size  # patches along a window's edge
+    position = patch_positions(rows, columns, merge)
+    across = -(-columns // edge)
+    window = position[:, 0] // edge * across + position[:, 1] // edge
+    count = len(position)
+    members = np.full((window.max() + 1, edge * edge), count)
+    for number in range(len(members)):
+        inside = np.flatnonzero(window == number)
+        members[number, : len(inside)] = inside
+    slots = np.empty(count, np.int64)
+    flat = members.ravel()
+    slots[flat[flat < count]] = np.flatnonzero(flat < count)
+    return members, slots
