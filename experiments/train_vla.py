@@ -1,18 +1,16 @@
 """Train the tiny driving VLA from nothing on the synthetic world.
 
-    python -m experiments.train_vla --workdir runs/vla
+    fastdrive train-vla --out runs/vla
 
 Writes a data set of one front camera, its shards, and trains vision encoder and decoder together.
 This made the weights that the package bundles (seed 1). Two CPU cores: see README for the time.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.augment import ColorJitter
@@ -148,36 +146,3 @@ def train_vla(workdir: Path, config: TrainVLAConfig, quiet: bool = False) -> Fit
         quiet=quiet,
         name="train VLA",
     )
-
-
-@dataclass(frozen=True)
-class Args:
-    """Command line.
-
-    Attributes:
-        workdir: Run folder; a run found there is resumed.
-        cpu_devices: Virtual devices that a CPU is split into. Two on two cores train twice as fast
-            as one, since much of a small model's step runs on one thread.
-        config: The run.
-    """
-
-    workdir: Path
-    cpu_devices: int = 2
-    config: TrainVLAConfig = field(default_factory=TrainVLAConfig)
-
-
-def main() -> None:
-    """Parses and calls."""
-    import tyro
-
-    args = tyro.cli(Args, description=__doc__)
-    jax.config.update("jax_num_cpu_devices", args.cpu_devices)
-    result = train_vla(args.workdir, args.config)
-    from fastdrive_jax.training.checkpoints import save_params
-
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), result.state.params["vla"])
-    save_params(args.workdir / "params", half, dataclasses.asdict(args.config.model))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,148 @@
+"""Time of one frame, stage by stage, at each keep ratio, in one run.
+
+    fastdrive bench-frame --out runs/bench_frame
+
+Stages are compiled apart, warmed up, run in turn and reported as medians; ratios between them
+mean more than the milliseconds of one machine.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.inference.generate import decode, prefill
+from fastdrive_jax.inference.policy import DrivingPolicy, choose_tokens
+from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
+from fastdrive_jax.pruning import Pruner, make_pruner
+from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens
+
+STAGES = ("preprocess", "vision", "pruner", "prefill", "decode")
+
+
+def frame_times(
+    model: DrivingVLA,
+    params: dict,
+    pruner: Pruner,
+    pruner_params: dict | None,
+    jpeg: bytes,
+    ratios: Sequence[float],
+    repeats: int = 30,
+) -> tuple[dict[float, dict[str, float]], dict[float, float]]:
+    """Median milliseconds of each stage at batch 1, and FLOPs of the compiled prefill.
+
+    Args:
+        model: The VLA, with one camera.
+        params: Its parameters.
+        pruner: Method to time.
+        pruner_params: Its parameters.
+        jpeg: One picture as it comes from the camera.
+        ratios: Keep ratios; at 1 the pruner is left out.
+        repeats: Timed rounds after three of warming up.
+
+    Returns:
+        {ratio: {stage: ms}} and {ratio: XLA's count of the prefill program}.
+    """
+    height, width = model.config.image_size
+    variables = {"params": params}
+
+    def preprocess():
+        picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+        if picture.shape[:2] != (height, width):
+            picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+        return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)[None, None]
+
+    encode = jax.jit(lambda variables, images: model.apply(variables, images, method="encode"))
+    finish = jax.jit(lambda variables, logits, caches: decode(model, variables, logits, caches))
+    start = jax.jit(lambda variables, *rest: prefill(model, variables, *rest))
+    prompt = model.config.vocabulary.prompt(jnp.array([5.0]), jnp.array([1]))
+    ids = visual_positions(model.config, 1)
+
+    @partial(jax.jit, static_argnums=0)
+    def choose(policy, pruner_params, tokens, ids):
+        kept = choose_tokens(policy, pruner_params, tokens)
+        return gather_tokens(tokens, kept), gather_position_ids(ids, kept)
+
+    spent = {ratio: {stage: [] for stage in STAGES} for ratio in ratios}
+    flops = {}
+    for round_number in range(repeats + 3):
+        for ratio in ratios:
+            times = []
+
+            def clock(function, *arguments, times=times):
+                begin = time.perf_counter()
+                out = jax.block_until_ready(function(*arguments))
+                times.append(1e3 * (time.perf_counter() - begin))
+                return out
+
+            images = jnp.asarray(clock(preprocess))
+            tokens, where = clock(encode, variables, images), ids
+            if ratio < 1:
+                policy = DrivingPolicy(model, pruner, ratio)
+                tokens, where = clock(choose, policy, pruner_params, tokens, ids)
+            else:
+                times.append(0.0)
+            logits, caches = clock(start, variables, tokens, where, prompt)
+            clock(finish, variables, logits, caches)
+            if round_number == 0:
+                cost = start.lower(variables, tokens, where, prompt).compile().cost_analysis()
+                flops[ratio] = float(cost["flops"])
+            if round_number >= 3:
+                for stage, value in zip(STAGES, times, strict=True):
+                    spent[ratio][stage].append(value)
+    medians = {
+        ratio: {stage: float(np.median(values)) for stage, values in stages.items()}
+        for ratio, stages in spent.items()
+    }
+    return medians, flops
+
+
+def timing_rows(
+    medians: dict[float, dict[str, float]], flops: dict[float, float], n: int
+) -> list[Row]:
+    """Milliseconds of each stage and of the frame, and GFLOP of the prefill, as rows."""
+    rows = []
+    for ratio, stages in medians.items():
+        values = {**stages, "frame": sum(stages.values())}
+        for stage, value in values.items():
+            rows.append(Row("reconpruner", ratio, f"{stage}_ms", value, None, None, n, None, "ms"))
+        value = flops[ratio] / 1e9
+        rows.append(Row("reconpruner", ratio, "prefill_gflop", value, None, None, 1, None, "GFLOP"))
+    return rows
+
+
+@dataclass(frozen=True)
+class BenchFrameArgs:
+    """Time the bundled VLA's frame.
+
+    Attributes:
+        image: A JPEG to plan from.
+        out: Folder for frame.json.
+        ratios: Keep ratios, side by side in one run.
+        repeats: Timed rounds.
+    """
+
+    image: Path
+    out: Path = Path("runs/bench_frame")
+    ratios: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    repeats: int = 50
+
+
+def bench_frame(args: BenchFrameArgs) -> Path:
+    """Times an untrained uniform choice: what a pruner's scores are does not change the time."""
+    model, params = load_vla()
+    pruner = make_pruner("uniform")
+    times = frame_times(
+        model, params, pruner, None, args.image.read_bytes(), args.ratios, args.repeats
+    )
+    path = args.out / "frame.json"
+    write_rows(path, timing_rows(*times, args.repeats), {"device": str(jax.devices()[0])})
+    return path

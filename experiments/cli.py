@@ -1,0 +1,94 @@
+"""The command `fastdrive`: subcommands over the experiments' frozen configs."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from data_pipelines.nuscenes import read_nuscenes
+from data_pipelines.synthetic.config import WorldConfig
+from data_pipelines.synthetic.generate import generate
+from experiments.bench_frame import BenchFrameArgs, bench_frame
+from experiments.own_images import ImagesConfig, own_images
+from experiments.quickstart import QuickstartConfig, quickstart, shards_of
+from experiments.train_vla import TrainVLAConfig, train_vla
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.bundled import save_vla
+
+
+@dataclass(frozen=True)
+class WorldArgs:
+    """Write a synthetic driving data set in the nuScenes layout, and its shards.
+
+    Attributes:
+        out: Folder for world/ and shards/.
+        world: What it contains.
+    """
+
+    out: Path
+    world: WorldConfig = field(default_factory=WorldConfig)
+
+
+@dataclass(frozen=True)
+class TrainVLAArgs:
+    """Train the tiny driving VLA from nothing; this made the bundled weights.
+
+    Attributes:
+        out: Run folder; a run found there is resumed.
+        config: The run.
+    """
+
+    out: Path
+    config: TrainVLAConfig = field(default_factory=TrainVLAConfig)
+
+
+Command = (
+    Annotated[QuickstartConfig, tyro.conf.subcommand("quickstart")]
+    | Annotated[ImagesConfig, tyro.conf.subcommand("images")]
+    | Annotated[WorldArgs, tyro.conf.subcommand("world")]
+    | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
+    | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
+)
+
+
+def write_world(args: WorldArgs) -> None:
+    """Pictures, then shards of them."""
+    root = generate(args.out / "world", args.world)
+    shards_of(read_nuscenes(root), args.out / "shards", quiet=False)
+
+
+def train(args: TrainVLAArgs) -> None:
+    """Trains and writes OUT/vla.safetensors."""
+    result = train_vla(args.out, args.config)
+    save_vla(args.out / "vla.safetensors", result.state.params["vla"])
+
+
+RUN = {
+    QuickstartConfig: quickstart,
+    ImagesConfig: own_images,
+    WorldArgs: write_world,
+    TrainVLAArgs: train,
+    BenchFrameArgs: bench_frame,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses and calls; what a person did wrong is one sentence and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    own = any(argument.split("=")[0] == "--images" for argument in arguments)
+    if arguments[:1] == ["quickstart"] and own:
+        arguments[0] = "images"  # the same quick start, on a folder of pictures
+    # A small model's step runs mostly on one thread, so two devices train twice as fast on two
+    # cores; data-parallel runs use all, the others the first.
+    jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 2))
+    try:
+        args = tyro.cli(Command, args=arguments, prog="fastdrive", description=__doc__)
+        RUN[type(args)](args)
+    except UserError as error:
+        print(f"fastdrive: {error}", file=sys.stderr)
+        return 2
+    return 0

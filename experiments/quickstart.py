@@ -1,0 +1,232 @@
+"""The whole path at a small size: pictures, shards, a trained pruner, a pruned plan, an export.
+
+    fastdrive quickstart                 # the synthetic world, about 6 minutes on 2 CPU cores
+    fastdrive quickstart --images DIR    # your own pictures with masks or label maps
+
+Ends in OUT/report.html and OUT/report.json. Run again after an interruption: each stage goes on
+from what is whole on the disk.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from data_pipelines.features import FeatureSet, TokenEncoder, cache_features
+from data_pipelines.nuscenes import read_nuscenes
+from data_pipelines.schema import CAMERAS, Source
+from data_pipelines.shards import Shards, build_shards, open_shards
+from data_pipelines.synthetic.config import WorldConfig
+from data_pipelines.synthetic.generate import generate
+from experiments.bench_frame import frame_times, timing_rows
+from experiments.configs.pruner import TINY, PrunerRun
+from experiments.planning import PlanningSplit, planning_split, planning_table
+from experiments.reports import WorldFindings, world_report
+from experiments.train_pruner import (
+    ClassIds,
+    evaluate_pruner,
+    score_split,
+    train_prior,
+    train_pruner,
+)
+from experiments.train_vla import TrainVLAConfig, train_vla
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.foreground import token_areas
+from fastdrive_jax.evaluation.report import write_report
+from fastdrive_jax.export.driving import read_policy, write_policy
+from fastdrive_jax.inference.policy import plan
+from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla, save_vla
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
+from fastdrive_jax.pruning import make_pruner
+from fastdrive_jax.pruning.select import num_keep
+
+RATIOS = (0.75, 0.5, 0.25)
+RANDOM_DRAWS = 5
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """The quick start on the synthetic world.
+
+    Attributes:
+        out: Run folder; holds the data, the training run, the export and the report.
+        world: The data set to write.
+        pruner: ReconPruner's training.
+        train_vla: Train the driving VLA from nothing in place of taking the bundled weights
+            (about half an hour more on 2 cores).
+        vla: That training, if it is wanted.
+        keep_ratio: Of the exported model, in (0, 1].
+        quiet: No progress bars.
+    """
+
+    out: Path = Path("runs/quickstart")
+    world: WorldConfig = field(default_factory=WorldConfig)
+    pruner: PrunerRun = TINY
+    train_vla: bool = False
+    vla: TrainVLAConfig = field(default_factory=TrainVLAConfig)
+    keep_ratio: float = 0.5
+    quiet: bool = False
+
+    def __post_init__(self):
+        num_keep(1000, self.keep_ratio)
+        if "CAM_FRONT" not in self.world.cameras:
+            raise UserError("The driving VLA looks through CAM_FRONT; add it to world.cameras.")
+        if (self.world.height, self.world.width) != self.vla.model.image_size:
+            raise UserError(
+                f"world pictures of {self.world.height} x {self.world.width} do not fit the VLA's "
+                f"{self.vla.model.image_size}; give both the same size."
+            )
+
+
+def quickstart(config: QuickstartConfig) -> Path:
+    """Runs all stages and returns the path of report.html."""
+    say = _announcer(config.quiet)
+    say("1/7", "driving pictures in the nuScenes layout")
+    root = generate(config.out / "world", config.world, progress=not config.quiet)
+    say("2/7", "shards")
+    shards = shards_of(read_nuscenes(root), config.out / "shards", config.quiet)
+
+    say("3/7", "driving VLA and its visual tokens")
+    model, params = driving_vla(config)
+    encoder = vla_encoder(model, params)
+    features = cache_features(
+        shards,
+        encoder,
+        config.out / "features",
+        batch_size=24,
+        image_size=model.config.image_size,
+        progress=not config.quiet,
+    )
+    train, val = features.splits["train"], features.splits["val"]
+
+    say("4/7", "train ReconPruner")
+    run = config.pruner
+    trained, history = train_pruner(train, run, config.out / "pruner", quiet=config.quiet)
+    prior = train_prior(train)
+
+    say("5/7", "measure what is kept, and the planning error")
+    classes = ClassIds(shards.classes.foreground, shards.classes.objects, shards.classes.ignore)
+    rows = evaluate_pruner(trained, run, val, prior, classes)
+    data = planning_split(shards, "val", val, model.config.image_size)
+    scores = front_scores(trained, run, features, data, prior, classes)
+    planning, plans = planning_table(model, params, data, scores, RATIOS, quiet=config.quiet)
+    rows += planning
+
+    say("6/7", "export, reload and time")
+    both = {"vla": params, "pruner": trained["pruner"]}
+    bundle = config.out / "export"
+    write_policy(bundle, both, model.config, run.recon.pruner, config.keep_ratio)
+    check_export(bundle, both, data)
+    pruner = make_pruner("reconpruner", config=run.recon.pruner)
+    jpeg = front_jpeg(root, config.world)
+    times, flops = frame_times(
+        model, params, pruner, trained["pruner"], jpeg, (1.0, *RATIOS), repeats=20
+    )
+    rows += timing_rows(times, flops, 20)
+
+    say("7/7", "report")
+    findings = WorldFindings(
+        config,
+        shards,
+        rows,
+        history,
+        times,
+        data,
+        scores["reconpruner"][0],
+        plans,
+        val,
+        trained,
+        bundle,
+    )
+    path = write_report(config.out, world_report(findings))
+    say("done", f"open {path}")
+    return path
+
+
+def shards_of(source: Source, folder: Path, quiet: bool) -> Shards:
+    """The shards in `folder`, built if they are not there."""
+    if (folder / "manifest.json").exists():
+        return open_shards(folder)
+    return build_shards(source, folder, progress=not quiet)
+
+
+def driving_vla(config: QuickstartConfig) -> tuple[DrivingVLA, dict]:
+    """The bundled VLA, or one trained here."""
+    if not config.train_vla:
+        return load_vla()
+    weights = config.out / "vla.safetensors"
+    if not weights.exists():
+        result = train_vla(config.out / "vla", config.vla, config.quiet)
+        save_vla(weights, result.state.params["vla"])
+    return load_vla(weights, config.vla.model)
+
+
+def vla_encoder(model: DrivingVLA, params: dict) -> TokenEncoder:
+    """The VLA's vision encoder as a frozen encoder of single pictures."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for leaf in jax.tree.leaves(params["visual"]):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    encode = jax.jit(lambda params, images: model.apply(params, images[:, None], method="encode"))
+    return TokenEncoder(
+        digest=f"vla {digest.hexdigest()}",
+        dim=model.config.text.hidden_size,
+        encode=partial(encode, {"params": params}),
+    )
+
+
+def front_scores(
+    trained: dict,
+    run: PrunerRun,
+    features: FeatureSet,
+    data: PlanningSplit,
+    prior: np.ndarray,
+    classes: ClassIds,
+) -> dict[str, list[np.ndarray]]:
+    """Token scores [S, N] of every method on the front pictures; random several times."""
+    val = features.splits["val"]
+    front = replace(
+        val, **{name: np.asarray(getattr(val, name)[data.pictures]) for name in vars(val)}
+    )
+    areas = token_areas(front.labels, classes.foreground, classes.objects, classes.ignore)
+
+    def scores(name, params=None, seed=0, **settings):
+        pruner = make_pruner(name, **settings)
+        return np.asarray(score_split(pruner, params, front, areas, jax.random.key(seed)))
+
+    return {
+        "reconpruner": [scores("reconpruner", trained["pruner"], config=run.recon.pruner)],
+        "random": [scores("random", seed=seed) for seed in range(RANDOM_DRAWS)],
+        "uniform": [scores("uniform")],
+        "prior": [scores("prior", prior)],
+        "ground_truth": [scores("ground_truth")],
+    }
+
+
+def check_export(bundle: Path, params: dict, data: PlanningSplit, samples: int = 4) -> None:
+    """Raises unless both exported forms plan bit for bit what the model in memory plans."""
+    inputs = (data.images[:samples, None], data.speed[:samples], data.command[:samples])
+    run = jax.jit(plan, static_argnums=0)
+    for form in ("safetensors", "orbax"):
+        policy, reloaded = read_policy(bundle, form)
+        expected, got = run(policy, params, *inputs), run(policy, reloaded, *inputs)
+        for want, have in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+            if not np.array_equal(want, have):
+                raise RuntimeError(f"the {form} export in {bundle} plans something else")
+
+
+def front_jpeg(root: Path, world: WorldConfig) -> bytes:
+    """One front picture as it lies on the disk."""
+    camera = next(name for name in CAMERAS if name in world.cameras)
+    return min((root / "samples" / camera).glob("*.jpg")).read_bytes()
+
+
+def _announcer(quiet: bool) -> Callable[[str, str], None]:
+    def say(stage: str, text: str) -> None:
+        if not quiet:
+            print(f"[{stage}] {text}", flush=True)
+
+    return say

@@ -1,0 +1,58 @@
+"""The tiny driving VLA that the package carries, trained by `experiments/train_vla.py`."""
+
+from importlib import resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from safetensors.flax import load_file, save_file
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
+
+BUNDLED = "tiny_vla.safetensors"
+
+
+def save_vla(path: Path, params: dict) -> None:
+    """Writes VLA parameters as bfloat16 safetensors, half the bytes of what was trained."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = {name: jnp.asarray(value, jnp.bfloat16) for name, value in flat.items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(flat, partial)
+    partial.replace(path)
+
+
+def load_vla(
+    path: Path | None = None, config: DrivingConfig | None = None
+) -> tuple[DrivingVLA, dict]:
+    """The VLA and its float32 parameters.
+
+    Args:
+        path: Of `save_vla`; None takes the weights in the package.
+        config: Of the weights; None means the default one, which the packaged weights have.
+
+    Raises:
+        UserError: The file is missing, unreadable or of another config.
+    """
+    model = DrivingVLA(config or DrivingConfig())
+    if path is None:
+        path = Path(str(resources.files("fastdrive_jax") / "assets" / BUNDLED))
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # safetensors raises several kinds
+        raise UserError(f"VLA weights {path} can't be read ({error}).") from error
+    config = model.config
+    images = jax.ShapeDtypeStruct((1, len(config.cameras), *config.image_size, 3), jnp.uint8)
+    ids = jax.ShapeDtypeStruct((1, config.vocabulary.plan_length), jnp.int32)
+    prompt = jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    wanted = jax.eval_shape(model.init, jax.random.key(0), images, prompt, ids)["params"]
+    wanted = {
+        name: leaf.shape for name, leaf in traverse_util.flatten_dict(wanted, sep="/").items()
+    }
+    found = {name: value.shape for name, value in tensors.items()}
+    if wanted != found:
+        odd = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+        raise UserError(f"VLA weights {path} are of another config: {', '.join(odd[:8])} differ.")
+    params = {name: value.astype(jnp.float32) for name, value in tensors.items()}
+    return model, traverse_util.unflatten_dict(params, sep="/")
