@@ -1,5 +1,7 @@
 """The quick start's findings laid out as a report."""
 
+import dataclasses
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -295,8 +297,8 @@ def _kept_section(rows: Sequence[Row]) -> Section:
                 tuple(rows),
                 KEPT_METRICS,
                 (*METHODS, ORACLE),
-                "Recall is weighted by area: what share of all foreground (or object) pixels lies in "
-                "kept tokens. The position prior is the mean training mask of each camera.",
+                "Recall is weighted by area: the share of all foreground (or object) pixels that "
+                "lies in kept tokens. The position prior is the mean training mask of each camera.",
             ),
             Gallery(
                 tuple(
@@ -418,7 +420,4 @@ def _meta(config: Any) -> dict[str, Any]:
 
 
 def _plain_paths(config: Any) -> dict:
-    import dataclasses
-    import json
-
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
