@@ -63,8 +63,7 @@ def write_world(args: WorldArgs) -> None:
 
 def train(args: TrainVLAArgs) -> None:
     """Trains and writes OUT/vla.safetensors."""
-    result = train_vla(args.out, args.config)
-    save_vla(args.out / "vla.safetensors", result.state.params["vla"])
+    save_vla(args.out / "vla.safetensors", train_vla(args.out, args.config))
 
 
 RUN = {

@@ -160,8 +160,7 @@ def driving_vla(config: QuickstartConfig) -> tuple[DrivingVLA, dict]:
         return load_vla()
     weights = config.out / "vla.safetensors"
     if not weights.exists():
-        result = train_vla(config.out / "vla", config.vla, config.quiet)
-        save_vla(weights, result.state.params["vla"])
+        save_vla(weights, train_vla(config.out / "vla", config.vla, config.quiet))
     return load_vla(weights, config.vla.model)
 
 

@@ -1,7 +1,9 @@
-"""What the tiny driving VLA is trained on: its trajectory tokens and, beside them, what it sees.
+"""What the tiny driving VLA learns from: its trajectory, and beside it what it sees and where.
 
-The encoder of a real VLA arrives pretrained. The tiny one starts from nothing, so a linear head
-that names the classes inside each token is trained with it; the head is thrown away afterwards.
+A real VLA starts from a pretrained Qwen2.5-VL. The tiny one starts from nothing, so two linear
+heads teach what pretraining would have: the classes inside each visual token, read off the
+encoder, and the place of each token, read off an early decoder layer (rotary embeddings put places
+into attention only; the planner needs them in the values too). Both heads are thrown away.
 """
 
 from dataclasses import dataclass
@@ -13,23 +15,33 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
-from fastdrive_jax.models.trajectory_tokens import DrivingVocabulary
+from fastdrive_jax.models.trajectory_tokens import PLAN, DrivingVocabulary
+
+MARKS = 2  # ids in front of the visual tokens
 
 
 @dataclass(frozen=True)
 class DrivingLossConfig:
-    """Weights of the two parts.
+    """Weights of the parts.
 
     Attributes:
         classes: Classes of the label maps.
-        class_weight: Of the class head's loss.
+        class_weight: Of the class head's loss; 0 leaves the head out of the step.
+        place_weight: Of the place head's loss.
+        place_layer: Decoder layer whose output the place head reads.
         blur: Deviation in bins of the target around the true displacement: neighbouring bins are
             nearly right.
+        hidden_plan: Share of samples whose earlier trajectory tokens are hidden from the decoder.
+            With them in sight the next step is mostly a copy of the last, and nothing needs to be
+            seen.
     """
 
     classes: int = 11
     class_weight: float = 1.0
+    place_weight: float = 1.0
+    place_layer: int = 1
     blur: float = 1.0
+    hidden_plan: float = 0.7
 
 
 def plan_targets(
@@ -55,50 +67,88 @@ def class_fractions(labels: Int[Array, "M H W"], classes: int, edge: int) -> Flo
 
 
 def init_driving(model: DrivingVLA, loss: DrivingLossConfig, key: jax.Array) -> dict:
-    """Parameters {"vla": ..., "class_head": ...}."""
+    """Parameters {"vla", "class_head", "place_head"}."""
     config = model.config
     images = jnp.zeros((1, len(config.cameras), *config.image_size, 3), jnp.uint8)
     ids = jnp.zeros((1, config.vocabulary.plan_length), jnp.int32)
-    vla_key, head_key = jax.random.split(key)
+    vla_key, class_key, place_key = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 1, config.text.hidden_size))
     return {
         "vla": model.init(vla_key, images, ids[:, :3], ids)["params"],
-        "class_head": nn.Dense(loss.classes).init(head_key, tokens)["params"],
+        "class_head": nn.Dense(loss.classes).init(class_key, tokens)["params"],
+        "place_head": nn.Dense(3).init(place_key, tokens)["params"],
     }
 
 
-def driving_loss(
-    model: DrivingVLA, loss: DrivingLossConfig, params: dict, batch: dict
+def planning_loss(
+    model: DrivingVLA,
+    loss: DrivingLossConfig,
+    params: dict,
+    tokens: Float[Array, "B N D"],
+    batch: dict,
+    key: jax.Array,
 ) -> tuple[Float[Array, ""], dict]:
-    """Cross-entropy of the trajectory tokens plus that of the classes in each token.
+    """Cross-entropy of the trajectory tokens plus the place head's error.
 
     Args:
         model: The VLA.
         loss: Weights.
-        params: From `init_driving`.
-        batch: image [B, C, H, W, 3], labels [B, C, H, W], speed [B], command [B],
-            future [B, T, 2] in metres.
+        params: From `init_driving`; "visual" may be missing from the VLA's.
+        tokens: Visual tokens, all kept.
+        batch: speed [B], command [B], future [B, T, 2] in metres.
+        key: Draws whose trajectory tokens are hidden.
     """
-    config = model.config
-    vocabulary = config.vocabulary
-    variables = {"params": params["vla"]}
-    tokens = model.apply(variables, batch["image"], method="encode")
+    vocabulary = model.config.vocabulary
     prompt = vocabulary.prompt(batch["speed"], batch["command"])
     plan = vocabulary.encode(batch["future"])
-    where = visual_positions(config, len(plan))
-    logits = model.apply(variables, tokens, where, prompt, plan, method="plan_logits")
+    hide = jax.random.bernoulli(key, loss.hidden_plan, (len(plan), 1))
+    where = visual_positions(model.config, len(plan))
+    logits, kept = model.apply(
+        {"params": params["vla"]},
+        tokens,
+        where,
+        prompt,
+        jnp.where(hide, PLAN, plan),
+        method="plan_logits",
+        mutable=["intermediates"],
+    )
     first = vocabulary.first_displacement
     logits = logits[..., first : first + vocabulary.displacement_bins]
     targets = plan_targets(vocabulary, plan, loss.blur)
     plan_loss = optax.losses.softmax_cross_entropy(logits, targets).mean()
 
-    labels = batch["labels"].reshape(-1, *batch["labels"].shape[2:])
-    fractions = class_fractions(labels, loss.classes, config.vision.token_pixels)
-    seen = nn.Dense(loss.classes).apply({"params": params["class_head"]}, tokens)
-    seen = seen.reshape(fractions.shape)
-    class_loss = optax.losses.softmax_cross_entropy(seen, fractions).mean()
+    hidden = kept["intermediates"]["language_model"][f"hidden_{loss.place_layer}"][0]
+    found = nn.Dense(3).apply(
+        {"params": params["place_head"]}, hidden[:, MARKS : MARKS + tokens.shape[1]]
+    )
+    scale = jnp.asarray([*model.config.token_grid, *model.config.token_grid[:1]], jnp.float32)
+    place = jnp.moveaxis(where - MARKS, 0, -1)[..., jnp.array([1, 2, 0])] / scale
+    place_loss = jnp.square(found - place).mean()
 
     guess = first + jnp.argmax(logits, axis=-1)
-    error = jnp.linalg.norm(vocabulary.decode(guess) - batch["future"], axis=-1).mean()
-    metrics = {"plan_loss": plan_loss, "class_loss": class_loss, "forced_l2": error}
-    return plan_loss + loss.class_weight * class_loss, metrics
+    error = jnp.linalg.norm(vocabulary.decode(guess) - batch["future"], axis=-1).mean(axis=1)
+    blind = jnp.where(hide[:, 0], error, 0).sum() / jnp.maximum(hide.sum(), 1)
+    metrics = {"plan_loss": plan_loss, "place_loss": place_loss, "hidden_plan_l2": blind}
+    return plan_loss + loss.place_weight * place_loss, metrics
+
+
+def driving_loss(
+    model: DrivingVLA, loss: DrivingLossConfig, params: dict, batch: dict, key: jax.Array
+) -> tuple[Float[Array, ""], dict]:
+    """`planning_loss` on tokens of the pictures, plus cross-entropy of the classes in each token.
+
+    Args:
+        model: The VLA.
+        loss: Weights.
+        params: From `init_driving`.
+        batch: As for `planning_loss`, and image [B, C, H, W, 3] and labels [B, C, H, W].
+        key: Draws whose trajectory tokens are hidden.
+    """
+    tokens = model.apply({"params": params["vla"]}, batch["image"], method="encode")
+    total, metrics = planning_loss(model, loss, params, tokens, batch, key)
+    labels = batch["labels"].reshape(-1, *batch["labels"].shape[2:])
+    fractions = class_fractions(labels, loss.classes, model.config.vision.token_pixels)
+    seen = nn.Dense(loss.classes).apply({"params": params["class_head"]}, tokens)
+    class_loss = optax.losses.softmax_cross_entropy(seen.reshape(fractions.shape), fractions)
+    class_loss = class_loss.mean()
+    return total + loss.class_weight * class_loss, metrics | {"class_loss": class_loss}

@@ -184,6 +184,7 @@ class Decoder(nn.Module):
         for number, layer in enumerate(self.layers):
             x, cache = layer(x, angles, None if caches is None else caches[number])
             filled.append(cache)
+            self.sow("intermediates", f"hidden_{number}", x)  # kept only if a caller asks for it
         return self.norm(x), None if caches is None else tuple(filled)
 
 
