@@ -40,10 +40,9 @@ class FeatureLoaderConfig:
 
 
 def make_feature_loader(features: SplitFeatures, config: FeatureLoaderConfig) -> grain.IterDataset:
-    """Batches of dicts: tokens float32 [B, N, D], image uint8 [B, H, W, 3], mask uint8 [B, H, W]
-    and camera int32 [B].
+    """Batches of tokens, image, mask and camera.
 
-    Its iterator has `get_state` and `set_state`.
+    float32 [B, N, D], uint8 [B, H, W, 3], uint8 [B, H, W], int32 [B]. Its iterator has `get_state` and `set_state`.
 
     Args:
         features: One split; arrays may be mapped from disk.
