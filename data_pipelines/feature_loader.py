@@ -42,7 +42,8 @@ class FeatureLoaderConfig:
 def make_feature_loader(features: SplitFeatures, config: FeatureLoaderConfig) -> grain.IterDataset:
     """Batches of tokens, image, mask and camera.
 
-    float32 [B, N, D], uint8 [B, H, W, 3], uint8 [B, H, W], int32 [B]. Its iterator has `get_state` and `set_state`.
+    float32 [B, N, D], uint8 [B, H, W, 3], uint8 [B, H, W], int32 [B]. Its iterator has `get_state`
+    and `set_state`.
 
     Args:
         features: One split; arrays may be mapped from disk.
