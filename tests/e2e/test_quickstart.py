@@ -1,0 +1,136 @@
+"""The quick start as a person runs it, at the smallest size: whole, resumed, killed, refused."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fastdrive_jax.export.driving import read_policy
+from fastdrive_jax.inference.policy import plan
+
+SMALL = [
+    "--world.train-scenes=2",
+    "--world.val-scenes=3",
+    "--world.keyframes-per-scene=2",
+    "--world.cameras",
+    "CAM_FRONT",
+    "--world.workers=1",
+    "--pruner.optimizer.warmup-steps=1",
+    "--pruner.loader.batch-size=2",
+    "--pruner.checkpoint-every=4",
+    "--pruner.log-every=1",
+    "--pruner.recon.decoder.num-layers=1",
+    "--pruner.recon.target-pixels=7",
+    "--pruner.recon.ssim-window=5",
+    "--quiet",
+]
+STEPS = 12
+
+
+def command(out: Path, *more: str, steps: int = STEPS) -> list[str]:
+    code = "import sys; from experiments.cli import main; sys.exit(main(sys.argv[1:]))"
+    start = [sys.executable, "-c", code, "quickstart", f"--out={out}", *SMALL]
+    return [*start, f"--pruner.optimizer.total-steps={steps}", *more]
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments, **options), capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+def weights_digest(out: Path) -> str:
+    return hashlib.sha256((out / "export" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    done = run(out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_report_holds_every_method_ratio_and_control(whole):
+    rows = json.loads((whole / "report.json").read_text())["rows"]
+    cells = {(row["method"], row["keep_ratio"], row["metric"]) for row in rows}
+    for ratio in (0.75, 0.5, 0.25):
+        for method in ("reconpruner", "random", "uniform", "prior", "ground_truth"):
+            for metric in ("ade", "l2_temavg", "foreground_recall", "object_recall"):
+                assert (method, ratio, metric) in cells
+    assert ("unpruned", 1.0, "ade") in cells
+    assert ("no_image", None, "ade") in cells
+    for stage in ("preprocess", "vision", "pruner", "prefill", "decode", "frame"):
+        assert ("reconpruner", 0.25, f"{stage}_ms") in cells
+    page = (whole / "report.html").read_text()
+    assert 'src="http' not in page
+    assert list((whole / "pictures").glob("*.png"))
+
+
+def test_prefill_of_fewer_tokens_counts_fewer_flops(whole):
+    rows = json.loads((whole / "report.json").read_text())["rows"]
+    flops = {r["keep_ratio"]: r["value"] for r in rows if r["metric"] == "prefill_gflop"}
+    assert flops[0.25] < flops[0.5] < flops[0.75] < flops[1.0]
+
+
+def test_both_exports_plan_the_same_bits(whole):
+    images = np.random.default_rng(0).integers(0, 255, (2, 1, 224, 392, 3), np.uint8)
+    inputs = images, np.array([3.0, 8.0], np.float32), np.array([0, 1], np.int32)
+    policy, params = read_policy(whole / "export", "safetensors")
+    same_policy, same = read_policy(whole / "export", "orbax")
+    assert policy.keep_ratio == same_policy.keep_ratio == 0.5
+    step = jax.jit(plan, static_argnums=0)
+    first, second = step(policy, params, *inputs), step(policy, same, *inputs)
+    np.testing.assert_array_equal(first.waypoints, second.waypoints)
+    np.testing.assert_array_equal(first.keep_indices, second.keep_indices)
+    assert first.keep_indices.shape == (2, 56)
+
+
+def test_a_folder_of_another_config_is_refused(whole):
+    refused = run(whole, "--pruner.seed=7")
+    assert refused.returncode == 2
+    assert "seed" in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_killed_run_ends_with_the_same_weights(whole, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    log = out / "pruner" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.read_text().count("\n") >= 5):
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "report.html").exists()
+    done = run(out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert weights_digest(out) == weights_digest(whole)
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--keep-ratio=0", "keep_ratio=0"),
+        ("--keep-ratio=1.2", "1.2"),
+        ("--world.height=200", "200"),
+    ],
+)
+def test_bad_values_are_one_sentence_and_exit_code_2(tmp_path, argument, named):
+    refused = run(tmp_path / "run", argument)
+    assert refused.returncode == 2
+    assert named in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "run" / "report.html").exists()
