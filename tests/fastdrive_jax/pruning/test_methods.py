@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
+from fastdrive_jax.pruning import PrunerInputs, keep_indices, make_pruner, pruner_scores
+from fastdrive_jax.pruning.position_prior import mean_fractions
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
+
+SMALL = DecoderConfig(16, 32, 1, 2, 1, 8, mrope_section=(1, 1, 2))
+
+
+def inputs(batch=4, rows=3, columns=5):
+    rng = np.random.default_rng(0)
+    return PrunerInputs(
+        tokens=jnp.asarray(rng.normal(size=(batch, rows * columns, 16)), jnp.float32),
+        foreground=jnp.asarray(rng.random((batch, rows * columns)), jnp.float32),
+        camera=jnp.asarray(rng.integers(0, 2, (batch, 1))),
+        grid=(rows, columns),
+    )
+
+
+def test_published_size_of_reconpruner():
+    shapes = jax.eval_shape(
+        ReconPruner(ReconPrunerConfig()).init, jax.random.key(0), jnp.zeros((1, 4, 2048))
+    )
+    layer = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]["layer"]))
+    assert layer == 77_076_992
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == layer + 2048 + 2048
+
+
+def test_reconpruner_scores_are_the_formula_on_the_layers_output():
+    config = ReconPrunerConfig(layer=SMALL)
+    module, given = ReconPruner(config), inputs()
+    params = module.init(jax.random.key(1), given.tokens)["params"]
+    scores = pruner_scores(make_pruner("reconpruner", config=config), params, given)
+    from fastdrive_jax.models.qwen2_5_vl.decoder import DecoderLayer
+
+    query = jnp.broadcast_to(params["query"], (4, 1, 16))
+    rows = jnp.concatenate([query, given.tokens], axis=1)
+    mixed, _ = DecoderLayer(SMALL, causal=False).apply({"params": params["layer"]}, rows, None)
+    want = (mixed[:, 1:] * mixed[:, :1]) @ params["scorer"]["kernel"][:, 0]
+    np.testing.assert_allclose(scores, want, atol=1e-5)
+
+
+def test_a_batch_is_scored_as_its_samples_are():
+    config = ReconPrunerConfig(layer=SMALL)
+    given = inputs()
+    params = ReconPruner(config).init(jax.random.key(1), given.tokens)["params"]
+    pruner = make_pruner("reconpruner", config=config)
+    together = keep_indices(pruner, params, given, 0.4)
+    for row in range(4):
+        one = given.replace(tokens=given.tokens[row : row + 1])
+        np.testing.assert_array_equal(keep_indices(pruner, params, one, 0.4)[0], together[row])
+
+
+def test_prior_is_each_cameras_mean_mask():
+    fractions = np.array([[1.0, 0.0], [0.0, 0.0], [0.5, 1.0]])
+    means = mean_fractions(fractions, np.array([0, 0, 1]))
+    np.testing.assert_allclose(means, [[0.5, 0.0], [0.5, 1.0]])
+    given = PrunerInputs(tokens=jnp.zeros((2, 2, 1)), camera=jnp.array([[1], [0]]))
+    scores = pruner_scores(make_pruner("prior"), jnp.asarray(means), given)
+    np.testing.assert_allclose(scores, means[[1, 0]])
+
+
+def test_ground_truth_keeps_most_foreground():
+    given = inputs()
+    kept = keep_indices(make_pruner("ground_truth"), None, given, 0.2)
+    want = np.sort(np.argsort(-np.asarray(given.foreground), axis=1)[:, :3], axis=1)
+    np.testing.assert_array_equal(kept, want)
+
+
+def test_random_draws_by_its_key_and_not_by_the_picture():
+    pruner, given = make_pruner("random"), inputs()
+    first = pruner_scores(pruner, None, given, jax.random.key(0))
+    np.testing.assert_array_equal(first, pruner_scores(pruner, None, given, jax.random.key(0)))
+    assert (first != pruner_scores(pruner, None, given, jax.random.key(1))).any()
+
+
+def test_uniform_spreads_over_the_grid():
+    given = inputs(rows=8, columns=14)
+    kept = np.asarray(keep_indices(make_pruner("uniform"), None, given, 0.25))[0]
+    rows, columns = kept // 14, kept % 14
+    assert len(kept) == 28
+    assert np.histogram(rows, bins=4, range=(0, 8))[0].min() >= 4
+    assert np.histogram(columns, bins=7, range=(0, 14))[0].min() >= 2
+
+
+def test_what_a_method_needs_must_be_given():
+    with pytest.raises(ValueError, match="foreground"):
+        pruner_scores(make_pruner("ground_truth"), None, inputs().replace(foreground=None))
+
+
+def test_a_misspelt_name_gets_a_hint():
+    with pytest.raises(UserError, match="uniform"):
+        make_pruner("unifrom")

@@ -1,0 +1,106 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
+from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
+from fastdrive_jax.training.reconstruction import (
+    ReconConfig,
+    init_params,
+    masked_targets,
+    recon_loss,
+    straight_through,
+    training_mask,
+    unpatchify,
+)
+
+SMALL = DecoderConfig(16, 32, 2, 2, 1, 8, mrope_section=(1, 1, 2))
+CONFIG = ReconConfig(
+    pruner=ReconPrunerConfig(layer=SMALL), decoder=SMALL, target_pixels=7, ssim_window=5
+)
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "tokens": jnp.asarray(rng.normal(size=(2, 6, 16)), jnp.float32),
+        "image": jnp.asarray(rng.integers(0, 255, (2, 56, 84, 3)), jnp.uint8),
+        "mask": jnp.asarray(rng.integers(0, 2, (2, 56, 84)), jnp.uint8),
+        "camera": jnp.zeros(2, jnp.int32),
+    }
+
+
+def test_straight_through_has_the_masks_value_and_the_scores_gradient():
+    scores, mask = jnp.array([[0.3, -2.0, 5.0]]), jnp.array([[1.0, 0.0, 1.0]])
+    np.testing.assert_allclose(straight_through(scores, mask), mask)
+    weights = jnp.array([[2.0, 3.0, -1.0]])
+    gradient = jax.grad(lambda s: (weights * straight_through(s, mask)).sum())(scores)
+    np.testing.assert_allclose(gradient, weights)
+
+
+def test_sign_mask_is_the_papers_and_top_k_keeps_within_its_budget():
+    scores = jax.random.normal(jax.random.key(0), (3, 40))
+    mask = training_mask(scores, jax.random.key(1), CONFIG)
+    np.testing.assert_allclose(mask, scores > 0, atol=1e-6)
+    budget = replace(CONFIG, mask_mode="top_k", keep_range=(0.2, 0.3))
+    kept = training_mask(scores, jax.random.key(1), budget).sum(1)
+    assert ((kept >= 8) & (kept <= 13)).all()
+
+
+@pytest.mark.parametrize("fill", ["zero", "mean"])
+def test_targets_hold_their_half_of_the_picture(fill):
+    image = np.zeros((1, 28, 28, 3), np.uint8)
+    image[:, :, :14] = 255
+    mask = np.zeros((1, 28, 28), np.uint8)
+    mask[:, :, :14] = 1
+    config = replace(CONFIG, fill=fill, target_pixels=28)
+    fore, back = masked_targets(jnp.asarray(image), jnp.asarray(mask), config)
+    rest = 0.0 if fill == "zero" else 0.5
+    np.testing.assert_allclose(fore[:, :, :14], 1.0)
+    np.testing.assert_allclose(fore[:, :, 14:], rest)
+    np.testing.assert_allclose(back[:, :, :14], rest)
+    np.testing.assert_allclose(back[:, :, 14:], 0.0)
+
+
+def test_unpatchify_lays_tokens_in_raster_order():
+    picture = np.random.default_rng(0).random((2, 6, 9, 3))
+    patches = picture.reshape(2, 2, 3, 3, 3, 3).transpose(0, 1, 3, 2, 4, 5).reshape(2, 6, 3, 3, 3)
+    np.testing.assert_array_equal(
+        unpatchify(jnp.asarray(patches, jnp.float32), (2, 3)), jnp.asarray(picture, jnp.float32)
+    )
+
+
+def test_the_gradient_reaches_query_scorer_layer_and_decoder():
+    params = init_params(CONFIG, jax.random.key(0))
+    grads = jax.grad(lambda p: recon_loss(p, batch(), jax.random.key(1), config=CONFIG)[0])(params)
+    parts = dict(grads["pruner"], decoder=grads["decoder"])
+    for name in ("query", "scorer", "layer", "decoder"):
+        norm = float(optax.tree.norm(parts[name]))
+        assert np.isfinite(norm), name
+        assert norm > 1e-8, name
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts_and_falls():
+    params = init_params(CONFIG, jax.random.key(0))
+    optimizer = optax.adam(3e-3)
+
+    @jax.jit
+    def step(params, state):
+        value = jax.value_and_grad(recon_loss, has_aux=True)
+        (loss, metrics), grads = value(params, batch(), jax.random.key(1), config=CONFIG)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, loss, metrics
+
+    state, losses = optimizer.init(params), []
+    for _ in range(25):
+        params, state, loss, metrics = step(params, state)
+        losses.append(float(loss))
+    want = 0.5 * (metrics["loss_fore"] + metrics["loss_back"])
+    assert losses[-1] == pytest.approx(float(want), rel=1e-5)
+    half = 0.2 * (1 - metrics["ssim_fore"]) + 0.8 * metrics["mse_fore"]
+    assert float(metrics["loss_fore"]) == pytest.approx(float(half), rel=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
