@@ -1,0 +1,75 @@
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+
+from experiments.configs.pruner import PRUNER_RUNS, TINY, PrunerRun
+from fastdrive_jax.configs import from_plain, to_plain
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
+
+
+@dataclass(frozen=True)
+class Inner:
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner | None = None
+    name: str | None = None
+    ratio: float = 0.5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DrivingConfig(),
+        replace(DrivingConfig(), cameras=("CAM_BACK", "CAM_FRONT"), image_size=(56, 84)),
+        *PRUNER_RUNS.values(),
+        Outer(),
+        Outer(inner=Inner((3,)), name="x"),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_config_comes_back_from_a_json_file(config, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_plain(config)))
+    back = from_plain(type(config), json.loads(path.read_text()))
+    assert back == config
+    assert hash(back) == hash(config)  # tuples again, not lists: static arguments need it
+
+
+def test_plain_is_what_json_gives_back():
+    assert to_plain(Outer(inner=Inner((3, 4)))) == {
+        "inner": {"sizes": [3, 4]},
+        "name": None,
+        "ratio": 0.5,
+    }
+
+
+def test_unknown_and_missing_fields_are_refused_by_name():
+    plain = to_plain(DrivingConfig())
+    with pytest.raises(UserError, match=r"DrivingConfig.*colour"):
+        from_plain(DrivingConfig, plain | {"colour": 1})
+    plain.pop("cameras")
+    with pytest.raises(UserError, match=r"DrivingConfig.*cameras"):
+        from_plain(DrivingConfig, plain)
+
+
+def test_a_fault_deep_inside_is_named_with_its_class():
+    plain = to_plain(TINY)
+    plain["recon"]["decoder"]["widht"] = 3
+    with pytest.raises(UserError, match=r"DecoderConfig.*widht"):
+        from_plain(PrunerRun, plain)
+    plain = to_plain(TINY)
+    plain["recon"] = [1, 2]
+    with pytest.raises(UserError, match="ReconConfig"):
+        from_plain(PrunerRun, plain)
+
+
+def test_values_that_a_class_refuses_are_refused():
+    plain = to_plain(TINY)
+    plain["recon"]["keep_range"] = [0.9, 0.1]
+    with pytest.raises(UserError, match="keep_range"):
+        from_plain(PrunerRun, plain)
