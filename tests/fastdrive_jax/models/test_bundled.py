@@ -1,0 +1,65 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.flax import load_file
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla, save_vla
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
+
+
+def test_weights_come_back_as_their_bfloat16_values(one_camera, tmp_path):
+    config, params = one_camera
+    path = tmp_path / "vla.safetensors"
+    save_vla(path, params["vla"])
+    assert [p.name for p in tmp_path.iterdir()] == ["vla.safetensors"]
+    assert all(value.dtype == jnp.bfloat16 for value in load_file(path).values())
+    model, loaded = load_vla(path, config)
+    assert model.config == config
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params["vla"])
+    assert jax.tree.structure(rounded) == jax.tree.structure(loaded)
+    jax.tree.map(np.testing.assert_array_equal, rounded, loaded)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(loaded))
+    save_vla(tmp_path / "again.safetensors", loaded)
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("text", {"num_layers": 2}),
+        ("text", {"intermediate_size": 64}),
+        ("vision", {"depth": 2}),
+    ],
+)
+def test_weights_of_another_config_are_refused_by_name(one_camera, tmp_path, part, change):
+    config, params = one_camera
+    path = tmp_path / "vla.safetensors"
+    save_vla(path, params["vla"])
+    other = dataclasses.replace(
+        config, **{part: dataclasses.replace(getattr(config, part), **change)}
+    )
+    with pytest.raises(UserError, match="of another config: .*(language_model|visual)/"):
+        load_vla(path, other)
+
+
+def test_a_missing_or_damaged_file_is_refused(one_camera, tmp_path):
+    config, params = one_camera
+    with pytest.raises(UserError, match=r"none\.safetensors"):
+        load_vla(tmp_path / "none.safetensors", config)
+    path = tmp_path / "vla.safetensors"
+    save_vla(path, params["vla"])
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="can't be read"):
+        load_vla(path, config)
+
+
+def test_the_packaged_weights_have_the_default_config_and_at_most_8_mb():
+    model, params = load_vla()
+    assert model.config == DrivingConfig()
+    leaves = jax.tree.leaves(params)
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert 2 * sum(leaf.size for leaf in leaves) < 8e6
