@@ -5,6 +5,7 @@ import pytest
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.decoder import DecoderLayer
 from fastdrive_jax.pruning import PrunerInputs, keep_indices, make_pruner, pruner_scores
 from fastdrive_jax.pruning.position_prior import mean_fractions
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
@@ -36,8 +37,6 @@ def test_reconpruner_scores_are_the_formula_on_the_layers_output():
     module, given = ReconPruner(config), inputs()
     params = module.init(jax.random.key(1), given.tokens)["params"]
     scores = pruner_scores(make_pruner("reconpruner", config=config), params, given)
-    from fastdrive_jax.models.qwen2_5_vl.decoder import DecoderLayer
-
     query = jnp.broadcast_to(params["query"], (4, 1, 16))
     rows = jnp.concatenate([query, given.tokens], axis=1)
     mixed, _ = DecoderLayer(SMALL, causal=False).apply({"params": params["layer"]}, rows, None)
@@ -88,11 +87,43 @@ def test_uniform_spreads_over_the_grid():
     assert np.histogram(columns, bins=7, range=(0, 14))[0].min() >= 2
 
 
-def test_what_a_method_needs_must_be_given():
-    with pytest.raises(ValueError, match="foreground"):
-        pruner_scores(make_pruner("ground_truth"), None, inputs().replace(foreground=None))
+def test_half_of_a_uniform_grid_is_the_chequerboard():
+    given = inputs(batch=1, rows=4, columns=6)
+    kept = np.asarray(keep_indices(make_pruner("uniform"), None, given, 0.5))[0]
+    assert len(kept) == 12
+    assert len({(place // 6 + place % 6) % 2 for place in kept}) == 1
+
+
+def test_uniform_gives_every_picture_of_a_sample_its_share():
+    given = inputs(rows=6, columns=5).replace(grid=(2, 5))  # three pictures of ten tokens
+    kept = np.asarray(keep_indices(make_pruner("uniform"), None, given, 0.5))
+    np.testing.assert_array_equal(np.bincount(kept[0] // 10), [5, 5, 5])
+    with pytest.raises(ValueError, match="whole number of grids"):
+        keep_indices(make_pruner("uniform"), None, given.replace(grid=(4, 5)), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "need"),
+    [("ground_truth", "foreground"), ("prior", "camera"), ("uniform", "grid")],
+)
+def test_what_a_method_needs_must_be_given(name, need):
+    with pytest.raises(ValueError, match=rf"{name}.*needs {need}"):
+        pruner_scores(make_pruner(name), jnp.ones((2, 15)), inputs().replace(**{need: None}))
+
+
+def test_random_needs_a_key_and_rope_needs_positions():
+    with pytest.raises(ValueError, match="needs key"):
+        keep_indices(make_pruner("random"), None, inputs(), 0.5)
+    turned = make_pruner("reconpruner", config=ReconPrunerConfig(layer=SMALL, rope=True))
+    with pytest.raises(ValueError, match="needs position_ids"):
+        keep_indices(turned, None, inputs(), 0.5)
 
 
 def test_a_misspelt_name_gets_a_hint():
-    with pytest.raises(UserError, match="uniform"):
+    with pytest.raises(UserError, match="did you mean 'uniform'"):
         make_pruner("unifrom")
+
+
+def test_a_strange_name_gets_the_list():
+    with pytest.raises(UserError, match="choose from reconpruner, random, uniform, prior"):
+        make_pruner("zzz")

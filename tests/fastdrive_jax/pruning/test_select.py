@@ -9,7 +9,14 @@ from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens, num
 
 @pytest.mark.parametrize(
     ("n", "ratio", "k"),
-    [(3249, 0.75, 2436), (3249, 0.5, 1624), (3249, 0.25, 812), (100, 0.29, 29), (3, 0.1, 1)],
+    [
+        (3249, 0.75, 2436),
+        (3249, 0.5, 1624),
+        (3249, 0.25, 812),
+        (100, 0.29, 29),
+        (3, 0.1, 1),
+        (7, 1.0, 7),
+    ],
 )
 def test_num_keep_is_the_published_floor(n, ratio, k):
     assert num_keep(n, ratio) == k
@@ -33,6 +40,18 @@ def test_top_k_equals_a_stable_sort_with_ties_and_padding(k):
             np.testing.assert_array_equal(got[row], sorted(order[:k]))
         else:  # all real tokens are there, whatever fills the rest
             assert set(np.flatnonzero(valid[row])) <= set(got[row])
+
+
+def test_padding_never_comes_before_a_real_token_whatever_that_scores():
+    scores = jnp.array([[9.0, -jnp.inf, 9.0, -3.0]])
+    valid = jnp.array([[False, True, False, True]])
+    np.testing.assert_array_equal(top_k(scores, 2, valid), [[1, 3]])
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_top_k_refuses_a_k_outside_the_row(k):
+    with pytest.raises(ValueError, match="k must be"):
+        top_k(jnp.zeros((1, 4)), k)
 
 
 def test_gathers_keep_each_token_with_its_own_ids():

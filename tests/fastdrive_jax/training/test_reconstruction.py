@@ -51,6 +51,19 @@ def test_sign_mask_is_the_papers_and_top_k_keeps_within_its_budget():
     assert ((kept >= 8) & (kept <= 13)).all()
 
 
+def test_top_k_mask_keeps_the_best_and_has_the_sigmoids_slope():
+    scores = jnp.array([[0.0, 3.0, -1.0, 2.0]])
+    config = replace(
+        CONFIG, mask_mode="top_k", keep_range=(0.5, 0.5), surrogate="sigmoid", temperature=0.5
+    )
+    key, weights = jax.random.key(0), jnp.array([[1.0, 2.0, 3.0, 4.0]])
+    np.testing.assert_allclose(training_mask(scores, key, config), [[0, 1, 0, 1]], atol=1e-6)
+    got = jax.grad(lambda s: (weights * training_mask(s, key, config)).sum())(scores)
+    width = 0.5 * np.asarray(scores).std()  # the threshold is the best token left out, 0
+    sigmoid = 1 / (1 + np.exp(-np.asarray(scores) / width))
+    np.testing.assert_allclose(got, weights * sigmoid * (1 - sigmoid) / width, rtol=1e-4)
+
+
 @pytest.mark.parametrize("fill", ["zero", "mean"])
 def test_targets_hold_their_half_of_the_picture(fill):
     image = np.zeros((1, 28, 28, 3), np.uint8)
@@ -76,7 +89,8 @@ def test_unpatchify_lays_tokens_in_raster_order():
 
 def test_the_gradient_reaches_query_scorer_layer_and_decoder():
     params = init_params(CONFIG, jax.random.key(0))
-    grads = jax.grad(lambda p: recon_loss(p, batch(), jax.random.key(1), config=CONFIG)[0])(params)
+    gradient = jax.grad(lambda p: recon_loss(p, batch(), jax.random.key(1), config=CONFIG)[0])
+    grads = jax.jit(gradient)(params)
     parts = dict(grads["pruner"], decoder=grads["decoder"])
     for name in ("query", "scorer", "layer", "decoder"):
         norm = float(optax.tree.norm(parts[name]))
