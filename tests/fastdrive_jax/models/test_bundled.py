@@ -42,7 +42,7 @@ def test_weights_of_another_config_are_refused_by_name(one_camera, tmp_path, par
     other = dataclasses.replace(
         config, **{part: dataclasses.replace(getattr(config, part), **change)}
     )
-    with pytest.raises(UserError, match="of another config: .*(language_model|visual)/"):
+    with pytest.raises(UserError, match=r"of another config: .*(language_model|visual)/"):
         load_vla(path, other)
 
 
