@@ -17,13 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines.pictures import check_picture, read_bytes
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.inference.generate import decode, prefill
 from fastdrive_jax.inference.policy import DrivingPolicy, choose_tokens
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
 from fastdrive_jax.pruning import Pruner, make_pruner
-from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens
+from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens, num_keep
 
 STAGES = ("preprocess", "vision", "pruner", "prefill", "decode")
 
@@ -135,14 +137,20 @@ class BenchFrameArgs:
     ratios: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     repeats: int = 50
 
+    def __post_init__(self):
+        for ratio in self.ratios:
+            num_keep(1000, ratio)
+        if self.repeats < 1:
+            raise UserError(f"repeats={self.repeats} must be at least 1.")
+
 
 def bench_frame(args: BenchFrameArgs) -> Path:
     """Times an untrained uniform choice: what a pruner's scores are does not change the time."""
+    jpeg = read_bytes(args.image)
+    check_picture(jpeg, args.image)
     model, params = load_vla()
     pruner = make_pruner("uniform")
-    times = frame_times(
-        model, params, pruner, None, args.image.read_bytes(), args.ratios, args.repeats
-    )
+    times = frame_times(model, params, pruner, None, jpeg, args.ratios, args.repeats)
     path = args.out / "frame.json"
     write_rows(path, timing_rows(*times, args.repeats), {"device": str(jax.devices()[0])})
     return path

@@ -19,6 +19,7 @@ from experiments.quickstart import _announcer, shards_of
 from experiments.reports import ImageFindings, image_report
 from experiments.train_pruner import ClassIds, evaluate_pruner, train_prior, train_pruner
 from fastdrive_jax.configs import to_plain
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.report import write_report
 from fastdrive_jax.export.bundle import (
     read_bundle_orbax,
@@ -65,6 +66,12 @@ def own_images(config: ImagesConfig) -> Path:
 
     say("2/5", "token features")
     encoder = dino_encoder(config.weights)
+    width = config.pruner.recon.pruner.layer.hidden_size
+    if width != encoder.dim:
+        raise UserError(
+            f"pruner.recon.pruner.layer.hidden_size={width} must be the size of the encoder's "
+            f"tokens, {encoder.dim}."
+        )
     features = cache_features(shards, encoder, config.out / "features", progress=not config.quiet)
     train, val = features.splits["train"], features.splits["val"]
 

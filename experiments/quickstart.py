@@ -80,6 +80,12 @@ class QuickstartConfig:
                 f"world pictures of {self.world.height} x {self.world.width} do not fit the VLA's "
                 f"{self.vla.model.image_size}; give both the same size."
             )
+        width, tokens = self.pruner.recon.pruner.layer.hidden_size, self.vla.model.text.hidden_size
+        if width != tokens:
+            raise UserError(
+                f"pruner.recon.pruner.layer.hidden_size={width} must be the size of the VLA's "
+                f"tokens, {tokens}."
+            )
 
 
 def quickstart(config: QuickstartConfig) -> Path:

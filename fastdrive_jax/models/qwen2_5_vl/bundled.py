@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from fastdrive_jax.errors import UserError
@@ -15,12 +16,22 @@ BUNDLED = "tiny_vla.safetensors"
 
 
 def save_vla(path: Path, params: dict) -> None:
-    """Writes VLA parameters as bfloat16 safetensors, half the bytes of what was trained."""
+    """Writes VLA parameters as bfloat16 safetensors, half the bytes of what was trained.
+
+    Raises:
+        UserError: The file cannot be written (full disk).
+    """
     flat = traverse_util.flatten_dict(params, sep="/")
     flat = {name: jnp.asarray(value, jnp.bfloat16) for name, value in flat.items()}
     partial = path.with_name(path.name + ".partial")
-    save_file(flat, partial)
-    partial.replace(path)
+    try:
+        save_file(flat, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"VLA weights {path} can't be written ({error}); check the disk."
+        ) from error
 
 
 def load_vla(

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.flax import load_file
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl import bundled
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla, save_vla
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
 
@@ -63,3 +65,22 @@ def test_the_packaged_weights_have_the_default_config_and_at_most_8_mb():
     leaves = jax.tree.leaves(params)
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     assert 2 * sum(leaf.size for leaf in leaves) < 8e6
+
+
+def test_a_failed_write_is_one_sentence_and_leaves_the_old_file(one_camera, tmp_path, monkeypatch):
+    _, params = one_camera
+    with pytest.raises(UserError, match=r"vla\.safetensors can't be written"):
+        save_vla(tmp_path / "no_folder" / "vla.safetensors", params["vla"])
+    path = tmp_path / "vla.safetensors"
+    save_vla(path, params["vla"])
+    before = path.read_bytes()
+
+    def full_disk(tensors, place):
+        place.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(bundled, "save_file", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        save_vla(path, params["vla"])
+    assert [p.name for p in tmp_path.iterdir()] == ["vla.safetensors"]
+    assert path.read_bytes() == before
