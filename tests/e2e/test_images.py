@@ -292,3 +292,31 @@ def test_a_pruner_of_another_width_than_the_encoder_is_refused(command, pictures
 def test_a_batch_larger_than_the_folder_is_refused(command, pictures, tmp_path):
     done = command(pictures, tmp_path / "run", "--pruner.loader.batch-size=64")
     refused(done, "batch_size")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a memory disk of the given size; only root may do that."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = []
+
+    def mount(size: str) -> Path:
+        call = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        done = subprocess.run(call, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no memory disk can be mounted: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.parametrize("size", ["48k", "600k", "2m"])  # shards, features, checkpoints
+def test_a_full_disk_is_one_sentence(command, pictures, small_disk, size):
+    out = small_disk(size) / "run"
+    refused(command(pictures, out), str(out))
+    assert not (out / "report.html").exists()
+    assert not (out / "export").exists()
