@@ -43,6 +43,7 @@ from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla, save_vla
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import make_pruner
 from fastdrive_jax.pruning.select import num_keep
+from fastdrive_jax.training.run_config import claim_run_folder
 
 RATIOS = (0.75, 0.5, 0.25)
 RANDOM_DRAWS = 5
@@ -75,6 +76,11 @@ class QuickstartConfig:
         num_keep(1000, self.keep_ratio)
         if "CAM_FRONT" not in self.world.cameras:
             raise UserError("The driving VLA looks through CAM_FRONT; add it to world.cameras.")
+        if self.vla.model.cameras != ("CAM_FRONT",):
+            raise UserError(
+                f"vla.model.cameras={self.vla.model.cameras} must be CAM_FRONT alone, from which "
+                "the quick start plans."
+            )
         if (self.world.height, self.world.width) != self.vla.model.image_size:
             raise UserError(
                 f"world pictures of {self.world.height} x {self.world.width} do not fit the VLA's "
@@ -163,8 +169,10 @@ def shards_of(source: Source, folder: Path, quiet: bool) -> Shards:
 def driving_vla(config: QuickstartConfig) -> tuple[DrivingVLA, dict]:
     """The bundled VLA, or one trained here."""
     if not config.train_vla:
-        return load_vla()
+        return load_vla(config=config.vla.model)
     weights = config.out / "vla.safetensors"
+    # Weights that are there may be of another training, which their shapes do not tell.
+    claim_run_folder(config.out / "vla" / "train", config.vla)
     if not weights.exists():
         save_vla(weights, train_vla(config.out / "vla", config.vla, config.quiet))
     return load_vla(weights, config.vla.model)

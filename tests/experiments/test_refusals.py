@@ -1,0 +1,65 @@
+"""What a person can get wrong is refused before anything is computed."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+
+from data_pipelines.synthetic.config import WorldConfig
+from experiments.bench_frame import BenchFrameArgs, bench_frame
+from experiments.quickstart import QuickstartConfig, driving_vla
+from experiments.train_vla import TrainVLAConfig
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
+from fastdrive_jax.training.run_config import claim_run_folder
+
+
+def test_vla_and_world_must_fit():
+    world, vla = WorldConfig(), TrainVLAConfig()
+    with pytest.raises(UserError, match="CAM_FRONT"):
+        QuickstartConfig(world=replace(world, cameras=("CAM_BACK",)))
+    with pytest.raises(UserError, match="252 x 392"):
+        QuickstartConfig(world=replace(world, height=252))
+    surround = replace(vla, model=DrivingConfig(cameras=("CAM_FRONT", "CAM_BACK")))
+    with pytest.raises(UserError, match=r"vla\.model\.cameras"):
+        QuickstartConfig(vla=surround)
+
+
+@pytest.mark.parametrize("ratio", [0, 1.2, -1, float("nan")])
+def test_keep_ratio_is_checked_at_once(ratio):
+    with pytest.raises(UserError, match="keep_ratio"):
+        QuickstartConfig(keep_ratio=ratio)
+
+
+def test_packaged_weights_are_refused_for_another_model():
+    vla = TrainVLAConfig()
+    model = replace(vla.model, text=replace(vla.model.text, num_layers=2))
+    with pytest.raises(UserError, match="another config"):
+        driving_vla(QuickstartConfig(vla=replace(vla, model=model)))
+
+
+def test_weights_of_another_training_are_not_taken(tmp_path):
+    """Another seed gives weights of the same shapes, so only the run's config tells."""
+    vla = TrainVLAConfig()
+    claim_run_folder(tmp_path / "vla" / "train", vla)
+    (tmp_path / "vla.safetensors").write_bytes(b"of seed 0")
+    asked = QuickstartConfig(out=tmp_path, train_vla=True, vla=replace(vla, seed=3))
+    with pytest.raises(UserError, match="seed was 0 and is now 3"):
+        driving_vla(asked)
+
+
+def test_bench_frame_checks_its_arguments_first(tmp_path):
+    path = tmp_path / "frame.jpg"
+    with pytest.raises(UserError, match=r"frame\.jpg is missing"):
+        bench_frame(BenchFrameArgs(image=path, out=tmp_path / "out"))
+    cv2.imwrite(str(path), np.zeros((56, 56, 3), np.uint8))
+    path.write_bytes(path.read_bytes()[:150])
+    with pytest.raises(UserError, match=r"frame\.jpg cannot be decoded"):
+        bench_frame(BenchFrameArgs(image=path, out=tmp_path / "out"))
+    for ratios in ((0.0,), (1.0, 1.2)):
+        with pytest.raises(UserError, match="keep_ratio"):
+            BenchFrameArgs(image=path, ratios=ratios)
+    with pytest.raises(UserError, match="repeats=0"):
+        BenchFrameArgs(image=path, repeats=0)
+    assert not (tmp_path / "out").exists()
