@@ -74,6 +74,11 @@ class QuickstartConfig:
 
     def __post_init__(self):
         num_keep(1000, self.keep_ratio)
+        if min(self.world.train_scenes, self.world.val_scenes) < 1:
+            raise UserError(
+                f"world.train_scenes={self.world.train_scenes} and world.val_scenes="
+                f"{self.world.val_scenes} must both be at least 1."
+            )
         if "CAM_FRONT" not in self.world.cameras:
             raise UserError("The driving VLA looks through CAM_FRONT; add it to world.cameras.")
         if self.vla.model.cameras != ("CAM_FRONT",):

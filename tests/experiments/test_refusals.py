@@ -8,9 +8,11 @@ import pytest
 
 from data_pipelines.synthetic.config import WorldConfig
 from experiments.bench_frame import BenchFrameArgs, bench_frame
+from experiments.configs.pruner import TINY
 from experiments.quickstart import QuickstartConfig, driving_vla
 from experiments.train_vla import TrainVLAConfig
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.config import TINY_DECODER
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
 from fastdrive_jax.training.run_config import claim_run_folder
 
@@ -24,6 +26,16 @@ def test_vla_and_world_must_fit():
     surround = replace(vla, model=DrivingConfig(cameras=("CAM_FRONT", "CAM_BACK")))
     with pytest.raises(UserError, match=r"vla\.model\.cameras"):
         QuickstartConfig(vla=surround)
+    narrow = replace(TINY_DECODER, hidden_size=64, num_heads=2)
+    recon = replace(TINY.recon, pruner=replace(TINY.recon.pruner, layer=narrow))
+    with pytest.raises(UserError, match=r"hidden_size=64 .* 128"):
+        QuickstartConfig(pruner=replace(TINY, recon=recon))
+
+
+@pytest.mark.parametrize("split", ["train_scenes", "val_scenes"])
+def test_both_splits_need_a_scene(split):
+    with pytest.raises(UserError, match=f"{split}=0"):
+        QuickstartConfig(world=replace(WorldConfig(), **{split: 0}))
 
 
 @pytest.mark.parametrize("ratio", [0, 1.2, -1, float("nan")])
