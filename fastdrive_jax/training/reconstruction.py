@@ -11,6 +11,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int, UInt8
 
 from fastdrive_jax.errors import UserError
@@ -47,9 +48,15 @@ class ReconConfig:
         surrogate: Whose slope the mask has: "identity" (the paper: 1 everywhere) or "sigmoid" of
             the distance to the threshold, in units of `temperature` times the scores' spread.
         temperature: See `surrogate`.
-        prior_weighting: Exponent p of pixel weights (mean / prior)^p in the foreground error, from
-            the mean training mask: foreground where any picture has it (road below) weighs less
-            than where it is rare. 0 is off.
+        mask_weight: Weight of a direct term beside the reconstruction: cross-entropy between the
+            scores and whether a token holds foreground at all. To a decoder that does not yet
+            paint what it is given, a token and its absence say the same, so which side is the
+            foreground is settled by chance, and short trainings end with either sign; this term
+            settles it. 0 in the paper.
+        mask_share: Share of its area from which a token counts as foreground in that term.
+        prior_weighting: Exponent p of weights (mean / prior)^p in the foreground error and on the
+            foreground tokens of the direct term, from the mean training mask: foreground where any
+            picture has it (road below) weighs less than where it is rare. 0 is off.
     """
 
     pruner: ReconPrunerConfig = ReconPrunerConfig()
@@ -64,6 +71,8 @@ class ReconConfig:
     keep_range: tuple[float, float] = (0.05, 0.75)
     surrogate: Literal["identity", "sigmoid"] = "identity"
     temperature: float = 0.5
+    mask_weight: float = 0.0
+    mask_share: float = 0.05
     prior_weighting: float = 0.0
 
     def __post_init__(self):
@@ -77,8 +86,11 @@ class ReconConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1].")
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be positive.")
-        if self.prior_weighting < 0:
-            raise UserError(f"prior_weighting={self.prior_weighting} must not be negative.")
+        for name in ("mask_weight", "prior_weighting"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative.")
+        if not 0 <= self.mask_share < 1:
+            raise UserError(f"mask_share={self.mask_share} must be in [0, 1).")
 
 
 class ReconDecoder(nn.Module):
@@ -231,11 +243,12 @@ def recon_loss(
     keep = training_mask(scores, key, config)
     targets = masked_targets(batch["image"], batch["mask"], config)
     pictures = reconstruct(params, tokens, keep, grid, config)
-    weights = None
+    weights = token_weights = None
     if config.prior_weighting:
         if prior is None:
             raise ValueError("prior_weighting needs the mean training mask")
-        weights = prior_weights(prior, config)[batch["camera"]]
+        token_weights = prior_weights(prior, config)[batch["camera"]]
+        weights = token_weights
         weights = jnp.repeat(weights.reshape(-1, *grid), config.target_pixels, axis=1)
         weights = jnp.repeat(weights, config.target_pixels, axis=2)[..., None]
     fore = _half(pictures[0], targets[0], weights, config)
@@ -243,7 +256,32 @@ def recon_loss(
     loss = config.alpha * fore["loss"] + (1 - config.alpha) * back["loss"]
     metrics = {f"{name}_fore": value for name, value in fore.items()}
     metrics |= {f"{name}_back": value for name, value in back.items()}
+    if config.mask_weight:
+        metrics["loss_mask"] = mask_loss(scores, batch["mask"], grid, token_weights, config)
+        loss = loss + config.mask_weight * metrics["loss_mask"]
     return loss, metrics | {"kept": keep.mean()}
+
+
+def mask_loss(
+    scores: Float[Array, "B N"],
+    mask: UInt8[Array, "B H W"],
+    grid: tuple[int, int],
+    weights: Float[Array, "B N"] | None,
+    config: ReconConfig,
+) -> Float[Array, ""]:
+    """Cross-entropy between sigmoid(S) and whether a token holds foreground.
+
+    Args:
+        scores: S.
+        mask: True masks.
+        grid: Token rows and columns.
+        weights: Of the foreground tokens; None weighs all alike.
+        config: Gives the share that counts.
+    """
+    squares = mask.astype(jnp.float32).reshape(-1, grid[0], TOKEN, grid[1], TOKEN)
+    target = squares.mean((2, 4)).reshape(scores.shape) > config.mask_share
+    loss = optax.losses.sigmoid_binary_cross_entropy(scores, target.astype(scores.dtype))
+    return (loss if weights is None else loss * jnp.where(target, weights, 1.0)).mean()
 
 
 def prior_weights(

@@ -11,6 +11,7 @@ from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.reconstruction import (
     ReconConfig,
     init_params,
+    mask_loss,
     masked_targets,
     recon_loss,
     straight_through,
@@ -118,3 +119,19 @@ def test_the_loss_is_the_weighted_sum_of_its_parts_and_falls():
     half = 0.2 * (1 - metrics["ssim_fore"]) + 0.8 * metrics["mse_fore"]
     assert float(metrics["loss_fore"]) == pytest.approx(float(half), rel=1e-5)
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_mask_loss_is_the_weighted_cross_entropy_of_tokens_with_foreground():
+    mask = np.zeros((1, 28, 56), np.uint8)
+    mask[:, :5, :14] = 1  # 70 of the first token's 784 pixels
+    scores = jnp.array([[1.5, -0.5]])
+    config = replace(CONFIG, mask_weight=1.0, mask_share=0.05)
+    first, second = np.log1p(np.exp(-1.5)), np.log1p(np.exp(-0.5))
+    plain = mask_loss(scores, jnp.asarray(mask), (1, 2), None, config)
+    assert float(plain) == pytest.approx((first + second) / 2, rel=1e-5)
+    weights = jnp.array([[3.0, 7.0]])  # a background token's weight stays 1
+    weighed = mask_loss(scores, jnp.asarray(mask), (1, 2), weights, config)
+    assert float(weighed) == pytest.approx((3 * first + second) / 2, rel=1e-5)
+    strict = replace(config, mask_share=0.2)  # now neither token counts
+    none = mask_loss(scores, jnp.asarray(mask), (1, 2), None, strict)
+    assert float(none) == pytest.approx((np.log1p(np.exp(1.5)) + second) / 2, rel=1e-5)
