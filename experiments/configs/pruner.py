@@ -59,12 +59,19 @@ FAITHFUL = PrunerRun(
 )
 CAMVID = replace(
     FAITHFUL,
-    recon=replace(FAITHFUL.recon, mask_mode="top_k", surrogate="sigmoid", fill="mean"),
+    recon=replace(
+        FAITHFUL.recon,
+        pruner=ReconPrunerConfig(layer=DINO_LAYER, input_norm=True),
+        mask_mode="top_k",
+        surrogate="sigmoid",
+        fill="mean",
+        mask_weight=1.0,
+    ),
 )
 TINY = PrunerRun(
     recon=replace(
         CAMVID.recon,
-        pruner=ReconPrunerConfig(layer=replace(TINY_DECODER, num_layers=1)),
+        pruner=ReconPrunerConfig(layer=replace(TINY_DECODER, num_layers=1), input_norm=True),
         decoder=SMALL_DECODER,
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, total_steps=400),
