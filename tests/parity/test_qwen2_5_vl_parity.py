@@ -1,5 +1,6 @@
 """Qwen2.5-VL against transformers: same random weights, same pictures, same ids."""
 
+import functools
 import importlib.util
 
 import jax
@@ -84,20 +85,21 @@ def hf_config(vision: VisionConfig, text: DecoderConfig):
     )
 
 
-def pair(tied: bool, vision: VisionConfig = VISION):
+@functools.cache
+def pair(tied: bool):
     """A PyTorch model with every parameter random, norms and biases too, and our parameters."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     text = text_config(tied)
-    model = Qwen2_5_VLForConditionalGeneration(hf_config(vision, text)).eval()
+    model = Qwen2_5_VLForConditionalGeneration(hf_config(VISION, text)).eval()
     rng = np.random.default_rng(0)
     with torch.no_grad():
         for name, value in sorted(model.named_parameters()):
             drawn = rng.normal(0, 0.2, value.shape).astype(np.float32)
             value.copy_(torch.from_numpy(drawn + ("norm" in name or "ln_q" in name)))
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
-    return model, params_from_tensors(tensors, vision, text), tensors
+    return model, params_from_tensors(tensors, VISION, text), tensors
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,7 @@ def test_patch_rows_equal_the_published_processors():
     np.testing.assert_allclose(patchify(images, VISION)[0], got["pixel_values"], atol=1e-5)
 
 
-# The first three cut windows off at the right, at the bottom, or at both; the rest divide evenly.
+# Windows are cut off at the right, at the bottom, at both, in the only one; the rest divide evenly.
 @pytest.mark.parametrize(
     "size", [(224, 392), (252, 224), (140, 308), (28, 28), (112, 112), (224, 336)]
 )
