@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,11 @@ from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, positions
 from fastdrive_jax.models.qwen2_5_vl.patches import patchify
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder
-from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params, params_from_tensors
+from fastdrive_jax.models.qwen2_5_vl.weights import (
+    abstract_params,
+    name_table,
+    params_from_tensors,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None,
@@ -263,3 +269,58 @@ def test_sizes_of_the_published_3b():
         count = sum(leaf.size for leaf in jax.tree.leaves(mine))
         print(f"{count:,} parameters")
         assert count == sum(value.numel() for value in theirs.parameters())
+
+
+GOLDEN_FILE = "fastdrive_jax/models/qwen2_5_vl_golden.json"
+
+
+def sizes(fields: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def golden_of_transformers(golden: dict) -> dict:
+    """Visual tokens and logits, three channels each, for the sizes, picture and ids in `golden`."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    vision, text = VisionConfig(**sizes(golden["vision"])), DecoderConfig(**sizes(golden["text"]))
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: rng.uniform(-0.5, 0.5, shape).astype(np.float32) + ("norm" in name)
+        for name, (_, shape) in sorted(name_table(vision, text).items())
+    }
+    model = Qwen2_5_VLForConditionalGeneration(hf_config(vision, text)).eval()
+    model.load_state_dict(
+        {
+            name if name == "lm_head.weight" else f"model.{name}": torch.from_numpy(value)
+            for name, value in tensors.items()
+        },
+        strict=True,
+    )
+    row, column, colour = np.mgrid[: golden["size"][0], : golden["size"][1], :3]
+    images = (row * 37 + column * 11 + row * column + colour * 101) % 256
+    images = images.astype(np.uint8)[None]
+    count = images.shape[1] * images.shape[2] // 28**2
+    ids = [*golden["ids"][:2], *[IMAGE_TOKEN] * count, *golden["ids"][2:]]
+    keys = {
+        "input_ids": torch.tensor([ids]),
+        "pixel_values": torch.from_numpy(torch_patches(images)),
+        "image_grid_thw": torch_grid(images),
+        "mm_token_type_ids": torch.tensor([[int(i == IMAGE_TOKEN) for i in ids]]),
+    }
+    with torch.no_grad():
+        tokens = model.model.visual(
+            keys["pixel_values"], grid_thw=keys["image_grid_thw"]
+        ).pooler_output
+        logits = model(**keys).logits[0]
+    return {
+        "tokens": [[round(float(x), 5) for x in line] for line in tokens[:, :3]],
+        "logits": [[round(float(x), 5) for x in line] for line in logits[:, :3]],
+    }
+
+
+def test_golden_numbers():
+    """Those that the tests without PyTorch compare with."""
+    golden = json.loads((Path(__file__).parents[1] / GOLDEN_FILE).read_text())
+    for name, values in golden_of_transformers(golden).items():
+        np.testing.assert_allclose(values, golden[name], atol=3e-5)

@@ -45,7 +45,7 @@ def params_from_tensors(
     """
     tensors, doubled = canonical_names(tensors)
     shapes = traverse_util.flatten_dict(abstract_params(vision, text))
-    table = _name_table(vision, text)
+    table = name_table(vision, text)
     if set(shapes) != {place for place, _ in table.values()}:
         raise ValueError("the name table does not cover the model")
     known = set(table) | ({_HEAD} if text.tie_word_embeddings else set())
@@ -111,15 +111,16 @@ def canonical_names(
     return out, sorted(doubled)
 
 
+def name_table(vision: VisionConfig, text: DecoderConfig) -> Table:
+    """Every tensor's canonical name, its place among our parameters and its shape on file."""
+    return _vision_table(vision) | _decoder_table(text)
+
+
 def _untied_head(tensors: Mapping[str, np.ndarray], text: DecoderConfig) -> list[str]:
     """The head, where it was trained apart from the table that the sizes tie it to."""
     if not text.tie_word_embeddings or not {_HEAD, _EMBEDDING} <= tensors.keys():
         return []
     return [] if np.array_equal(tensors[_HEAD], tensors[_EMBEDDING]) else [_HEAD]
-
-
-def _name_table(vision: VisionConfig, text: DecoderConfig) -> Table:
-    return _vision_table(vision) | _decoder_table(text)
 
 
 def _dense(name: str, place: tuple[str, ...], out: int, into: int, bias: bool) -> Table:
