@@ -105,7 +105,8 @@ def test_windows_average_over_their_own_patches_only(grid):
         "proj": {"kernel": eye, "bias": np.zeros(8)},
     }
     x = np.random.default_rng(0).normal(size=(2, grid[0] * grid[1], 8)) + 5
-    out = VisionAttention(config, full=False).apply({"params": variables}, jnp.asarray(x), grid)
+    attend = jax.jit(VisionAttention(config, full=False).apply, static_argnums=2)
+    out = attend({"params": variables}, x, grid)
     for window in window_table(*grid, config)[0]:
         window = window[window < x.shape[1]]
         mean = np.broadcast_to(x[:, window].mean(axis=1, keepdims=True), x[:, window].shape)
