@@ -88,7 +88,7 @@ def train_pruner(
         make_train_step(loss, optimizer),
         iter(make_feature_loader(train, run.loader)),
         run.optimizer.total_steps,
-        frozen=jnp.asarray(train_prior(train)) if run.recon.prior_weighting else None,
+        frozen=jnp.asarray(train_prior(train)) if run.recon.needs_prior else None,
         checkpoint_every=run.checkpoint_every,
         log_every=run.log_every,
         on_log=on_log,

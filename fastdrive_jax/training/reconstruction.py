@@ -54,9 +54,12 @@ class ReconConfig:
             foreground is settled by chance, and short trainings end with either sign; this term
             settles it. 0 in the paper.
         mask_share: Share of its area from which a token counts as foreground in that term.
-        prior_weighting: Exponent p of weights (mean / prior)^p in the foreground error and on the
-            foreground tokens of the direct term, from the mean training mask: foreground where any
-            picture has it (road below) weighs less than where it is rare. 0 is off.
+        mask_surprise: The term asks 1 - mask_surprise * prior of a foreground token, prior being
+            the mean training mask at its place: foreground that is always there (road below)
+            ranks behind foreground that is not (a car). Blind to classes. 0 asks 1 of all.
+        prior_weighting: Exponent p of pixel weights (mean / prior)^p in the foreground error, from
+            the mean training mask: foreground where any picture has it weighs less than where it
+            is rare. 0 is off.
     """
 
     pruner: ReconPrunerConfig = ReconPrunerConfig()
@@ -73,6 +76,7 @@ class ReconConfig:
     temperature: float = 0.5
     mask_weight: float = 0.0
     mask_share: float = 0.05
+    mask_surprise: float = 0.0
     prior_weighting: float = 0.0
 
     def __post_init__(self):
@@ -89,8 +93,14 @@ class ReconConfig:
         for name in ("mask_weight", "prior_weighting"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative.")
-        if not 0 <= self.mask_share < 1:
-            raise UserError(f"mask_share={self.mask_share} must be in [0, 1).")
+        for name in ("mask_share", "mask_surprise"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be in [0, 1).")
+
+    @property
+    def needs_prior(self) -> bool:
+        """Whether the loss reads the mean training mask."""
+        return bool(self.prior_weighting or (self.mask_weight and self.mask_surprise))
 
 
 class ReconDecoder(nn.Module):
@@ -229,7 +239,7 @@ def recon_loss(
         batch: tokens [B, N, D]; image uint8 [B, H, W, 3]; mask uint8 {0, 1} [B, H, W]; with
             prior weighting also camera int32 [B].
         key: Draws budgets.
-        prior: Mean training mask; needed with `config.prior_weighting`.
+        prior: Mean training mask; needed if `config.needs_prior`.
         config: Of the training.
 
     Returns:
@@ -243,12 +253,11 @@ def recon_loss(
     keep = training_mask(scores, key, config)
     targets = masked_targets(batch["image"], batch["mask"], config)
     pictures = reconstruct(params, tokens, keep, grid, config)
-    weights = token_weights = None
+    if config.needs_prior and prior is None:
+        raise ValueError("prior_weighting and mask_surprise need the mean training mask")
+    weights = None
     if config.prior_weighting:
-        if prior is None:
-            raise ValueError("prior_weighting needs the mean training mask")
-        token_weights = prior_weights(prior, config)[batch["camera"]]
-        weights = token_weights
+        weights = prior_weights(prior, config)[batch["camera"]]
         weights = jnp.repeat(weights.reshape(-1, *grid), config.target_pixels, axis=1)
         weights = jnp.repeat(weights, config.target_pixels, axis=2)[..., None]
     fore = _half(pictures[0], targets[0], weights, config)
@@ -257,7 +266,8 @@ def recon_loss(
     metrics = {f"{name}_fore": value for name, value in fore.items()}
     metrics |= {f"{name}_back": value for name, value in back.items()}
     if config.mask_weight:
-        metrics["loss_mask"] = mask_loss(scores, batch["mask"], grid, token_weights, config)
+        expected = prior[batch["camera"]] if config.mask_surprise else jnp.zeros_like(scores)
+        metrics["loss_mask"] = mask_loss(scores, batch["mask"], grid, expected, config)
         loss = loss + config.mask_weight * metrics["loss_mask"]
     return loss, metrics | {"kept": keep.mean()}
 
@@ -266,22 +276,24 @@ def mask_loss(
     scores: Float[Array, "B N"],
     mask: UInt8[Array, "B H W"],
     grid: tuple[int, int],
-    weights: Float[Array, "B N"] | None,
+    prior: Float[Array, "B N"],
     config: ReconConfig,
 ) -> Float[Array, ""]:
-    """Cross-entropy between sigmoid(S) and whether a token holds foreground.
+    """Cross-entropy between sigmoid(S) and what each token should reach.
+
+    That is 0 for background and `1 - mask_surprise * prior` for a token with foreground.
 
     Args:
         scores: S.
         mask: True masks.
         grid: Token rows and columns.
-        weights: Of the foreground tokens; None weighs all alike.
-        config: Gives the share that counts.
+        prior: Mean training mask at each token's place.
+        config: Gives the share that counts and the surprise.
     """
     squares = mask.astype(jnp.float32).reshape(-1, grid[0], TOKEN, grid[1], TOKEN)
-    target = squares.mean((2, 4)).reshape(scores.shape) > config.mask_share
-    loss = optax.losses.sigmoid_binary_cross_entropy(scores, target.astype(scores.dtype))
-    return (loss if weights is None else loss * jnp.where(target, weights, 1.0)).mean()
+    inside = squares.mean((2, 4)).reshape(scores.shape) > config.mask_share
+    target = inside * (1 - config.mask_surprise * prior)
+    return optax.losses.sigmoid_binary_cross_entropy(scores, target).mean()
 
 
 def prior_weights(

@@ -121,17 +121,19 @@ def test_the_loss_is_the_weighted_sum_of_its_parts_and_falls():
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_mask_loss_is_the_weighted_cross_entropy_of_tokens_with_foreground():
+def test_mask_loss_is_the_cross_entropy_with_what_each_token_should_reach():
     mask = np.zeros((1, 28, 56), np.uint8)
     mask[:, :5, :14] = 1  # 70 of the first token's 784 pixels
     scores = jnp.array([[1.5, -0.5]])
-    config = replace(CONFIG, mask_weight=1.0, mask_share=0.05)
-    first, second = np.log1p(np.exp(-1.5)), np.log1p(np.exp(-0.5))
-    plain = mask_loss(scores, jnp.asarray(mask), (1, 2), None, config)
-    assert float(plain) == pytest.approx((first + second) / 2, rel=1e-5)
-    weights = jnp.array([[3.0, 7.0]])  # a background token's weight stays 1
-    weighed = mask_loss(scores, jnp.asarray(mask), (1, 2), weights, config)
-    assert float(weighed) == pytest.approx((3 * first + second) / 2, rel=1e-5)
-    strict = replace(config, mask_share=0.2)  # now neither token counts
-    none = mask_loss(scores, jnp.asarray(mask), (1, 2), None, strict)
-    assert float(none) == pytest.approx((np.log1p(np.exp(1.5)) + second) / 2, rel=1e-5)
+
+    def loss(prior=(0.0, 0.0), **fields):
+        config = replace(CONFIG, mask_weight=1.0, **fields)
+        return float(mask_loss(scores, jnp.asarray(mask), (1, 2), jnp.array([prior]), config))
+
+    yes, no = np.log1p(np.exp(-1.5)), np.log1p(np.exp(1.5))  # of the first token
+    rest = np.log1p(np.exp(-0.5))
+    assert loss() == pytest.approx((yes + rest) / 2, rel=1e-5)
+    assert loss(mask_share=0.2) == pytest.approx((no + rest) / 2, rel=1e-5)
+    # A prior of 0.8 at surprise 0.5 asks 0.6 of foreground, and still 0 of background.
+    want = (0.6 * yes + 0.4 * no + rest) / 2
+    assert loss(prior=(0.8, 0.8), mask_surprise=0.5) == pytest.approx(want, rel=1e-5)
