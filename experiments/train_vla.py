@@ -2,19 +2,16 @@
 
     fastdrive train-vla --out runs/vla
 
-Writes a data set of one front camera and its shards, trains vision encoder and decoder together,
-then freezes the encoder, computes the tokens of all pictures and their mirror images once, and
-trains the decoder on them: many more steps for the same time. About 45 minutes on 2 CPU cores.
+Writes a data set of one front camera and its shards, and trains vision encoder and decoder
+together. These are the weights that the package carries.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.augment import ColorJitter
 from data_pipelines.loader import LoaderConfig, make_loader
@@ -24,12 +21,11 @@ from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from fastdrive_jax.inference.generate import generate as generate_plan
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA, visual_positions
-from fastdrive_jax.parallel.mesh import make_mesh, shard_batch
+from fastdrive_jax.parallel.mesh import make_mesh
 from fastdrive_jax.training.driving import (
     DrivingLossConfig,
     driving_loss,
     init_driving,
-    planning_loss,
 )
 from fastdrive_jax.training.loop import fit
 from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -45,8 +41,7 @@ class TrainVLAConfig:
         model: The VLA.
         loss: Weights of its parts.
         optimizer: AdamW and its schedule; its total_steps is the length of the run.
-        decoder_optimizer: Of the second stage, on a frozen encoder.
-        batch_size: Samples a step; the second stage takes twice as many.
+        batch_size: Samples a step.
         seed: Of parameters and data order.
     """
 
@@ -61,17 +56,8 @@ class TrainVLAConfig:
         default_factory=lambda: OptimizerConfig(
             learning_rate=1.5e-3,
             warmup_steps=100,
-            total_steps=1600,
+            total_steps=4000,
             weight_decay=0.02,
-            clip_norm=1.0,
-        )
-    )
-    decoder_optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=1.5e-3,
-            warmup_steps=50,
-            total_steps=1200,
-            weight_decay=0.05,
             clip_norm=1.0,
         )
     )
@@ -131,7 +117,7 @@ def prepare_data(workdir: Path, world: WorldConfig, progress: bool = True) -> Sh
 
 
 def train_vla(workdir: Path, config: TrainVLAConfig, quiet: bool = False) -> dict:
-    """Trains both stages, or goes on with them, in `workdir`; all devices share each batch.
+    """Trains, or goes on with, the run in `workdir`; all devices share each batch.
 
     Returns:
         The VLA's parameters.
@@ -139,11 +125,6 @@ def train_vla(workdir: Path, config: TrainVLAConfig, quiet: bool = False) -> dic
     shards = prepare_data(workdir, config.world, progress=not quiet)
     model = DrivingVLA(config.model)
     evaluate = planning_error(model, config, shards)
-    first = _train_both(workdir / "train", config, model, shards, evaluate, quiet)
-    return _train_decoder(workdir / "decoder", config, model, shards, first, evaluate, quiet)
-
-
-def _train_both(workdir, config, model, shards, evaluate, quiet) -> dict:
     optimizer = make_optimizer(config.optimizer)
 
     def init_state():
@@ -158,7 +139,7 @@ def _train_both(workdir, config, model, shards, evaluate, quiet) -> dict:
     batches = make_loader(shards, "train", loader_config(config, train=True))
     batches = batches.map(lambda batch: {name: batch[name] for name in names})
     result = fit(
-        workdir,
+        workdir / "train",
         config,
         init_state,
         step,
@@ -169,79 +150,6 @@ def _train_both(workdir, config, model, shards, evaluate, quiet) -> dict:
         evaluate=lambda state: evaluate(state.params["vla"]),
         evaluate_every=400,
         quiet=quiet,
-        name="encoder and decoder",
+        name="train VLA",
     )
-    return result.state.params
-
-
-def _train_decoder(workdir, config, model, shards, params, evaluate, quiet) -> dict:
-    samples = _frozen_tokens(model, params["vla"], config, shards, quiet)
-    optimizer = make_optimizer(config.decoder_optimizer)
-    params = jax.device_get(params)
-    visual = params["vla"]["visual"]
-
-    def init_state():
-        return init_train_state(
-            lambda key: {
-                "vla": {"language_model": params["vla"]["language_model"]},
-                "place_head": params["place_head"],
-            },
-            optimizer,
-            config.seed,
-        )
-
-    def loss(trained, batch, key):
-        return planning_loss(model, config.loss, trained, batch["tokens"], batch, key)
-
-    def item(index):
-        sample = {name: value[index] for name, value in samples.items()}
-        return sample | {"tokens": sample["tokens"].astype(np.float32)}
-
-    data = grain.MapDataset.range(len(samples["speed"])).seed(config.seed).shuffle().repeat()
-    batches = data.map(item).to_iter_dataset().batch(2 * config.batch_size, drop_remainder=True)
-    result = fit(
-        workdir,
-        config,
-        init_state,
-        make_train_step(loss, optimizer),
-        iter(batches),
-        config.decoder_optimizer.total_steps,
-        mesh=make_mesh(),
-        checkpoint_every=200,
-        evaluate=lambda state: evaluate({"visual": visual, **state.params["vla"]}),
-        evaluate_every=300,
-        quiet=quiet,
-        name="decoder",
-    )
-    return {"visual": visual, **result.state.params["vla"]}
-
-
-def _frozen_tokens(model, params, config, shards, quiet) -> dict[str, np.ndarray]:
-    """Tokens (float16) and plans of all training samples, then of their mirror images."""
-    mesh = make_mesh()
-    size = 8 * mesh.size
-    loader = replace(loader_config(config, train=False), batch_size=size)
-    flips = [False, True] if config.model.cameras == ("CAM_FRONT",) else [False]
-    encode = jax.jit(lambda images: model.apply({"params": params}, images, method="encode"))
-    parts: dict[str, list[np.ndarray]] = {}
-    total = len(flips) * shards.records("train")
-    with tqdm(total=total, desc="tokens", disable=quiet) as bar:
-        for flip in flips:
-            for batch in make_loader(shards, "train", loader):
-                count = len(batch["speed"])
-                images, future, command = batch["image"], batch["future"], batch["command"]
-                if flip:
-                    images, future = images[..., ::-1, :], future * np.array([1, -1], np.float32)
-                    command = 2 - command
-                rows = np.arange(size).clip(max=count - 1)
-                tokens = encode(shard_batch(np.ascontiguousarray(images[rows]), mesh))
-                sample = {
-                    "tokens": np.asarray(tokens, np.float16)[:count],
-                    "speed": batch["speed"],
-                    "command": command,
-                    "future": future,
-                }
-                for name, value in sample.items():
-                    parts.setdefault(name, []).append(value)
-                bar.update(count)
-    return {name: np.concatenate(values) for name, values in parts.items()}
+    return result.state.params["vla"]

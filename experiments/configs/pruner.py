@@ -66,13 +66,20 @@ CAMVID = replace(
         surrogate="sigmoid",
         fill="mean",
         mask_weight=1.0,
+        mask_share=0.2,
+        mask_surprise=0.2,
+        mask_prior_weighting=0.7,
     ),
+    optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=20, total_steps=300),
 )
 TINY = PrunerRun(
     recon=replace(
         CAMVID.recon,
         pruner=ReconPrunerConfig(layer=replace(TINY_DECODER, num_layers=1), input_norm=True),
         decoder=SMALL_DECODER,
+        mask_share=0.05,
+        mask_surprise=0.0,
+        mask_prior_weighting=0.0,
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, total_steps=400),
 )

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
 from fastdrive_jax.models.trajectory_tokens import PLAN, DrivingVocabulary
+from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens, num_keep, top_k
 
 MARKS = 2  # ids in front of the visual tokens
 
@@ -34,6 +35,9 @@ class DrivingLossConfig:
         hidden_plan: Share of samples whose earlier trajectory tokens are hidden from the decoder.
             With them in sight the next step is mostly a copy of the last, and nothing needs to be
             seen.
+        keep_choices: Each step draws one of these shares of the visual tokens and keeps as many at
+            random, blind to the picture. Qwen2.5-VL was trained on pictures of every size; a model
+            that knows one token count only takes any other for noise.
     """
 
     classes: int = 11
@@ -42,6 +46,7 @@ class DrivingLossConfig:
     place_layer: int = 1
     blur: float = 1.0
     hidden_plan: float = 0.7
+    keep_choices: tuple[float, ...] = (1.0, 0.6, 0.3)
 
 
 def plan_targets(
@@ -93,16 +98,34 @@ def planning_loss(
     Args:
         model: The VLA.
         loss: Weights.
-        params: From `init_driving`; "visual" may be missing from the VLA's.
-        tokens: Visual tokens, all kept.
+        params: From `init_driving`.
+        tokens: Visual tokens, all of them.
         batch: speed [B], command [B], future [B, T, 2] in metres.
-        key: Draws whose trajectory tokens are hidden.
+        key: Draws the kept tokens and whose trajectory tokens are hidden.
     """
+    count = tokens.shape[1]
+    hide_key, choice_key, order_key = jax.random.split(key, 3)
+    order = jax.random.uniform(order_key, tokens.shape[:2])
+
+    def with_kept(k):
+        def run(tokens):
+            kept = top_k(order, k)
+            where = gather_position_ids(visual_positions(model.config, len(tokens)), kept)
+            inputs = gather_tokens(tokens, kept), where
+            return _planning_loss(model, loss, params, *inputs, batch, hide_key)
+
+        return run
+
+    choices = [with_kept(num_keep(count, share)) for share in loss.keep_choices]
+    choice = jax.random.randint(choice_key, (), 0, len(choices))
+    return jax.lax.switch(choice, choices, tokens)
+
+
+def _planning_loss(model, loss, params, tokens, where, batch, key):
     vocabulary = model.config.vocabulary
     prompt = vocabulary.prompt(batch["speed"], batch["command"])
     plan = vocabulary.encode(batch["future"])
     hide = jax.random.bernoulli(key, loss.hidden_plan, (len(plan), 1))
-    where = visual_positions(model.config, len(plan))
     logits, kept = model.apply(
         {"params": params["vla"]},
         tokens,
@@ -121,14 +144,14 @@ def planning_loss(
     found = nn.Dense(3).apply(
         {"params": params["place_head"]}, hidden[:, MARKS : MARKS + tokens.shape[1]]
     )
-    scale = jnp.asarray([*model.config.token_grid, *model.config.token_grid[:1]], jnp.float32)
-    place = jnp.moveaxis(where - MARKS, 0, -1)[..., jnp.array([1, 2, 0])] / scale
+    rows, columns = model.config.token_grid
+    place = jnp.moveaxis(where - MARKS, 0, -1) / jnp.asarray([columns, rows, columns])
     place_loss = jnp.square(found - place).mean()
 
     guess = first + jnp.argmax(logits, axis=-1)
     error = jnp.linalg.norm(vocabulary.decode(guess) - batch["future"], axis=-1).mean(axis=1)
-    blind = jnp.where(hide[:, 0], error, 0).sum() / jnp.maximum(hide.sum(), 1)
-    metrics = {"plan_loss": plan_loss, "place_loss": place_loss, "hidden_plan_l2": blind}
+    unaided = jnp.where(hide[:, 0], error, 0).sum() / jnp.maximum(hide.sum(), 1)
+    metrics = {"plan_loss": plan_loss, "place_loss": place_loss, "hidden_plan_l2": unaided}
     return plan_loss + loss.place_weight * place_loss, metrics
 
 

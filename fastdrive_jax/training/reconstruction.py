@@ -57,6 +57,8 @@ class ReconConfig:
         mask_surprise: The term asks 1 - mask_surprise * prior of a foreground token, prior being
             the mean training mask at its place: foreground that is always there (road below)
             ranks behind foreground that is not (a car). Blind to classes. 0 asks 1 of all.
+        mask_prior_weighting: Exponent of weights (mean / prior)^p on the foreground tokens of that
+            term: rare foreground is missed less, at the price of more background kept. 0 is off.
         prior_weighting: Exponent p of pixel weights (mean / prior)^p in the foreground error, from
             the mean training mask: foreground where any picture has it weighs less than where it
             is rare. 0 is off.
@@ -77,6 +79,7 @@ class ReconConfig:
     mask_weight: float = 0.0
     mask_share: float = 0.05
     mask_surprise: float = 0.0
+    mask_prior_weighting: float = 0.0
     prior_weighting: float = 0.0
 
     def __post_init__(self):
@@ -90,7 +93,7 @@ class ReconConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1].")
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be positive.")
-        for name in ("mask_weight", "prior_weighting"):
+        for name in ("mask_weight", "mask_prior_weighting", "prior_weighting"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative.")
         for name in ("mask_share", "mask_surprise"):
@@ -100,7 +103,12 @@ class ReconConfig:
     @property
     def needs_prior(self) -> bool:
         """Whether the loss reads the mean training mask."""
-        return bool(self.prior_weighting or (self.mask_weight and self.mask_surprise))
+        return bool(self.prior_weighting or self.mask_needs_prior)
+
+    @property
+    def mask_needs_prior(self) -> bool:
+        """Whether the direct term reads it."""
+        return bool(self.mask_weight and (self.mask_surprise or self.mask_prior_weighting))
 
 
 class ReconDecoder(nn.Module):
@@ -125,6 +133,9 @@ class ReconDecoder(nn.Module):
         x = tokens
         if x.shape[-1] != config.hidden_size:
             x = nn.Dense(config.hidden_size, name="in_proj")(x)
+        # Masked tokens are zero, and at zero RMSNorm multiplies gradients by 1 / sqrt(eps) in every
+        # layer: where a mask keeps all or nothing they overflowed. From here no place is zero.
+        x = x + self.param("start", nn.initializers.normal(1.0), (config.hidden_size,))
         angles = None
         if self.rope:
             angles = mrope_angles(config, grid_position_ids(x.shape[0], grid))
@@ -254,10 +265,10 @@ def recon_loss(
     targets = masked_targets(batch["image"], batch["mask"], config)
     pictures = reconstruct(params, tokens, keep, grid, config)
     if config.needs_prior and prior is None:
-        raise ValueError("prior_weighting and mask_surprise need the mean training mask")
+        raise ValueError("this config's loss needs the mean training mask")
     weights = None
     if config.prior_weighting:
-        weights = prior_weights(prior, config)[batch["camera"]]
+        weights = prior_weights(prior, config.prior_weighting)[batch["camera"]]
         weights = jnp.repeat(weights.reshape(-1, *grid), config.target_pixels, axis=1)
         weights = jnp.repeat(weights, config.target_pixels, axis=2)[..., None]
     fore = _half(pictures[0], targets[0], weights, config)
@@ -266,7 +277,7 @@ def recon_loss(
     metrics = {f"{name}_fore": value for name, value in fore.items()}
     metrics |= {f"{name}_back": value for name, value in back.items()}
     if config.mask_weight:
-        expected = prior[batch["camera"]] if config.mask_surprise else jnp.zeros_like(scores)
+        expected = prior[batch["camera"]] if config.mask_needs_prior else jnp.zeros_like(scores)
         metrics["loss_mask"] = mask_loss(scores, batch["mask"], grid, expected, config)
         loss = loss + config.mask_weight * metrics["loss_mask"]
     return loss, metrics | {"kept": keep.mean()}
@@ -281,28 +292,28 @@ def mask_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy between sigmoid(S) and what each token should reach.
 
-    That is 0 for background and `1 - mask_surprise * prior` for a token with foreground.
+    That is 0 for background and `1 - mask_surprise * prior` for a token with foreground, whose
+    weight is that of `prior_weights`.
 
     Args:
         scores: S.
         mask: True masks.
         grid: Token rows and columns.
         prior: Mean training mask at each token's place.
-        config: Gives the share that counts and the surprise.
+        config: Gives the share that counts, the surprise and the weighting.
     """
     squares = mask.astype(jnp.float32).reshape(-1, grid[0], TOKEN, grid[1], TOKEN)
     inside = squares.mean((2, 4)).reshape(scores.shape) > config.mask_share
     target = inside * (1 - config.mask_surprise * prior)
-    return optax.losses.sigmoid_binary_cross_entropy(scores, target).mean()
+    weights = jnp.where(inside, prior_weights(prior, config.mask_prior_weighting), 1.0)
+    return (weights * optax.losses.sigmoid_binary_cross_entropy(scores, target)).mean()
 
 
-def prior_weights(
-    prior: Float[Array, "cameras N"], config: ReconConfig
-) -> Float[Array, "cameras N"]:
+def prior_weights(prior: Float[Array, "M N"], exponent: float) -> Float[Array, "M N"]:
     """`(mean / prior)^p`, with 0.02 added to both against places that are never foreground."""
     floor = 0.02
     mean = prior.mean(axis=1, keepdims=True)
-    return ((mean + floor) / (prior + floor)) ** config.prior_weighting
+    return ((mean + floor) / (prior + floor)) ** exponent
 
 
 def _half(prediction, target, weights, config: ReconConfig) -> dict[str, Array]:

@@ -18,7 +18,9 @@ from fastdrive_jax.training.driving import (
 )
 
 VOCABULARY = DrivingVocabulary()
-LOSS = DrivingLossConfig(classes=3, class_weight=0.5, place_weight=2.0, place_layer=0)
+LOSS = DrivingLossConfig(
+    classes=3, class_weight=0.5, place_weight=2.0, place_layer=0, keep_choices=(1.0,)
+)
 
 
 def batch_of(config, batch: int = 2) -> dict:
@@ -108,3 +110,22 @@ def test_hidden_plans_are_out_of_the_decoders_sight(setting):
 
     assert change(1.0) < 1e-5
     assert change(0.0) > 1e-4
+
+
+def test_each_step_keeps_one_of_the_chosen_numbers_of_tokens(setting):
+    model, params, batch = setting
+    loss = dataclasses.replace(LOSS, keep_choices=(1.0, 0.5))
+    count = model.config.visual_tokens
+    shape = (2, count, model.config.text.hidden_size)
+    tokens = jax.random.normal(jax.random.key(2), shape)
+
+    @jax.jit
+    def reached(key):
+        grads = jax.grad(lambda x: planning_loss(model, loss, params, x, batch, key)[0])(tokens)
+        return jnp.abs(grads).max(axis=-1) > 0
+
+    seen = [np.asarray(reached(jax.random.key(seed))) for seed in range(12)]
+    assert {tuple(each.sum(axis=1)) for each in seen} == {(count, count), (count // 2,) * 2}
+    halves = [each for each in seen if not each.all()]
+    assert len({each.tobytes() for each in halves}) == len(halves)  # drawn anew each step
+    assert not any(np.array_equal(*each) for each in halves)  # and for each sample
