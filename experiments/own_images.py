@@ -16,7 +16,7 @@ from data_pipelines.features import cache_features, dino_encoder
 from data_pipelines.image_folder import read_image_folder
 from experiments.configs.pruner import CAMVID, PrunerRun
 from experiments.quickstart import _announcer, shards_of
-from experiments.reports import ImageFindings, image_report
+from experiments.report_images import ImageFindings, image_report
 from experiments.train_pruner import ClassIds, evaluate_pruner, train_prior, train_pruner
 from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError

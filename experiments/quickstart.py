@@ -25,7 +25,7 @@ from data_pipelines.synthetic.generate import generate
 from experiments.bench_frame import frame_times, timing_rows
 from experiments.configs.pruner import TINY, PrunerRun
 from experiments.planning import PlanningSplit, planning_split, planning_table
-from experiments.reports import WorldFindings, world_report
+from experiments.report_world import WorldFindings, world_report
 from experiments.train_pruner import (
     ClassIds,
     evaluate_pruner,

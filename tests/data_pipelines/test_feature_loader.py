@@ -72,7 +72,7 @@ def test_a_restored_position_gives_the_batches_that_would_have_followed(after):
 
 
 def test_fewer_pictures_than_a_batch_and_odd_numbers_are_refused():
-    with pytest.raises(UserError, match="7 pictures.*batch of 8"):
+    with pytest.raises(UserError, match=r"7 pictures.*batch of 8"):
         make_feature_loader(split(), FeatureLoaderConfig(batch_size=8))
     with pytest.raises(UserError, match="batch_size=0"):
         FeatureLoaderConfig(batch_size=0)

@@ -9,11 +9,13 @@ import pytest
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.reconstruction import (
+    TOKEN,
     ReconConfig,
     init_params,
     mask_loss,
     masked_targets,
     recon_loss,
+    reconstruct,
     straight_through,
     training_mask,
     unpatchify,
@@ -97,6 +99,21 @@ def test_the_gradient_reaches_query_scorer_layer_and_decoder():
         norm = float(optax.tree.norm(parts[name]))
         assert np.isfinite(norm), name
         assert norm > 1e-8, name
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_gradients_stay_small_where_a_mask_keeps_all_or_nothing(kept):
+    params = init_params(CONFIG, jax.random.key(0))
+    data = batch()
+    keep = jnp.full(data["tokens"].shape[:2], kept)
+    height, width = data["image"].shape[1:3]
+
+    def painted(params, keep):
+        grid = height // TOKEN, width // TOKEN
+        return sum(x.sum() for x in reconstruct(params, data["tokens"], keep, grid, CONFIG))
+
+    grads = jax.jit(jax.grad(painted, argnums=(0, 1)))(params, keep)
+    assert optax.tree.norm(grads) < 1e5  # without a start value of its own: over 1e11
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts_and_falls():
