@@ -62,24 +62,23 @@ CAMVID = replace(
     recon=replace(
         FAITHFUL.recon,
         pruner=ReconPrunerConfig(layer=DINO_LAYER, input_norm=True),
-        mask_mode="top_k",
-        surrogate="sigmoid",
         fill="mean",
-        mask_weight=1.0,
-        mask_share=0.2,
+        mask_weight=3.0,
+        mask_share=0.02,
         mask_surprise=0.2,
-        mask_prior_weighting=0.7,
     ),
-    optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=20, total_steps=300),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, total_steps=300),
 )
 TINY = PrunerRun(
     recon=replace(
         CAMVID.recon,
         pruner=ReconPrunerConfig(layer=replace(TINY_DECODER, num_layers=1), input_norm=True),
         decoder=SMALL_DECODER,
+        mask_mode="top_k",
+        surrogate="sigmoid",
+        mask_weight=1.0,
         mask_share=0.05,
         mask_surprise=0.0,
-        mask_prior_weighting=0.0,
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, total_steps=400),
 )
