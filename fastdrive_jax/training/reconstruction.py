@@ -57,11 +57,6 @@ class ReconConfig:
         mask_surprise: The term asks 1 - mask_surprise * prior of a foreground token, prior being
             the mean training mask at its place: foreground that is always there (road below)
             ranks behind foreground that is not (a car). Blind to classes. 0 asks 1 of all.
-        mask_prior_weighting: Exponent of weights (mean / prior)^p on the foreground tokens of that
-            term: rare foreground is missed less, at the price of more background kept. 0 is off.
-        prior_weighting: Exponent p of pixel weights (mean / prior)^p in the foreground error, from
-            the mean training mask: foreground where any picture has it weighs less than where it
-            is rare. 0 is off.
     """
 
     pruner: ReconPrunerConfig = ReconPrunerConfig()
@@ -79,8 +74,6 @@ class ReconConfig:
     mask_weight: float = 0.0
     mask_share: float = 0.05
     mask_surprise: float = 0.0
-    mask_prior_weighting: float = 0.0
-    prior_weighting: float = 0.0
 
     def __post_init__(self):
         if self.target_pixels < 1 or TOKEN % self.target_pixels:
@@ -93,9 +86,8 @@ class ReconConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1].")
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be positive.")
-        for name in ("mask_weight", "mask_prior_weighting", "prior_weighting"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.mask_weight < 0:
+            raise UserError(f"mask_weight={self.mask_weight} must not be negative.")
         for name in ("mask_share", "mask_surprise"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1).")
@@ -103,12 +95,7 @@ class ReconConfig:
     @property
     def needs_prior(self) -> bool:
         """Whether the loss reads the mean training mask."""
-        return bool(self.prior_weighting or self.mask_needs_prior)
-
-    @property
-    def mask_needs_prior(self) -> bool:
-        """Whether the direct term reads it."""
-        return bool(self.mask_weight and (self.mask_surprise or self.mask_prior_weighting))
+        return bool(self.mask_weight and self.mask_surprise)
 
 
 class ReconDecoder(nn.Module):
@@ -248,7 +235,7 @@ def recon_loss(
     Args:
         params: Of `init_params`.
         batch: tokens [B, N, D]; image uint8 [B, H, W, 3]; mask uint8 {0, 1} [B, H, W]; with
-            prior weighting also camera int32 [B].
+            `config.needs_prior` also camera int32 [B].
         key: Draws budgets.
         prior: Mean training mask; needed if `config.needs_prior`.
         config: Of the training.
@@ -266,18 +253,13 @@ def recon_loss(
     pictures = reconstruct(params, tokens, keep, grid, config)
     if config.needs_prior and prior is None:
         raise ValueError("this config's loss needs the mean training mask")
-    weights = None
-    if config.prior_weighting:
-        weights = prior_weights(prior, config.prior_weighting)[batch["camera"]]
-        weights = jnp.repeat(weights.reshape(-1, *grid), config.target_pixels, axis=1)
-        weights = jnp.repeat(weights, config.target_pixels, axis=2)[..., None]
-    fore = _half(pictures[0], targets[0], weights, config)
-    back = _half(pictures[1], targets[1], None, config)
+    fore = _half(pictures[0], targets[0], config)
+    back = _half(pictures[1], targets[1], config)
     loss = config.alpha * fore["loss"] + (1 - config.alpha) * back["loss"]
     metrics = {f"{name}_fore": value for name, value in fore.items()}
     metrics |= {f"{name}_back": value for name, value in back.items()}
     if config.mask_weight:
-        expected = prior[batch["camera"]] if config.mask_needs_prior else jnp.zeros_like(scores)
+        expected = prior[batch["camera"]] if config.needs_prior else jnp.zeros_like(scores)
         metrics["loss_mask"] = mask_loss(scores, batch["mask"], grid, expected, config)
         loss = loss + config.mask_weight * metrics["loss_mask"]
     return loss, metrics | {"kept": keep.mean()}
@@ -292,33 +274,23 @@ def mask_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy between sigmoid(S) and what each token should reach.
 
-    That is 0 for background and `1 - mask_surprise * prior` for a token with foreground, whose
-    weight is that of `prior_weights`.
+    That is 0 for background and `1 - mask_surprise * prior` for a token with foreground.
 
     Args:
         scores: S.
         mask: True masks.
         grid: Token rows and columns.
         prior: Mean training mask at each token's place.
-        config: Gives the share that counts, the surprise and the weighting.
+        config: Gives the share that counts and the surprise.
     """
     squares = mask.astype(jnp.float32).reshape(-1, grid[0], TOKEN, grid[1], TOKEN)
     inside = squares.mean((2, 4)).reshape(scores.shape) > config.mask_share
     target = inside * (1 - config.mask_surprise * prior)
-    weights = jnp.where(inside, prior_weights(prior, config.mask_prior_weighting), 1.0)
-    return (weights * optax.losses.sigmoid_binary_cross_entropy(scores, target)).mean()
+    return optax.losses.sigmoid_binary_cross_entropy(scores, target).mean()
 
 
-def prior_weights(prior: Float[Array, "M N"], exponent: float) -> Float[Array, "M N"]:
-    """`(mean / prior)^p`, with 0.02 added to both against places that are never foreground."""
-    floor = 0.02
-    mean = prior.mean(axis=1, keepdims=True)
-    return ((mean + floor) / (prior + floor)) ** exponent
-
-
-def _half(prediction, target, weights, config: ReconConfig) -> dict[str, Array]:
-    error = jnp.square(prediction - target)
-    error = error.mean() if weights is None else (weights * error).mean()
+def _half(prediction, target, config: ReconConfig) -> dict[str, Array]:
+    error = jnp.square(prediction - target).mean()
     if not config.ssim_weight:
         return {"loss": error, "mse": error}
     similarity = ssim(prediction, target, SsimConfig(window=config.ssim_window)).mean()

@@ -97,8 +97,8 @@ def weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(weights, tmp_path_factory):
-    """Runs `fastdrive quickstart --images` in a process of its own; compiled programs are kept."""
+def fastdrive(weights, tmp_path_factory):
+    """Runs the command in a process of its own; compiled programs are kept."""
     programs = tmp_path_factory.mktemp("programs")
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(programs),
@@ -106,16 +106,25 @@ def command(weights, tmp_path_factory):
     }
     code = "import sys; from experiments.cli import main; sys.exit(main(sys.argv[1:]))"
 
-    def run(images: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
-        start = [sys.executable, "-c", code, "quickstart", f"--images={images}", f"--out={out}"]
+    def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [*start, f"--weights={weights}", *SMALL, *more],
+            [sys.executable, "-c", code, *arguments, f"--weights={weights}"],
             env=environment,
             capture_output=True,
             text=True,
             timeout=300,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def command(fastdrive):
+    """Runs `fastdrive quickstart --images` with a small training."""
+
+    def run(images: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+        return fastdrive("quickstart", f"--images={images}", f"--out={out}", *SMALL, *more)
 
     return run
 
@@ -194,6 +203,19 @@ def test_a_second_start_changes_no_figure_and_no_weight(command, pictures, finis
     assert done.returncode == 0, done.stderr[-3000:]
     assert digest() == before
     assert json.loads((finished / "report.json").read_text())["rows"] == rows
+
+
+def test_training_on_the_shards_finds_what_the_quick_start_found(finished, fastdrive, tmp_path):
+    shards = next(finished.glob("shards-*"))
+    small = [flag.replace("--pruner.", "--run.") for flag in SMALL]
+    done = fastdrive("train-pruner", f"--shards={shards}", f"--out={tmp_path / 'run'}", *small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert found == [row for row in rows_of(finished) if row["seed"] in (0, None)]
+    params, config = read_bundle_safetensors(tmp_path / "run" / "export")
+    assert config["kind"] == "pruner"
+    whole, _ = read_bundle_safetensors(finished / "export")
+    jax.tree.map(np.testing.assert_array_equal, params, {"pruner": whole["pruner"]})
 
 
 def refused(done: subprocess.CompletedProcess, *named: str) -> None:

@@ -9,8 +9,10 @@ import pytest
 
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.models.trajectory_tokens import DrivingVocabulary
+from fastdrive_jax.pruning.select import top_k
 from fastdrive_jax.training.driving import (
     DrivingLossConfig,
+    draw_order,
     driving_loss,
     init_driving,
     plan_targets,
@@ -129,3 +131,19 @@ def test_each_step_keeps_one_of_the_chosen_numbers_of_tokens(setting):
     halves = [each for each in seen if not each.all()]
     assert len({each.tobytes() for each in halves}) == len(halves)  # drawn anew each step
     assert not any(np.array_equal(*each) for each in halves)  # and for each sample
+
+
+def test_tokens_are_left_out_scattered_in_some_samples_and_in_patches_in_others():
+    rows, columns = grid = (8, 14)
+    order = np.asarray(draw_order(jax.random.key(0), 400, 2, grid))
+    assert order.shape == (400, 2 * rows * columns)
+    assert len(np.unique(order, axis=0)) == len(order)
+    kept = np.asarray(top_k(jnp.asarray(order[:, : rows * columns]), rows * columns // 4))
+    mask = np.zeros((400, rows * columns), bool)
+    np.put_along_axis(mask, kept, True, axis=1)
+    mask = mask.reshape(400, rows, columns)
+    beside = (mask[..., 1:] & mask[..., :-1]).sum((1, 2)) / mask[..., 1:].sum((1, 2))
+    # A quarter drawn one by one would see a quarter of its left neighbours kept.
+    assert np.quantile(beside, 0.05) < 0.4
+    assert np.quantile(beside, 0.95) > 0.8
+    assert np.abs(mask.mean(0) - 0.25).max() < 0.15  # no place is favoured
