@@ -58,7 +58,7 @@ class QuickstartConfig:
         world: The data set to write.
         pruner: ReconPruner's training.
         train_vla: Train the driving VLA from nothing in place of taking the bundled weights
-            (about half an hour more on 2 cores).
+            (about 50 minutes more on 2 cores).
         vla: That training, if it is wanted.
         keep_ratio: Of the exported model, in (0, 1].
         quiet: No progress bars.

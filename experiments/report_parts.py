@@ -97,6 +97,8 @@ def flipbook(image: np.ndarray, scores: np.ndarray, name: str) -> Flipbook:
 
 def kept_section(rows: Sequence[Row]) -> Section:
     """Table and curves of foreground and objects in the kept tokens."""
+    kept = select(rows, method="reconpruner", metric=KEPT_METRICS[1].name)
+    intervals = ", with 95% intervals" if any(row.low is not None for row in kept) else ""
     return Section(
         "What is kept",
         (
@@ -113,7 +115,7 @@ def kept_section(rows: Sequence[Row]) -> Section:
                     Figure(
                         metric.name,
                         ratio_curves(curves(rows, metric.name, METHODS), metric.label),
-                        f"{metric.label.capitalize()}, with 95% intervals.",
+                        f"{metric.label.capitalize()}{intervals}.",
                     )
                     for metric in KEPT_METRICS[:2]
                 ),

@@ -20,10 +20,8 @@ from experiments.report_parts import (
     run_section,
     value_of,
 )
-from fastdrive_jax.evaluation.pictures import (
-    contact_sheet,
-    keep_overlay,
-)
+from fastdrive_jax.evaluation.compare import DIFFERENCE
+from fastdrive_jax.evaluation.pictures import contact_sheet, keep_overlay
 from fastdrive_jax.evaluation.plots import birds_eye, curves, ratio_curves, timing_bars
 from fastdrive_jax.evaluation.report import (
     Card,
@@ -43,6 +41,10 @@ PLAN_METRICS = (
     Metric(HEADLINE, "L2 error, mean of six waypoints", "m"),
     Metric("l2_temavg", "L2 error, mean of 1-3 s as published", "m"),
     Metric("fde", "L2 error at 3 s", "m"),
+)
+PAIRED = Metric(HEADLINE + DIFFERENCE, "L2 error, ReconPruner minus the other", "m", "none")
+OTHERS = tuple(
+    Method(f"reconpruner - {method.name}", method.label, method.role) for method in METHODS[1:]
 )
 
 
@@ -101,6 +103,14 @@ def world_report(found: WorldFindings) -> Report:
                         PLAN_METRICS,
                         (UNPRUNED, *METHODS, NO_IMAGE),
                         "95% bootstrap intervals over scenes. Random is the mean of five draws.",
+                    ),
+                    ResultTable(
+                        "ReconPruner beside each other method on the same samples",
+                        tuple(found.rows),
+                        (PAIRED,),
+                        OTHERS,
+                        "Paired bootstrap over scenes: below zero ReconPruner plans better, and an "
+                        "interval without zero means that this is no chance.",
                     ),
                     Figure(
                         "planning_error",
