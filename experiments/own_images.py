@@ -17,7 +17,6 @@ from experiments.configs.pruner import CAMVID, PrunerRun
 from experiments.quickstart import _announcer, shards_of
 from experiments.report_images import ImageFindings, image_report
 from experiments.train_pruner import (
-    ClassIds,
     dino_features,
     evaluate_pruner,
     train_prior,
@@ -76,13 +75,12 @@ def own_images(config: ImagesConfig) -> Path:
 
     say("3/5", "train ReconPruner and measure what it keeps")
     prior = train_prior(train)
-    classes = ClassIds(shards.classes.foreground, shards.classes.objects, shards.classes.ignore)
     rows, runs = [], []
     for seed in config.seeds:
         run = replace(config.pruner, seed=seed, loader=replace(config.pruner.loader, seed=seed))
         folder = config.out / f"pruner-{features.path.name}-seed{seed}"
         trained, history = train_pruner(train, run, folder, quiet=config.quiet)
-        measured = evaluate_pruner(trained, run, val, prior, classes)
+        measured = evaluate_pruner(trained, run, val, prior, shards.classes)
         rows += measured if not runs else [row for row in measured if row.seed is not None]
         runs.append((run, trained, history))
     run, trained, history = runs[0]

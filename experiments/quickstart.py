@@ -18,7 +18,7 @@ import numpy as np
 
 from data_pipelines.features import FeatureSet, TokenEncoder, cache_features
 from data_pipelines.nuscenes import read_nuscenes
-from data_pipelines.schema import CAMERAS, Source
+from data_pipelines.schema import CAMERAS, Classes, Source
 from data_pipelines.shards import Shards, build_shards, open_shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
@@ -27,7 +27,6 @@ from experiments.configs.pruner import TINY, PrunerRun
 from experiments.planning import PlanningSplit, planning_split, planning_table
 from experiments.report_world import WorldFindings, world_report
 from experiments.train_pruner import (
-    ClassIds,
     evaluate_pruner,
     score_split,
     train_prior,
@@ -126,10 +125,9 @@ def quickstart(config: QuickstartConfig) -> Path:
     prior = train_prior(train)
 
     say("5/7", "measure what is kept, and the planning error")
-    classes = ClassIds(shards.classes.foreground, shards.classes.objects, shards.classes.ignore)
-    rows = evaluate_pruner(trained, run, val, prior, classes)
+    rows = evaluate_pruner(trained, run, val, prior, shards.classes)
     data = planning_split(shards, "val", val, model.config.image_size)
-    scores = front_scores(trained, run, features, data, prior, classes)
+    scores = front_scores(trained, run, features, data, prior, shards.classes)
     planning, plans = planning_table(model, params, data, scores, RATIOS, quiet=config.quiet)
     rows += planning
 
@@ -202,7 +200,7 @@ def front_scores(
     features: FeatureSet,
     data: PlanningSplit,
     prior: np.ndarray,
-    classes: ClassIds,
+    classes: Classes,
 ) -> dict[str, list[np.ndarray]]:
     """Token scores [S, N] of every method on the front pictures; random several times."""
     val = features.splits["val"]

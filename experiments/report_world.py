@@ -105,7 +105,7 @@ def world_report(found: WorldFindings) -> Report:
                         "95% bootstrap intervals over scenes. Random is the mean of five draws.",
                     ),
                     ResultTable(
-                        "ReconPruner beside each other method on the same samples",
+                        "ReconPruner minus each of the others on the same samples",
                         tuple(found.rows),
                         (PAIRED,),
                         OTHERS,

@@ -19,6 +19,7 @@ import numpy as np
 
 from data_pipelines.feature_loader import make_feature_loader
 from data_pipelines.features import FeatureSet, SplitFeatures, cache_features, dino_encoder
+from data_pipelines.schema import Classes
 from data_pipelines.shards import Shards, open_shards
 from experiments.configs.pruner import CAMVID, PrunerRun
 from fastdrive_jax.configs import to_plain
@@ -46,21 +47,6 @@ RATIOS = (1.0, 0.75, 0.5, 0.25)
 
 
 @dataclass(frozen=True)
-class ClassIds:
-    """Label ids by role.
-
-    Attributes:
-        foreground: All foreground classes.
-        objects: The foreground without road and marks.
-        ignore: Unlabelled area.
-    """
-
-    foreground: tuple[int, ...] = (3, 6, 8, 9, 10)
-    objects: tuple[int, ...] = (6, 8, 9, 10)
-    ignore: tuple[int, ...] = (11,)
-
-
-@dataclass(frozen=True)
 class TrainPrunerConfig:
     """Train ReconPruner on shards and measure what it keeps.
 
@@ -85,14 +71,16 @@ def train_on_shards(config: TrainPrunerConfig) -> Path:
     """Runs all of it and returns the path of results.json."""
     shards = open_shards(config.shards)
     if missing := {"train", "val"} - set(shards.samples):
-        raise UserError(f"{config.shards} has no split {' and '.join(sorted(missing))}.")
+        raise UserError(
+            f"{config.shards} has no split {' and '.join(sorted(missing))}; write shards with "
+            "train and val, one to learn from and one to measure on."
+        )
     features = dino_features(
         shards, config.weights, config.run, config.out / "features", config.quiet
     )
     train, val = features.splits["train"], features.splits["val"]
     trained, _ = train_pruner(train, config.run, config.out / "train", config.quiet)
-    classes = ClassIds(shards.classes.foreground, shards.classes.objects, shards.classes.ignore)
-    rows = evaluate_pruner(trained, config.run, val, train_prior(train), classes)
+    rows = evaluate_pruner(trained, config.run, val, train_prior(train), shards.classes)
     described = {"kind": "pruner", "pruner": to_plain(config.run.recon.pruner)}
     write_bundle(config.out / "export", {"pruner": trained["pruner"]}, described)
     meta = {"shards": str(config.shards), "run": to_plain(config.run)}
@@ -166,7 +154,7 @@ def evaluate_pruner(
     run: PrunerRun,
     val: SplitFeatures,
     prior: np.ndarray,
-    classes: ClassIds,
+    classes: Classes,
     ratios: Sequence[float] = RATIOS,
 ) -> list[Row]:
     """Foreground recall and precision and object recall of ReconPruner and all controls.

@@ -78,7 +78,6 @@ TINY = PrunerRun(
         surrogate="sigmoid",
         mask_weight=1.0,
         mask_share=0.05,
-        mask_surprise=0.0,
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, total_steps=400),
 )

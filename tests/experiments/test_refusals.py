@@ -6,10 +6,14 @@ import cv2
 import numpy as np
 import pytest
 
+from data_pipelines.nuscenes import read_nuscenes
+from data_pipelines.shards import build_shards
 from data_pipelines.synthetic.config import WorldConfig
+from data_pipelines.synthetic.generate import generate
 from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.configs.pruner import TINY
 from experiments.quickstart import QuickstartConfig, driving_vla
+from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.config import TINY_DECODER
@@ -36,6 +40,24 @@ def test_vla_and_world_must_fit():
 def test_both_splits_need_a_scene(split):
     with pytest.raises(UserError, match=f"{split}=0"):
         QuickstartConfig(world=replace(WorldConfig(), **{split: 0}))
+
+
+def test_shards_without_a_split_to_measure_on_are_refused(tmp_path):
+    world = WorldConfig(
+        train_scenes=1,
+        val_scenes=0,
+        keyframes_per_scene=2,
+        height=56,
+        width=84,
+        cameras=("CAM_FRONT",),
+        workers=1,
+    )
+    source = read_nuscenes(generate(tmp_path / "world", world, progress=False))
+    build_shards(source, tmp_path / "shards", progress=False)
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="no split val"):
+        train_on_shards(TrainPrunerConfig(tmp_path / "shards", out, quiet=True))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("ratio", [0, 1.2, -1, float("nan")])
