@@ -1,6 +1,6 @@
 """The whole path at a small size: pictures, shards, a trained pruner, a pruned plan, an export.
 
-    fastdrive quickstart                 # the synthetic world, about 6 minutes on 2 CPU cores
+    fastdrive quickstart                 # the synthetic world, about 5 minutes on 2 CPU cores
     fastdrive quickstart --images DIR    # your own pictures with masks or label maps
 
 Ends in OUT/report.html and OUT/report.json. Run again after an interruption: each stage goes on
