@@ -56,7 +56,7 @@ class TrainVLAConfig:
         default_factory=lambda: OptimizerConfig(
             learning_rate=1.5e-3,
             warmup_steps=100,
-            total_steps=5000,
+            total_steps=6000,
             weight_decay=0.02,
             clip_norm=1.0,
         )

@@ -35,9 +35,12 @@ class DrivingLossConfig:
         hidden_plan: Share of samples whose earlier trajectory tokens are hidden from the decoder.
             With them in sight the next step is mostly a copy of the last, and nothing needs to be
             seen.
-        keep_choices: Each step draws one of these shares of the visual tokens and keeps as many at
-            random, blind to the picture (`draw_order`). Qwen2.5-VL was trained on pictures of every
-            size; a model that knows one token count only takes any other for noise.
+        keep_choices: Each step draws one of these shares of the visual tokens (a share named
+            twice, twice as often) and keeps as many at random (`draw_order`). Qwen2.5-VL was
+            trained on pictures of every size; a model that knows one token count only takes any
+            other for noise. The encoder learns to plan from whole pictures alone: if it knew that
+            tokens go missing, it would hide copies of what it sees in their neighbours, as no
+            pretrained encoder does.
     """
 
     classes: int = 11
@@ -46,7 +49,7 @@ class DrivingLossConfig:
     place_layer: int = 1
     blur: float = 1.0
     hidden_plan: float = 0.7
-    keep_choices: tuple[float, ...] = (1.0, 0.5, 0.25)
+    keep_choices: tuple[float, ...] = (1.0, 1.0, 0.5, 0.25)
 
 
 def plan_targets(
@@ -86,22 +89,33 @@ def init_driving(model: DrivingVLA, loss: DrivingLossConfig, key: jax.Array) -> 
 
 
 def draw_order(
-    key: jax.Array, batch: int, cameras: int, grid: tuple[int, int]
+    key: jax.Array, content: Float[Array, "B N c"], cameras: int, grid: tuple[int, int]
 ) -> Float[Array, "B N"]:
-    """Random scores of tokens, from scattered to gathered in patches, a new mixture each sample.
+    """Random scores of tokens: scattered, in patches and by kind, a new mixture each sample.
 
-    A pruner keeps neighbours together and leaves whole areas out. A model that only ever missed
-    scattered tokens takes an empty area for something it has not seen.
+    A pruner keeps neighbours together and leaves whole areas and kinds of things out. A model that
+    only ever missed scattered tokens takes an empty area for something it has not seen. Every kind
+    is as likely to be left out as to be kept.
+
+    Args:
+        key: Draws all of it.
+        content: Area of each class within each token, in [0, 1].
+        cameras: Pictures of a sample, whose tokens follow each other.
+        grid: Token rows and columns of one picture.
     """
     rows, columns = grid
-    white_key, coarse_key, plane_key, weight_key = jax.random.split(key, 4)
+    batch, _, classes = content.shape
+    white_key, coarse_key, plane_key, kind_key, weight_key = jax.random.split(key, 5)
     white = jax.random.normal(white_key, (batch, cameras, rows, columns))
     coarse = jax.random.normal(coarse_key, (batch, cameras, 3, 4))
     patches = jax.image.resize(coarse, white.shape, "cubic")
     slope = jax.random.normal(plane_key, (2, batch, cameras, 1, 1))
     y, x = jnp.linspace(-1.5, 1.5, rows)[:, None], jnp.linspace(-1.5, 1.5, columns)
-    weight = jax.random.uniform(weight_key, (3, batch, 1, 1, 1))
-    order = weight[0] * white + weight[1] * patches + weight[2] * (slope[0] * y + slope[1] * x)
+    taste = jax.random.normal(kind_key, (batch, classes))
+    kind = jnp.einsum("bnc,bc->bn", content, taste).reshape(white.shape)
+    weight = jax.random.uniform(weight_key, (4, batch, 1, 1, 1))
+    order = weight[0] * white + weight[1] * patches
+    order = order + weight[2] * (slope[0] * y + slope[1] * x) + 2 * weight[3] * kind
     return order.reshape(batch, -1)
 
 
@@ -110,6 +124,7 @@ def planning_loss(
     loss: DrivingLossConfig,
     params: dict,
     tokens: Float[Array, "B N D"],
+    content: Float[Array, "B N c"],
     batch: dict,
     key: jax.Array,
 ) -> tuple[Float[Array, ""], dict]:
@@ -119,16 +134,19 @@ def planning_loss(
         model: The VLA.
         loss: Weights.
         params: From `init_driving`.
-        tokens: Visual tokens, all of them.
+        tokens: Visual tokens, all of them. They get a gradient only where all are kept.
+        content: Area of each class within each token.
         batch: speed [B], command [B], future [B, T, 2] in metres.
         key: Draws the kept tokens and whose trajectory tokens are hidden.
     """
     count = tokens.shape[1]
     hide_key, choice_key, order_key = jax.random.split(key, 3)
-    order = draw_order(order_key, len(tokens), len(model.config.cameras), model.config.token_grid)
+    order = draw_order(order_key, content, len(model.config.cameras), model.config.token_grid)
 
     def with_kept(k):
         def run(tokens):
+            if k < count:
+                tokens = jax.lax.stop_gradient(tokens)
             kept = top_k(order, k)
             where = gather_position_ids(visual_positions(model.config, len(tokens)), kept)
             inputs = gather_tokens(tokens, kept), where
@@ -136,9 +154,10 @@ def planning_loss(
 
         return run
 
-    choices = [with_kept(num_keep(count, share)) for share in loss.keep_choices]
-    choice = jax.random.randint(choice_key, (), 0, len(choices))
-    return jax.lax.switch(choice, choices, tokens)
+    shares = sorted(set(loss.keep_choices))
+    drawn = jax.random.randint(choice_key, (), 0, len(loss.keep_choices))
+    choice = jnp.asarray([shares.index(share) for share in loss.keep_choices])[drawn]
+    return jax.lax.switch(choice, [with_kept(num_keep(count, s)) for s in shares], tokens)
 
 
 def _planning_loss(model, loss, params, tokens, where, batch, key):
@@ -188,10 +207,10 @@ def driving_loss(
         key: Draws whose trajectory tokens are hidden.
     """
     tokens = model.apply({"params": params["vla"]}, batch["image"], method="encode")
-    total, metrics = planning_loss(model, loss, params, tokens, batch, key)
     labels = batch["labels"].reshape(-1, *batch["labels"].shape[2:])
-    fractions = class_fractions(labels, loss.classes, model.config.vision.token_pixels)
+    content = class_fractions(labels, loss.classes, model.config.vision.token_pixels)
+    content = content.reshape(*tokens.shape[:2], -1)
+    total, metrics = planning_loss(model, loss, params, tokens, content, batch, key)
     seen = nn.Dense(loss.classes).apply({"params": params["class_head"]}, tokens)
-    class_loss = optax.losses.softmax_cross_entropy(seen.reshape(fractions.shape), fractions)
-    class_loss = class_loss.mean()
+    class_loss = optax.losses.softmax_cross_entropy(seen, content).mean()
     return total + loss.class_weight * class_loss, metrics | {"class_loss": class_loss}
