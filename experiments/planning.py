@@ -33,7 +33,6 @@ class PlanningSplit:
         future: [S, T, 2] metres.
         future_valid: [S, T].
         scene: [S].
-        pictures: [S], where each sample's front picture stands in the split's features.
     """
 
     tokens: np.ndarray
@@ -43,7 +42,6 @@ class PlanningSplit:
     future: np.ndarray
     future_valid: np.ndarray
     scene: np.ndarray
-    pictures: np.ndarray
 
 
 def planning_split(
@@ -70,7 +68,6 @@ def planning_split(
     return PlanningSplit(
         tokens=np.asarray(features.tokens[pictures], np.float32),
         images=np.asarray(features.images[pictures]),
-        pictures=pictures,
         **joined,
     )
 

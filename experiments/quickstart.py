@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from data_pipelines.features import FeatureSet, TokenEncoder, cache_features
+from data_pipelines.features import SplitFeatures, TokenEncoder, cache_features
 from data_pipelines.nuscenes import read_nuscenes
 from data_pipelines.schema import CAMERAS, Classes, Source
 from data_pipelines.shards import Shards, build_shards, open_shards
@@ -55,6 +55,8 @@ class QuickstartConfig:
     Attributes:
         out: Run folder; holds the data, the training run, the export and the report.
         world: The data set to write.
+        planning_scenes: Validation scenes that are planned through the front camera, the first of
+            them those of `world`: a plan varies far more from scene to scene than what is kept.
         pruner: ReconPruner's training.
         train_vla: Train the driving VLA from nothing in place of taking the bundled weights
             (about 50 minutes more on 2 cores).
@@ -65,6 +67,7 @@ class QuickstartConfig:
 
     out: Path = Path("runs/quickstart")
     world: WorldConfig = field(default_factory=WorldConfig)
+    planning_scenes: int = 240
     pruner: PrunerRun = TINY
     train_vla: bool = False
     vla: TrainVLAConfig = field(default_factory=TrainVLAConfig)
@@ -78,6 +81,8 @@ class QuickstartConfig:
                 f"world.train_scenes={self.world.train_scenes} and world.val_scenes="
                 f"{self.world.val_scenes} must both be at least 1."
             )
+        if self.planning_scenes < 1:
+            raise UserError(f"planning_scenes={self.planning_scenes} must be at least 1.")
         if "CAM_FRONT" not in self.world.cameras:
             raise UserError("The driving VLA looks through CAM_FRONT; add it to world.cameras.")
         if self.vla.model.cameras != ("CAM_FRONT",):
@@ -103,21 +108,25 @@ def quickstart(config: QuickstartConfig) -> Path:
     say = _announcer(config.quiet)
     say("1/7", "driving pictures in the nuScenes layout")
     root = generate(config.out / "world", config.world, progress=not config.quiet)
+    roads = generate(config.out / "planning_world", _planning_world(config), not config.quiet)
     say("2/7", "shards")
     shards = shards_of(read_nuscenes(root), config.out / "shards", config.quiet)
+    planned = shards_of(read_nuscenes(roads), config.out / "planning_shards", config.quiet)
 
     say("3/7", "driving VLA and its visual tokens")
     model, params = driving_vla(config)
     encoder = vla_encoder(model, params)
-    features = cache_features(
-        shards,
-        encoder,
-        config.out / "features",
-        batch_size=24,
-        image_size=model.config.image_size,
-        progress=not config.quiet,
+    train, val, front = (
+        cache_features(
+            data,
+            encoder,
+            config.out / "features",
+            batch_size=24,
+            image_size=model.config.image_size,
+            progress=not config.quiet,
+        ).splits[split]
+        for data, split in ((shards, "train"), (shards, "val"), (planned, "val"))
     )
-    train, val = features.splits["train"], features.splits["val"]
 
     say("4/7", "train ReconPruner")
     run = config.pruner
@@ -126,8 +135,8 @@ def quickstart(config: QuickstartConfig) -> Path:
 
     say("5/7", "measure what is kept, and the planning error")
     rows = evaluate_pruner(trained, run, val, prior, shards.classes)
-    data = planning_split(shards, "val", val, model.config.image_size)
-    scores = front_scores(trained, run, features, data, prior, shards.classes)
+    data = planning_split(planned, "val", front, model.config.image_size)
+    scores = front_scores(trained, run, front, prior, shards.classes)
     planning, plans = planning_table(model, params, data, scores, RATIOS, quiet=config.quiet)
     rows += planning
 
@@ -160,6 +169,12 @@ def quickstart(config: QuickstartConfig) -> Path:
     path = write_report(config.out, world_report(findings))
     say("done", f"open {path}")
     return path
+
+
+def _planning_world(config: QuickstartConfig) -> WorldConfig:
+    return replace(
+        config.world, train_scenes=0, val_scenes=config.planning_scenes, cameras=("CAM_FRONT",)
+    )
 
 
 def shards_of(source: Source, folder: Path, quiet: bool) -> Shards:
@@ -195,19 +210,11 @@ def vla_encoder(model: DrivingVLA, params: dict) -> TokenEncoder:
 
 
 def front_scores(
-    trained: dict,
-    run: PrunerRun,
-    features: FeatureSet,
-    data: PlanningSplit,
-    prior: np.ndarray,
-    classes: Classes,
+    trained: dict, run: PrunerRun, front: SplitFeatures, prior: np.ndarray, classes: Classes
 ) -> dict[str, list[np.ndarray]]:
-    """Token scores [S, N] of every method on the front pictures; random several times."""
-    val = features.splits["val"]
-    front = replace(
-        val, **{name: np.asarray(getattr(val, name)[data.pictures]) for name in vars(val)}
-    )
-    areas = token_areas(front.labels, classes.foreground, classes.objects, classes.ignore)
+    """Token scores [S, N] of every method on front pictures; random several times."""
+    labels = np.asarray(front.labels)
+    areas = token_areas(labels, classes.foreground, classes.objects, classes.ignore)
 
     def scores(name, params=None, seed=0, **settings):
         pruner = make_pruner(name, **settings)

@@ -34,7 +34,6 @@ def data() -> PlanningSplit:
         future=future,
         future_valid=np.ones((S, T), bool),
         scene=np.array([0, 0, 1, 1, 2], np.int32),
-        pictures=np.arange(S),
     )
 
 
@@ -149,4 +148,3 @@ def test_front_pictures_meet_the_plans_of_their_samples(tmp_path):
         np.testing.assert_array_equal(data.images[row], picture)
     np.testing.assert_allclose(data.tokens, encode(data.images), atol=1e-3)  # kept as float16
     assert len(set(data.scene)) == 2
-    assert (val.camera[data.pictures] == shards.cameras.index("CAM_FRONT")).all()

@@ -40,6 +40,8 @@ def test_vla_and_world_must_fit():
 def test_both_splits_need_a_scene(split):
     with pytest.raises(UserError, match=f"{split}=0"):
         QuickstartConfig(world=replace(WorldConfig(), **{split: 0}))
+    with pytest.raises(UserError, match="planning_scenes=0"):
+        QuickstartConfig(planning_scenes=0)
 
 
 def test_shards_without_a_split_to_measure_on_are_refused(tmp_path):
