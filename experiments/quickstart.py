@@ -1,6 +1,6 @@
 """The whole path at a small size: pictures, shards, a trained pruner, a pruned plan, an export.
 
-    fastdrive quickstart                 # the synthetic world, about 5 minutes on 2 CPU cores
+    fastdrive quickstart                 # the synthetic world, about 7 minutes on 2 CPU cores
     fastdrive quickstart --images DIR    # your own pictures with masks or label maps
 
 Ends in OUT/report.html and OUT/report.json. Run again after an interruption: each stage goes on
@@ -59,7 +59,7 @@ class QuickstartConfig:
             them those of `world`: a plan varies far more from scene to scene than what is kept.
         pruner: ReconPruner's training.
         train_vla: Train the driving VLA from nothing in place of taking the bundled weights
-            (about 50 minutes more on 2 cores).
+            (about an hour more on 2 cores).
         vla: That training, if it is wanted.
         keep_ratio: Of the exported model, in (0, 1].
         quiet: No progress bars.
