@@ -1,6 +1,6 @@
 """Sizes of Qwen2.5-VL, published and tiny, as frozen values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastdrive_jax.errors import UserError
 
@@ -86,6 +86,50 @@ class DecoderConfig:
         """d, size of a head."""
         return self.hidden_size // self.num_heads
 
+
+@dataclass(frozen=True)
+class QwenVLConfig:
+    """A whole Qwen2.5-VL, defaults those of the published 3B model.
+
+    Attributes:
+        vision: Vision encoder.
+        text: Language decoder.
+        image_token_id: Id that stands for each visual token in the text.
+        vision_start_token_id: Id in front of a picture.
+        vision_end_token_id: Id behind a picture.
+        eos_token_ids: Ids that end an answer.
+        pad_token_id: Id that fills up a batch.
+    """
+
+    vision: VisionConfig = VisionConfig()
+    text: DecoderConfig = field(default_factory=DecoderConfig)
+    image_token_id: int = 151_655
+    vision_start_token_id: int = 151_652
+    vision_end_token_id: int = 151_653
+    eos_token_ids: tuple[int, ...] = (151_645, 151_643)
+    pad_token_id: int = 151_643
+
+    def __post_init__(self):
+        if self.vision.out_hidden_size != self.text.hidden_size:
+            raise UserError(
+                f"vision.out_hidden_size={self.vision.out_hidden_size} must be the decoder's "
+                f"hidden_size={self.text.hidden_size}."
+            )
+
+
+QWEN2_5_VL_3B = QwenVLConfig()
+QWEN2_5_VL_7B = QwenVLConfig(
+    vision=VisionConfig(out_hidden_size=3584),
+    text=DecoderConfig(
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        vocab_size=152_064,
+        tie_word_embeddings=False,
+    ),
+)
 
 # Small enough to train on two CPU cores; one full-attention block in four, as published.
 TINY_VISION = VisionConfig(

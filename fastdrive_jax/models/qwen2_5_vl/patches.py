@@ -33,16 +33,36 @@ def patch_grid(height: int, width: int, config: VisionConfig) -> tuple[int, int]
     return height // config.patch_size, width // config.patch_size
 
 
+def patch_rows(
+    images: Shaped[Array, "B H W 3"], size: int, merge: int
+) -> Shaped[Array, "B P pixels"]:
+    """Pixels of each patch, colour by colour, [B, P, 3 * size * size]; NumPy stays NumPy.
+
+    Args:
+        images: Pictures made of whole tokens.
+        size: Patch edge in pixels.
+        merge: Patches merged along each axis.
+    """
+    batch, height, width, _ = images.shape
+    rows, columns = height // size, width // size
+    x = images.reshape(batch, rows // merge, merge, size, columns // merge, merge, size, 3)
+    x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # B, block row, block column, 2, 2, colour, 14, 14
+    return x.reshape(batch, rows * columns, 3 * size * size)
+
+
+def normalise(
+    rows: Shaped[Array, "*batch P pixels"], config: VisionConfig
+) -> Float[Array, "*batch P values"]:
+    """What the encoder reads, from uint8 patch rows: colours normalised, frames repeated."""
+    x = rows.reshape(*rows.shape[:-1], 3, 1, -1).astype(jnp.float32) / 255.0
+    x = (x - IMAGE_MEAN[:, None, None]) / IMAGE_STD[:, None, None]
+    return jnp.repeat(x, config.temporal_patch_size, axis=-2).reshape(*rows.shape[:-1], -1)
+
+
 def patchify(images: Shaped[Array, "B H W 3"], config: VisionConfig) -> Float[Array, "B P pixels"]:
     """Normalised patch rows [B, P, 3 * temporal * 14 * 14] of uint8 pictures [B, H, W, 3]."""
-    batch, height, width, _ = images.shape
-    rows, columns = patch_grid(height, width, config)
-    merge, size = config.spatial_merge_size, config.patch_size
-    x = (images.astype(jnp.float32) / 255.0 - IMAGE_MEAN) / IMAGE_STD
-    x = x.reshape(batch, rows // merge, merge, size, columns // merge, merge, size, 3)
-    x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # B, block row, block column, 2, 2, colour, 14, 14
-    x = jnp.repeat(x[..., None, :, :], config.temporal_patch_size, axis=-3)
-    return x.reshape(batch, rows * columns, -1)
+    patch_grid(*images.shape[1:3], config)
+    return normalise(patch_rows(images, config.patch_size, config.spatial_merge_size), config)
 
 
 @functools.cache
