@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fastdrive_jax.models.qwen2_5_vl.decoder import LayerCache, empty_caches
+from fastdrive_jax.models.qwen2_5_vl.decoder import LayerCache
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, positions
 
 
@@ -16,9 +16,7 @@ def prefill(
     prompt: Int[Array, "B 3"],
 ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
     """Logits of the first trajectory token, and caches with room for the whole trajectory."""
-    length = 3 + tokens.shape[1] + prompt.shape[1] + model.config.vocabulary.plan_length
-    caches = empty_caches(model.config.text, tokens.shape[0], length, tokens.dtype)
-    return model.apply(params, tokens, visual_ids, prompt, caches, method="prefill")
+    return model.apply(params, tokens, visual_ids, prompt, method="prefill")
 
 
 def decode(

@@ -1,70 +1,258 @@
-"""Full attention that suits the device it is compiled for.
+"""One entry point for softmax attention; which kernel runs is a choice that can be asked for.
 
-On a CPU one head at a time: its N x N scores stay in the cache, where all heads' scores at once
-go through memory several times. The backward pass recomputes them from the log-sum-exp of each
-row, as fused kernels do. Elsewhere JAX's own kernel.
+| device | type | kernel |
+| --- | --- | --- |
+| NVIDIA | half precision | "cudnn", flash attention |
+| TPU | any | "splash", Pallas |
+| all else | any | "blockwise", below: a few query rows against all keys at a time |
+
+None of them holds N x N scores. On a CPU one head at a time: its block of scores stays in the
+cache, where all heads' scores at once go through memory several times.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from fastdrive_jax.models.attention_splash import splash_attention
+
+_BLOCK_BYTES = 1 << 20  # of a block of scores, about a core's share of the second-level cache
+_CAUSAL_PARTS = 8  # a part of the queries meets no key behind its last one
+_CAUSAL_FROM = 512  # shorter sequences are one part
+_NOTHING = -1e30  # score of a key that is out of sight; finite, so that no row divides 0 by 0
 
 
-def full_attention(
-    query: Float[Array, "B N Q d"], key: Float[Array, "B N G d"], value: Float[Array, "B N G d"]
+def attention_kernel(dtype: jnp.dtype, head_dim: int, platform: str | None = None) -> str:
+    """Name of the kernel that `attention` takes for queries of this type.
+
+    Args:
+        dtype: Of the queries.
+        head_dim: d.
+        platform: "cpu", "gpu" or "tpu"; None asks jax.
+    """
+    platform = platform or jax.default_backend()
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    if platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128:
+        return "cudnn"
+    return "splash" if platform == "tpu" else "blockwise"
+
+
+def attention(
+    query: Float[Array, "B N Q d"],
+    key: Float[Array, "B S G d"],
+    value: Float[Array, "B S G d"],
+    *,
+    causal: bool = False,
+    lengths: Int[Array, " B"] | None = None,
+    kernel: str | None = None,
 ) -> Float[Array, "B N Q d"]:
-    """Softmax attention without a mask.
+    """Softmax attention.
 
     Args:
         query: [B, N, Q, d].
-        key: [B, N, G, d], G dividing Q.
-        value: [B, N, G, d].
+        key: [B, S, G, d], G dividing Q.
+        value: [B, S, G, d].
+        causal: Whether query i sees keys 0 to i only; N and S are then equal.
+        lengths: How many keys of each sample are real; None takes all. A sample needs one.
+        kernel: "cudnn", "splash", "blockwise" or "xla", which holds all scores; None chooses.
     """
-    return jax.lax.platform_dependent(
-        query, key, value, cpu=head_by_head_attention, default=jax.nn.dot_product_attention
+    if causal and query.shape[1] != key.shape[1]:
+        raise ValueError(f"causal needs as many queries as keys, got {query.shape}, {key.shape}")
+    if kernel is None:
+        alone = query.shape[1] == 1  # one row a head: nothing to fuse
+        kernel = "xla" if alone else attention_kernel(query.dtype, query.shape[-1])
+    if kernel == "blockwise":
+        return blockwise_attention(query, key, value, causal=causal, lengths=lengths)
+    if kernel == "splash":
+        return splash_attention(query, key, value, causal=causal, lengths=lengths)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=causal,
+        key_value_seq_lengths=lengths,
+        implementation=kernel,
     )
 
 
-def head_by_head_attention(
-    query: Float[Array, "B N Q d"], key: Float[Array, "B N G d"], value: Float[Array, "B N G d"]
+def attention_rows(
+    query: Float[Array, "B R Q d"],
+    key: Float[Array, "B S G d"],
+    lengths: Int[Array, " B"] | None = None,
+) -> Float[Array, "B Q R S"]:
+    """Attention weights of the few rows that a pruner reads, in float32.
+
+    Args:
+        query: Those rows' queries.
+        key: All keys.
+        lengths: See `attention`.
+    """
+    batch, rows, heads, size = query.shape
+    groups = key.shape[2]
+    query = query.reshape(batch, rows, groups, heads // groups, size)
+    scores = jnp.einsum(
+        "brgqd,bsgd->bgqrs", query, key, preferred_element_type=jnp.float32
+    ) / math.sqrt(size)
+    if lengths is not None:
+        seen = jnp.arange(key.shape[1]) < lengths[:, None, None, None, None]
+        scores = jnp.where(seen, scores, _NOTHING)
+    return jax.nn.softmax(scores, axis=-1).reshape(batch, heads, rows, -1)
+
+
+def blockwise_attention(
+    query: Float[Array, "B N Q d"],
+    key: Float[Array, "B S G d"],
+    value: Float[Array, "B S G d"],
+    *,
+    causal: bool = False,
+    lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B N Q d"]:
-    """The same by a loop over batch and heads."""
+    """`attention` by loops over batch, heads and blocks of queries; N x N is never held.
+
+    The backward pass computes the weights again from each row's log-sum-exp, as fused kernels do.
+    """
     batch, count, heads, size = query.shape
+    groups = key.shape[2]
 
     def to_rows(x):
-        x = jnp.repeat(x, heads // x.shape[2], axis=2)
-        return x.transpose(0, 2, 1, 3).reshape(batch * heads, count, size)
+        return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], size)
 
-    mixed = _attend(to_rows(query) * size**-0.5, to_rows(key), to_rows(value))
+    ends = None if lengths is None else jnp.repeat(lengths, heads)
+    mixed = _attend(causal, heads // groups, to_rows(query), to_rows(key), to_rows(value), ends)
     return mixed.reshape(batch, heads, count, size).transpose(0, 2, 1, 3)
 
 
-@jax.custom_vjp
-def _attend(query, key, value):
-    return _forward(query, key, value)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(causal, share, query, key, value, ends):
+    return _forward(causal, share, query, key, value, ends)[0]
 
 
-def _forward(query, key, value):
-    def one_head(rows):
-        q, k, v = rows
-        scores = q @ k.T
-        peak = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - peak)
-        total = weights.sum(axis=-1, keepdims=True)
-        return (weights @ v) / total, peak + jnp.log(total)
-
-    out, log_total = jax.lax.map(one_head, (query, key, value))
-    return out, (query, key, value, out, log_total)
+def _parts(count: int, keys: int, causal: bool) -> list[tuple[int, int, int]]:
+    """First query, one past the last, and one past the last key that they see."""
+    if not causal or count < _CAUSAL_FROM:
+        return [(0, count, keys)]
+    step = math.ceil(count / _CAUSAL_PARTS)
+    return [(i, min(i + step, count), min(i + step, count)) for i in range(0, count, step)]
 
 
-def _backward(saved, grad):
-    def one_head(rows):
-        q, k, v, out, log_total, g = rows
-        weights = jnp.exp(q @ k.T - log_total)
-        through = weights * (g @ v.T - (g * out).sum(axis=-1, keepdims=True))
-        return through @ k, through.T @ q, weights.T @ g
+def _over_blocks(function, rows, keys: int, carry=()):
+    """Scans `function(carry, rows, first)` over blocks of leading rows; the last one is filled up.
 
-    return jax.lax.map(one_head, (*saved, grad))
+    Returns:
+        The carry and the results' rows.
+    """
+    count = rows[0].shape[0]
+    most = max(8, _BLOCK_BYTES // (4 * keys))
+    blocks = math.ceil(count / most)
+    if blocks == 1:
+        return function(carry, rows, 0)
+    size = math.ceil(count / blocks)
+
+    def cut(x):
+        filled = jnp.pad(x, [(0, blocks * size - count)] + [(0, 0)] * (x.ndim - 1))
+        return filled.reshape(blocks, size, *x.shape[1:])
+
+    def step(carry, inputs):
+        return function(carry, inputs[0], inputs[1])
+
+    carry, out = jax.lax.scan(
+        step, carry, (tuple(map(cut, rows)), size * jnp.arange(blocks, dtype=jnp.int32))
+    )
+    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
+
+
+def _masked(scores, first, causal, end):
+    """Scores of queries `first` and on, with keys that they must not see at `_NOTHING`."""
+    column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    seen = True
+    if causal:
+        seen = column <= first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    if end is not None:
+        seen = seen & (column < end)
+    return scores if seen is True else jnp.where(seen, scores, _NOTHING)
+
+
+def _products(q, k):
+    return jnp.einsum("nd,sd->ns", q, k, preferred_element_type=jnp.float32)
+
+
+def _head(number, share, key, value, ends):
+    """Keys, values and end of one of the flattened query heads."""
+    k, v = key[number // share], value[number // share]
+    return k, v, None if ends is None else ends[number]
+
+
+def _forward(causal, share, query, key, value, ends):
+    scale = query.shape[-1] ** -0.5
+
+    def one_head(number):
+        q = query[number]
+        k, v, end = _head(number, share, key, value, ends)
+
+        def attend(start, keys, carry, rows, first):
+            scores = _masked(scale * _products(rows[0], k[:keys]), start + first, causal, end)
+            peak = scores.max(axis=-1, keepdims=True)
+            weights = jnp.exp(scores - peak)
+            total = weights.sum(axis=-1, keepdims=True)
+            mixed = jnp.einsum(
+                "ns,sd->nd",
+                weights.astype(v.dtype),
+                v[:keys],
+                preferred_element_type=jnp.float32,
+            )
+            return carry, ((mixed / total).astype(v.dtype), peak + jnp.log(total))
+
+        found = [
+            _over_blocks(functools.partial(attend, start, keys), (q[start:stop],), keys)[1]
+            for start, stop, keys in _parts(q.shape[0], k.shape[0], causal)
+        ]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+
+    out, log_total = jax.lax.map(one_head, jnp.arange(query.shape[0]))
+    return out, (query, key, value, ends, out, log_total)
+
+
+def _backward(causal, share, saved, grad):
+    query, key, value, ends, out, log_total = saved
+    scale = query.shape[-1] ** -0.5
+    lean = jnp.sum(grad.astype(jnp.float32) * out, axis=-1, keepdims=True)
+
+    def one_head(number):
+        k, v, end = _head(number, share, key, value, ends)
+
+        def pull(start, keys, carry, rows, first):
+            q, g, total, leaning = rows
+            scores = _masked(scale * _products(q, k[:keys]), start + first, causal, end)
+            weights = jnp.exp(scores - total)
+            through = scale * weights * (_products(g, v[:keys]) - leaning)
+            key_grad = carry[0] + jnp.einsum("ns,nd->sd", through, q.astype(jnp.float32))
+            value_grad = carry[1] + jnp.einsum("ns,nd->sd", weights, g.astype(jnp.float32))
+            return (key_grad, value_grad), through @ k[:keys].astype(jnp.float32)
+
+        key_grad, value_grad = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        query_grads = []
+        for start, stop, keys in _parts(query.shape[1], k.shape[0], causal):
+            rows = tuple(x[number, start:stop] for x in (query, grad, log_total, lean))
+            zero = jnp.zeros((keys, k.shape[1]), jnp.float32)
+            carry, query_grad = _over_blocks(
+                functools.partial(pull, start, keys), rows, keys, (zero, zero)
+            )
+            key_grad = key_grad.at[:keys].add(carry[0])
+            value_grad = value_grad.at[:keys].add(carry[1])
+            query_grads.append(query_grad)
+        return jnp.concatenate(query_grads), key_grad, value_grad
+
+    grads = jax.lax.map(one_head, jnp.arange(query.shape[0]))
+
+    def shared(x):
+        return x.reshape(-1, share, *x.shape[1:]).sum(axis=1)
+
+    query_grad, key_grad, value_grad = grads[0], shared(grads[1]), shared(grads[2])
+    like = ((query_grad, query), (key_grad, key), (value_grad, value))
+    return (*(x.astype(y.dtype) for x, y in like), None)
 
 
 _attend.defvjp(_forward, _backward)

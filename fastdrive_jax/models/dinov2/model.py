@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fastdrive_jax.models.attention import full_attention
+from fastdrive_jax.models.attention import attention
 from fastdrive_jax.models.dinov2.config import Dinov2Config
 from fastdrive_jax.models.dinov2.positions import interpolate_positions
 
@@ -22,7 +22,7 @@ class Attention(nn.Module):
         query, key, value = (
             nn.Dense(size, name=name)(x).reshape(split) for name in ("query", "key", "value")
         )
-        mixed = full_attention(query, key, value)
+        mixed = attention(query, key, value)
         return nn.Dense(size, name="out")(mixed.reshape(x.shape))
 
 

@@ -6,12 +6,11 @@ the reconstruction decoder (both without a causal mask).
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fastdrive_jax.models.attention import full_attention
+from fastdrive_jax.models.attention import attention
 from fastdrive_jax.models.layers import RMSNorm, SwiGLU, rotate
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
 
@@ -24,12 +23,22 @@ class LayerCache(flax.struct.PyTreeNode):
     Attributes:
         key: [B, S, G, d], S the layer's own static length.
         value: [B, S, G, d].
-        length: How many of the S are filled, int32 scalar.
+        length: How many of the S are filled, int32 [B]. What lies behind is never read, so a
+            sample of a padded batch is cut to its own length by setting this.
     """
 
     key: Float[Array, "B S G d"]
     value: Float[Array, "B S G d"]
-    length: Int[Array, ""]
+    length: Int[Array, " B"]
+
+    def append(self, key: Float[Array, "B 1 G d"], value: Float[Array, "B 1 G d"]) -> "LayerCache":
+        """The cache with one more token of each sample, written behind its last."""
+        place = jnp.arange(key.shape[0]), self.length
+        return LayerCache(
+            key=self.key.at[place].set(key[:, 0].astype(self.key.dtype)),
+            value=self.value.at[place].set(value[:, 0].astype(self.value.dtype)),
+            length=self.length + 1,
+        )
 
 
 def mrope_angles(config: DecoderConfig, position_ids: Int[Array, "3 B N"]) -> Angles:
@@ -64,16 +73,18 @@ class Attention(nn.Module):
         x: Float[Array, "B N D"],
         angles: Angles | None,
         cache: LayerCache | None = None,
+        room: int = 0,
     ) -> tuple[Float[Array, "B N D"], LayerCache | None]:
-        """Attends over x [B, N, D] and, with a cache, over what it holds.
+        """Attends over x [B, N, D] or, with a cache, over what it holds and one new token.
 
         Args:
-            x: Normalised hidden states.
+            x: Normalised hidden states; N = 1 with a cache.
             angles: From `mrope_angles`; None leaves positions out.
-            cache: Gets the N new keys and values at its length; prefill and decode alike.
+            cache: Decodes: gets the new token behind each sample's last.
+            room: Prefills, if above 0: the cache made of x has that many free slots.
 
         Returns:
-            The output [B, N, D] and the filled cache.
+            The output [B, N, D] and the filled cache, None if neither was asked for.
         """
         config = self.config
         batch, count, _ = x.shape
@@ -87,25 +98,17 @@ class Attention(nn.Module):
         value = heads("v_proj", config.num_kv_heads)
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
-
-        mask, causal = None, self.causal
         if cache is not None:
-            start = (0, cache.length, 0, 0)
-            cache = LayerCache(
-                key=jax.lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), start),
-                value=jax.lax.dynamic_update_slice(
-                    cache.value, value.astype(cache.value.dtype), start
-                ),
-                length=cache.length + count,
-            )
-            slots = jnp.arange(cache.key.shape[1])
-            row_of = cache.length - count + jnp.arange(count)
-            mask = (slots <= row_of[:, None])[None, None]
-            key, value, causal = cache.key, cache.value, False
-        if mask is None and not causal:
-            out = full_attention(query, key, value)
+            if count != 1:
+                raise ValueError(f"a cache takes one token at a time, not {count}")
+            cache = cache.append(key, value)
+            out = attention(query, cache.key, cache.value, lengths=cache.length)
         else:
-            out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+            out = attention(query, key, value, causal=self.causal)
+            if room:
+                free = ((0, 0), (0, room), (0, 0), (0, 0))
+                length = jnp.full(batch, count, jnp.int32)
+                cache = LayerCache(jnp.pad(key, free), jnp.pad(value, free), length)
         out = out.reshape(batch, count, config.num_heads * config.head_dim)
         return nn.Dense(config.hidden_size, use_bias=False, name="o_proj")(out), cache
 
@@ -127,11 +130,12 @@ class DecoderLayer(nn.Module):
         x: Float[Array, "B N D"],
         angles: Angles | None,
         cache: LayerCache | None = None,
+        room: int = 0,
     ) -> tuple[Float[Array, "B N D"], LayerCache | None]:
         """Maps hidden states [B, N, D] to the same shape; see `Attention` for the rest."""
         config = self.config
         y, cache = Attention(config, self.causal, name="self_attn")(
-            RMSNorm(config.rms_norm_eps, name="input_layernorm")(x), angles, cache
+            RMSNorm(config.rms_norm_eps, name="input_layernorm")(x), angles, cache, room
         )
         x = x + y
         y = RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(x)
@@ -171,29 +175,20 @@ class Decoder(nn.Module):
         embeddings: Float[Array, "B N D"],
         position_ids: Int[Array, "3 B N"],
         caches: tuple[LayerCache, ...] | None = None,
+        room: int = 0,
     ) -> tuple[Float[Array, "B N D"], tuple[LayerCache, ...] | None]:
-        """Hidden states after the final norm.
+        """Hidden states after the final norm, and the caches if there are any.
 
         Args:
-            embeddings: Visual tokens and text embeddings in their order.
+            embeddings: Visual tokens and text embeddings in their order; one token with caches.
             position_ids: M-RoPE positions.
-            caches: One a layer, filled in place of recomputation; None trains without.
+            caches: Decodes: one a layer.
+            room: Prefills, if above 0: free slots of the caches that it makes.
         """
         angles = mrope_angles(self.config, position_ids)
         x, filled = embeddings, []
         for number, layer in enumerate(self.layers):
-            x, cache = layer(x, angles, None if caches is None else caches[number])
+            x, cache = layer(x, angles, None if caches is None else caches[number], room)
             filled.append(cache)
             self.sow("intermediates", f"hidden_{number}", x)  # kept only if a caller asks for it
-        return self.norm(x), None if caches is None else tuple(filled)
-
-
-def empty_caches(
-    config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype = jnp.float32
-) -> tuple[LayerCache, ...]:
-    """Caches of `length` slots for every layer."""
-    shape = (batch, length, config.num_kv_heads, config.head_dim)
-    return tuple(
-        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
-        for _ in range(config.num_layers)
-    )
+        return self.norm(x), tuple(filled) if caches is not None or room else None

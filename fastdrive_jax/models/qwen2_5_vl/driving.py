@@ -151,11 +151,11 @@ class DrivingVLA(nn.Module):
         tokens: Float[Array, "B K D"],
         visual_ids: Int[Array, "3 B K"],
         prompt: Int[Array, "B 3"],
-        caches: tuple[LayerCache, ...],
     ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
-        """Logits of the first trajectory token and the filled caches."""
+        """Logits of the first trajectory token, and caches with room for the whole trajectory."""
         embeddings, ids = self.sequence(tokens, visual_ids, prompt)
-        hidden, caches = self.language_model(embeddings, ids, caches)
+        room = self.config.vocabulary.plan_length
+        hidden, caches = self.language_model(embeddings, ids, room=room)
         return self.language_model.logits(hidden[:, -1]), caches
 
     def decode(

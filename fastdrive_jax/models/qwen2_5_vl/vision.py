@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from fastdrive_jax.models.attention import full_attention
+from fastdrive_jax.models.attention import attention
 from fastdrive_jax.models.layers import RMSNorm, SwiGLU, rotate
 from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.patches import (
@@ -44,7 +44,7 @@ class VisionAttention(nn.Module):
             qkv[:, :, 2],
         )
         if self.full:
-            out = full_attention(query, key, value)
+            out = attention(query, key, value)
         else:
             members, slots = window_table(*grid, config)
             windows, slot_count = members.shape

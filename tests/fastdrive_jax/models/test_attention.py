@@ -1,0 +1,142 @@
+"""Every kernel against JAX's own attention that holds all scores."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastdrive_jax.models.attention import (
+    attention,
+    attention_kernel,
+    attention_rows,
+    blockwise_attention,
+)
+from fastdrive_jax.models.attention_splash import splash_attention
+
+# queries, keys, causal, lengths; some need several blocks, parts and filled-up ones
+CASES = {
+    "short": (7, 7, False, None),
+    "other keys": (5, 11, False, None),
+    "lengths": (70, 130, False, (130, 33)),
+    "causal": (33, 33, True, None),
+    "long": (900, 900, False, (900, 700)),
+    "long and causal": (1030, 1030, True, None),
+    "causal with lengths": (600, 600, True, (600, 411)),
+}
+KERNELS = {
+    "blockwise": blockwise_attention,
+    "splash": functools.partial(splash_attention, interpret=True),
+}
+
+
+def drawn(count, keys, groups=2, heads=4, size=8):
+    roots = jax.random.split(jax.random.key(count), 4)
+    query = 4 * jax.random.normal(roots[0], (2, count, heads, size))
+    key = 4 * jax.random.normal(roots[1], (2, keys, groups, size))
+    value = jax.random.normal(roots[2], (2, keys, groups, size))
+    return query, key, value, jax.random.normal(roots[3], query.shape)
+
+
+def out_and_grads(attend, query, key, value, weights):
+    def loss(query, key, value):
+        out = attend(query, key, value)
+        return (weights * out).sum(), out
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_results_and_gradients_equal_jaxs_own(case, kernel):
+    count, keys, causal, lengths = CASES[case]
+    if kernel == "splash" and case.startswith("long"):
+        pytest.skip("interpreted: minutes")
+    lengths = None if lengths is None else jnp.array(lengths)
+    inputs = drawn(count, keys)
+    settings = {"causal": causal, "lengths": lengths}
+    got, out = out_and_grads(functools.partial(KERNELS[kernel], **settings), *inputs)
+    exact = functools.partial(attention, kernel="xla", **settings)
+    want, expected = out_and_grads(exact, *inputs)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    for one, other in zip(got, want, strict=True):
+        assert float(jnp.abs(other).max()) > 0.1
+        np.testing.assert_allclose(one, other, atol=5e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_query_heads_share_keys(groups):
+    query, key, value, _ = drawn(9, 9, groups)
+    shared = 4 // groups
+    whole = attention(query, jnp.repeat(key, shared, 2), jnp.repeat(value, shared, 2), kernel="xla")
+    np.testing.assert_allclose(blockwise_attention(query, key, value), whole, atol=2e-5)
+
+
+def test_half_precision_is_as_near_as_jaxs_own():
+    query, key, value, _ = (x.astype(jnp.bfloat16) for x in drawn(40, 40))
+    exact = attention(*(x.astype(jnp.float32) for x in (query, key, value)), kernel="xla")
+
+    def error(out):
+        assert out.dtype == jnp.bfloat16
+        return float(jnp.abs(out.astype(jnp.float32) - exact).max())
+
+    own = error(attention(query, key, value, kernel="xla"))
+    assert error(blockwise_attention(query, key, value)) <= 1.5 * own
+
+
+def test_scores_that_overflow_an_exponential():
+    x = jnp.full((1, 3, 1, 4), 100.0)
+    np.testing.assert_allclose(attention(x, x, x), x)
+
+
+def test_one_query_sees_its_samples_keys_only():
+    query, key, value, _ = drawn(1, 12)
+    out = attention(query, key, value, lengths=jnp.array([12, 5]))
+    alone = attention(query[1:], key[1:, :5], value[1:, :5])
+    np.testing.assert_allclose(out[1:], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_all_scores_are_never_held(causal):
+    x = jax.ShapeDtypeStruct((1, 4096, 2, 64), jnp.float32)
+    run = jax.jit(functools.partial(blockwise_attention, causal=causal))
+    grad = jax.jit(jax.grad(lambda *y: run(*y).sum(), argnums=(0, 1, 2)))
+    for function in (run, grad):
+        memory = function.lower(x, x, x).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 4096 * 4096 * 4 / 2
+
+
+def test_rows_of_weights_are_those_of_a_softmax():
+    query, key, _, _ = drawn(3, 10)
+    rows = attention_rows(query, key, jnp.array([10, 6]))
+    assert rows.shape == (2, 4, 3, 10)
+    np.testing.assert_allclose(rows.sum(-1), 1, atol=1e-5)
+    assert float(rows[1, ..., 6:].max()) == 0
+    scores = np.einsum("rd,sd->rs", query[1, :, 3], key[1, :6, 1]) / np.sqrt(8)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    np.testing.assert_allclose(
+        rows[1, 3, :, :6], weights / weights.sum(-1, keepdims=True), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "size", "kernel"),
+    [
+        ("cpu", jnp.float32, 64, "blockwise"),
+        ("cpu", jnp.bfloat16, 64, "blockwise"),
+        ("gpu", jnp.bfloat16, 128, "cudnn"),
+        ("gpu", jnp.float16, 80, "cudnn"),
+        ("gpu", jnp.float32, 128, "blockwise"),
+        ("gpu", jnp.bfloat16, 256, "blockwise"),
+        ("tpu", jnp.float32, 128, "splash"),
+    ],
+)
+def test_the_choice_of_a_kernel(platform, dtype, size, kernel):
+    assert attention_kernel(dtype, size, platform) == kernel
+
+
+def test_causal_attention_of_other_keys_is_refused():
+    query, key, value, _ = drawn(5, 11)
+    with pytest.raises(ValueError, match="as many queries as keys"):
+        attention(query, key, value, causal=True)
