@@ -6,6 +6,7 @@ the reconstruction decoder (both without a causal mask).
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -33,12 +34,18 @@ class LayerCache(flax.struct.PyTreeNode):
 
     def append(self, key: Float[Array, "B 1 G d"], value: Float[Array, "B 1 G d"]) -> "LayerCache":
         """The cache with one more token of each sample, written behind its last."""
-        place = jnp.arange(key.shape[0]), self.length
         return LayerCache(
-            key=self.key.at[place].set(key[:, 0].astype(self.key.dtype)),
-            value=self.value.at[place].set(value[:, 0].astype(self.value.dtype)),
+            key=_write(self.key, key, self.length),
+            value=_write(self.value, value, self.length),
             length=self.length + 1,
         )
+
+
+def _write(slots, new, length):
+    new = new.astype(slots.dtype)
+    if len(length) == 1:  # the usual frame needs no scatter
+        return jax.lax.dynamic_update_slice(slots, new, (0, length[0], 0, 0))
+    return slots.at[jnp.arange(len(length)), length].set(new[:, 0])
 
 
 def mrope_angles(config: DecoderConfig, position_ids: Int[Array, "3 B N"]) -> Angles:

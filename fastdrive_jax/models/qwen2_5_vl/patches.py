@@ -5,10 +5,12 @@ the published image processor. Everything about the grid is NumPy: it is known w
 """
 
 import functools
+from collections.abc import Sequence
 
+import flax.struct
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
@@ -74,16 +76,75 @@ def patch_positions(rows: int, columns: int, merge: int) -> np.ndarray:
     return position.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
 
 
-@functools.cache
-def rotary_table(rows: int, columns: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine [P, d] of the 2-D rotary embedding: half the pairs turn by the row."""
-    size = config.hidden_size // config.num_heads
-    quarter = size // 4
+@flax.struct.dataclass
+class PictureLayout:
+    """Where the patches of some pictures lie; fields lead with M pictures, or 1 if all are alike.
+
+    Attributes:
+        position: Row and column of each patch, int32 [M, P, 2].
+        members: Patches that share a window, int32 [M, windows, S]; windows that the border cuts
+            off are filled up with P, one past the last patch.
+        slots: Where each patch stands in its picture's flattened `members`, int32 [M, P].
+        count: Real patches, int32 [M]; the rest fills up the batch. None if all are real.
+    """
+
+    position: Int[Array, "M P 2"]
+    members: Int[Array, "M W S"]
+    slots: Int[Array, "M P"]
+    count: Int[Array, " M"] | None = None
+
+
+def layout_of(
+    grids: Sequence[tuple[int, int]], config: VisionConfig, patches: int | None = None
+) -> PictureLayout:
+    """The layout of pictures of several sizes, in NumPy.
+
+    Args:
+        grids: Patch rows and columns of each picture.
+        config: Of the encoder.
+        patches: P, at least the largest picture's; None takes that.
+
+    Raises:
+        UserError: There is no picture, one is not made of tokens, or one has more patches than P.
+    """
+    if not grids:
+        raise UserError("There is no picture in the batch; give at least one.")
+    merge = config.spatial_merge_size
+    counts = [rows * columns for rows, columns in grids]
+    patches = max(counts) if patches is None else patches
+    for rows, columns in grids:
+        if rows % merge or columns % merge or not 0 < rows * columns <= patches:
+            raise UserError(
+                f"A picture of {rows} x {columns} patches does not fit: both must be multiples of "
+                f"{merge}, and their product at most {patches}."
+            )
+    tables = [window_table(*grid, config) for grid in grids]
+    windows = max(len(members) for members, _ in tables)
+    position = np.zeros((len(grids), patches, 2), np.int32)
+    members = np.full((len(grids), windows, tables[0][0].shape[1]), patches, np.int32)
+    slots = np.zeros((len(grids), patches), np.int32)
+    for number, (grid, (own, places)) in enumerate(zip(grids, tables, strict=True)):
+        count = counts[number]
+        position[number, :count] = patch_positions(*grid, merge)
+        members[number, : len(own)] = np.where(own == count, patches, own)
+        slots[number, :count] = places
+    alike = all(count == patches for count in counts)
+    return PictureLayout(position, members, slots, None if alike else np.array(counts, np.int32))
+
+
+def rotary_angles(
+    position: Int[Array, "M P 2"], config: VisionConfig
+) -> tuple[Float[Array, "M P d"], Float[Array, "M P d"]]:
+    """Cosine and sine of the 2-D rotary embedding: half the pairs turn by the row.
+
+    NumPy stays NumPy, for grids that are known when tracing.
+    """
+    numpy = np if isinstance(position, np.ndarray) else jnp
+    quarter = config.hidden_size // config.num_heads // 4
     inverse = config.rope_theta ** (-np.arange(quarter, dtype=np.float32) / quarter)
-    position = patch_positions(rows, columns, config.spatial_merge_size)
-    angles = (position[..., None].astype(np.float32) * inverse).reshape(len(position), -1)
-    angles = np.concatenate([angles, angles], axis=-1)
-    return np.cos(angles), np.sin(angles)
+    angles = (position[..., None].astype(np.float32) * inverse).reshape(*position.shape[:2], -1)
+    angles = numpy.concatenate([angles, angles], axis=-1)
+    return numpy.cos(angles), numpy.sin(angles)
 
 
 @functools.cache

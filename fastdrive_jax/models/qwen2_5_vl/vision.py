@@ -1,5 +1,7 @@
 """The Qwen2.5-VL vision encoder: window attention, 2-D rotary embedding, 2 x 2 patch merger."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,12 @@ from fastdrive_jax.models.attention import attention
 from fastdrive_jax.models.layers import RMSNorm, SwiGLU, rotate
 from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.patches import (
+    PictureLayout,
+    layout_of,
+    normalise,
     patch_grid,
-    patchify,
-    rotary_table,
-    window_table,
+    patch_rows,
+    rotary_angles,
 )
 
 
@@ -28,37 +32,46 @@ class VisionAttention(nn.Module):
     full: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B P D"], grid: tuple[int, int]) -> Float[Array, "B P D"]:
-        """Attends over patches x [B, P, D] of a (rows, columns) grid.
+    def __call__(self, x: Float[Array, "M P D"], layout: PictureLayout) -> Float[Array, "M P D"]:
+        """Attends over the patches x [M, P, D] of each picture.
 
         Windows are gathered to [windows, S]: scores cost P * S, not P * P.
         """
         config = self.config
-        batch, count, width = x.shape
+        pictures, count, width = x.shape
         size = width // config.num_heads
-        qkv = nn.Dense(3 * width, name="qkv")(x).reshape(batch, count, 3, config.num_heads, size)
-        cos, sin = rotary_table(*grid, config)
+        qkv = nn.Dense(3 * width, name="qkv")(x)
+        qkv = qkv.reshape(pictures, count, 3, config.num_heads, size)
+        cos, sin = rotary_angles(layout.position, config)
         query, key, value = (
             rotate(qkv[:, :, 0], cos, sin),
             rotate(qkv[:, :, 1], cos, sin),
             qkv[:, :, 2],
         )
         if self.full:
-            out = attention(query, key, value)
+            out = attention(query, key, value, lengths=layout.count)
         else:
-            members, slots = window_table(*grid, config)
-            windows, slot_count = members.shape
+            windows, slots = layout.members.shape[1:]
 
             def gather(y):
-                y = jnp.take(y, members.ravel(), axis=1, mode="fill", fill_value=0)
-                return y.reshape(batch * windows, slot_count, config.num_heads, size)
+                y = _take(y, layout.members.reshape(len(layout.members), -1))
+                return y.reshape(pictures * windows, slots, config.num_heads, size)
 
-            real = jnp.asarray(members < count)[:, None, None, :]
-            mask = jnp.broadcast_to(real, (batch, *real.shape)).reshape(-1, 1, 1, slot_count)
+            real = jnp.asarray(layout.members < count)[:, :, None, None]
+            mask = jnp.broadcast_to(real, (pictures, windows, 1, 1, slots))
+            mask = mask.reshape(-1, 1, 1, slots)
             out = jax.nn.dot_product_attention(*map(gather, (query, key, value)), mask=mask)
-            out = out.reshape(batch, windows * slot_count, config.num_heads, size)
-            out = jnp.take(out, slots, axis=1)
-        return nn.Dense(width, name="proj")(out.reshape(batch, count, width))
+            out = out.reshape(pictures, windows * slots, config.num_heads, size)
+            out = _take(out, layout.slots)
+        return nn.Dense(width, name="proj")(out.reshape(pictures, count, width))
+
+
+def _take(x, index):
+    """Rows `index` [M, n] of x [M, P, ...], or [1, n] of all pictures; zeros past the last row."""
+    take = functools.partial(jnp.take, mode="fill", fill_value=0)
+    if len(index) == 1:
+        return take(x, index[0], axis=1)
+    return jax.vmap(functools.partial(take, axis=0))(x, index)
 
 
 class VisionBlock(nn.Module):
@@ -73,11 +86,11 @@ class VisionBlock(nn.Module):
     full: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B P D"], grid: tuple[int, int]) -> Float[Array, "B P D"]:
-        """Maps patches [B, P, D] to the same shape."""
+    def __call__(self, x: Float[Array, "M P D"], layout: PictureLayout) -> Float[Array, "M P D"]:
+        """Maps patches [M, P, D] to the same shape."""
         config = self.config
         y = RMSNorm(name="norm1")(x)
-        x = x + VisionAttention(config, self.full, name="attn")(y, grid)
+        x = x + VisionAttention(config, self.full, name="attn")(y, layout)
         y = RMSNorm(name="norm2")(x)
         return x + SwiGLU(config.intermediate_size, use_bias=True, name="mlp")(y)
 
@@ -111,18 +124,35 @@ class VisionEncoder(nn.Module):
 
     config: VisionConfig
 
-    @nn.compact
-    def __call__(self, images: Shaped[Array, "B H W 3"]) -> Float[Array, "B N D"]:
-        """Visual tokens [B, N, D] in raster order of uint8 pictures [B, H, W, 3].
+    def __call__(self, images: Shaped[Array, "M H W 3"]) -> Float[Array, "M N D"]:
+        """Visual tokens [M, N, D] in raster order of uint8 pictures [M, H, W, 3].
 
         Raises:
             UserError: The picture is not made of whole tokens.
         """
         config = self.config
-        grid = patch_grid(*images.shape[1:3], config)
-        patches = patchify(images, config)
+        layout = layout_of([patch_grid(*images.shape[1:3], config)], config)
+        return self.encode_rows(
+            patch_rows(images, config.patch_size, config.spatial_merge_size), layout
+        )
+
+    @nn.compact
+    def encode_rows(
+        self, rows: Shaped[Array, "M P pixels"], layout: PictureLayout
+    ) -> Float[Array, "M N D"]:
+        """Visual tokens of pictures that may differ in size.
+
+        Args:
+            rows: uint8 patch rows of `process_pictures`, filled up to P each.
+            layout: Of `layout_of`.
+
+        Returns:
+            [M, N, D], N = P / 4; a picture's own tokens come first, in raster order.
+        """
+        config = self.config
+        patches = normalise(rows, config)
         x = nn.Dense(config.hidden_size, use_bias=False, name="patch_embed")(patches)
         for number in range(config.depth):
             full = number in config.fullatt_block_indexes
-            x = VisionBlock(config, full, name=f"blocks_{number}")(x, grid)
+            x = VisionBlock(config, full, name=f"blocks_{number}")(x, layout)
         return PatchMerger(config, name="merger")(x)

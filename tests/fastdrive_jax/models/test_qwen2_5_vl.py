@@ -13,7 +13,7 @@ from fastdrive_jax.inference.generate import generate
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
-from fastdrive_jax.models.qwen2_5_vl.patches import window_table
+from fastdrive_jax.models.qwen2_5_vl.patches import layout_of, window_table
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionAttention, VisionEncoder
 from fastdrive_jax.models.qwen2_5_vl.weights import (
     abstract_params,
@@ -105,8 +105,9 @@ def test_windows_average_over_their_own_patches_only(grid):
         "proj": {"kernel": eye, "bias": np.zeros(8)},
     }
     x = np.random.default_rng(0).normal(size=(2, grid[0] * grid[1], 8)) + 5
-    attend = jax.jit(VisionAttention(config, full=False).apply, static_argnums=2)
-    out = attend({"params": variables}, x, grid)
+    layout = layout_of([grid], config)
+    attend = jax.jit(lambda params, x: VisionAttention(config, full=False).apply(params, x, layout))
+    out = attend({"params": variables}, x)
     for window in window_table(*grid, config)[0]:
         window = window[window < x.shape[1]]
         mean = np.broadcast_to(x[:, window].mean(axis=1, keepdims=True), x[:, window].shape)
