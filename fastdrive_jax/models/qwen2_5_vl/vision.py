@@ -49,7 +49,10 @@ class VisionAttention(nn.Module):
             qkv[:, :, 2],
         )
         if self.full:
-            out = attention(query, key, value, lengths=layout.count)
+            lengths = layout.count
+            if lengths is not None:
+                lengths = jnp.broadcast_to(lengths, (pictures,))
+            out = attention(query, key, value, lengths=lengths)
         else:
             windows, slots = layout.members.shape[1:]
 
