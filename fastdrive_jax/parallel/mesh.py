@@ -1,4 +1,4 @@
-"""The device mesh and what is laid out over it: data-parallel batches, replicated states."""
+"""The device mesh and how batches are laid out over it; parameters are in `rules`."""
 
 from typing import Any
 
@@ -8,31 +8,37 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fastdrive_jax.errors import UserError
 
-DATA_AXIS = "data"
+DATA_AXIS, MODEL_AXIS = "data", "model"
 
 
-def make_mesh(data: int = -1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with one axis, over which batches are split.
+def make_mesh(data: int = -1, model: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with an axis over which batches are split and one over which layers are.
 
-    The axis is Auto: under the Explicit axes that `jax.make_mesh` makes by default, Linen's
+    The axes are Auto: under the Explicit axes that `jax.make_mesh` makes by default, Linen's
     logical constraints raise.
 
     Args:
-        data: how many devices share a batch; -1 means all.
+        data: how many groups of devices share a batch; -1 means as many as there are.
+        model: how many devices share a layer.
         devices: to choose from, by default all of the job.
 
     Raises:
         UserError: there are not so many devices.
     """
     devices = jax.devices() if devices is None else devices
-    if data == -1:
-        data = len(devices)
-    if not 1 <= data <= len(devices):
+    if data == -1 and model > 0:
+        data = len(devices) // model
+    if model < 1 or not 1 <= data * model <= len(devices):
         raise UserError(
-            f"A mesh of {data} devices was asked for, but there are {len(devices)}: "
-            "give a number from 1 to that, or -1 for all."
+            f"A mesh of {data} x {model} devices was asked for, but there are {len(devices)}: "
+            "give two numbers from 1 whose product is at most that, or data=-1 for all."
         )
-    return jax.make_mesh((data,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices[:data])
+    return jax.make_mesh(
+        (data, model),
+        (DATA_AXIS, MODEL_AXIS),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices[: data * model],
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -104,7 +104,7 @@ def fit(
     """
     if min(total_steps, checkpoint_every, log_every) < 1:
         raise ValueError("total_steps, checkpoint_every and log_every must be at least 1")
-    mesh = make_mesh(1, jax.local_devices()) if mesh is None else mesh
+    mesh = make_mesh(1, devices=jax.local_devices()) if mesh is None else mesh
     put = batch_to_device or (lambda batch: shard_batch(batch, mesh))
     abstract = abstract_state(init_state, state_shardings or replicated_sharding(mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -1,5 +1,6 @@
 """Batches of several lengths and pictures of several sizes against transformers."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch
+from fastdrive_jax.models.qwen2_5_vl.checkpoint import load, save
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, QwenVLConfig, VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.hf_config import config_to_hf
 from fastdrive_jax.models.qwen2_5_vl.image_processor import process_pictures
@@ -172,3 +174,31 @@ def test_greedy_answers(theirs, variables):
     np.testing.assert_array_equal(answer[:, : expected.shape[1]], expected)
     assert len(set(np.asarray(answer).ravel().tolist())) > 5
     print("lengths", lengths)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_checkpoints_go_both_ways_bit_for_bit(tmp_path, tied, dtype):
+    """transformers writes, we read and write, transformers reads."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = dataclasses.replace(CONFIG.text, tie_word_embeddings=tied)
+    config = dataclasses.replace(CONFIG, text=text)
+    theirs = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config_to_hf(config)))
+    theirs = theirs.to(getattr(torch, dtype)).eval()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    read, params = load(tmp_path / "theirs")
+    assert read == config
+    save(tmp_path / "ours", read, params, shard_bytes=40_000)
+    again, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path / "ours", dtype="auto", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    expected = theirs.state_dict()
+    assert set(again.state_dict()) == set(expected)
+    for name, value in again.state_dict().items():
+        assert value.dtype == expected[name].dtype
+        assert torch.equal(value, expected[name]), name

@@ -15,7 +15,7 @@ from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder
 
 _COLOURS = 3
-_HEAD, _EMBEDDING = "lm_head.weight", "language_model.embed_tokens.weight"
+HEAD, EMBEDDING = "lm_head.weight", "language_model.embed_tokens.weight"
 # Prefixes of transformers 5 first, then those of the published files; the first that fits counts.
 _PREFIXES = (
     (r"^model\.visual\.", "visual."),
@@ -43,22 +43,55 @@ def params_from_tensors(
         UserError: Names the unmapped, unfilled and misshapen tensors, and a head that is not the
             embedding table though it should be, all of them at once.
     """
-    tensors, doubled = canonical_names(tensors)
-    shapes = traverse_util.flatten_dict(abstract_params(vision, text))
+    table = fit_names({name: value.shape for name, value in tensors.items()}, vision, text)
+    head, embedding = (
+        next((name for name in tensors if canonical_name(name) == wanted), None)
+        for wanted in (HEAD, EMBEDDING)
+    )
+    if text.tie_word_embeddings and head and not np.array_equal(tensors[head], tensors[embedding]):
+        raise untied_head(head)
+    return traverse_util.unflatten_dict(
+        {
+            place: np.ascontiguousarray(to_linen(np.asarray(tensors[name], np.float32), place))
+            for name, place in table.items()
+        }
+    )
+
+
+def fit_names(
+    shapes: Mapping[str, tuple[int, ...]], vision: VisionConfig, text: DecoderConfig
+) -> dict[str, tuple[str, ...]]:
+    """The place among our parameters of every given tensor; a tied head that is given has none.
+
+    Args:
+        shapes: Tensor names, of either naming, and their shapes on file.
+        vision: Sizes of the vision encoder.
+        text: Sizes of the decoder.
+
+    Raises:
+        UserError: Names the doubled, unmapped, unfilled and misshapen tensors, all at once.
+    """
+    names: dict[str, str] = {}
+    doubled = []
+    for name in shapes:
+        own = canonical_name(name)
+        if own in names:
+            doubled.append(own)
+        names[own] = name
+    ours = traverse_util.flatten_dict(abstract_params(vision, text))
     table = name_table(vision, text)
-    if set(shapes) != {place for place, _ in table.values()}:
+    if set(ours) != {place for place, _ in table.values()}:
         raise ValueError("the name table does not cover the model")
-    known = set(table) | ({_HEAD} if text.tie_word_embeddings else set())
+    known = set(table) | ({HEAD} if text.tie_word_embeddings else set())
     faults = {
-        "given twice": doubled,
-        "unmapped": sorted(set(tensors) - known),
-        "unfilled": sorted(set(table) - set(tensors)),
+        "given twice": sorted(doubled),
+        "unmapped": sorted(set(names) - known),
+        "unfilled": sorted(set(table) - set(names)),
         "misshapen": sorted(
-            f"{name} {tensors[name].shape}, not {shape}"
+            f"{name} {tuple(shapes[names[name]])}, not {shape}"
             for name, (_, shape) in table.items()
-            if name in tensors and tensors[name].shape != shape
+            if name in names and tuple(shapes[names[name]]) != shape
         ),
-        "unlike the embedding table it is tied to": _untied_head(tensors, text),
     }
     if any(faults.values()):
         found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
@@ -66,15 +99,26 @@ def params_from_tensors(
             f"The weights do not fit a Qwen2.5-VL of {vision.depth} vision blocks and "
             f"{text.num_layers} decoder layers: {found}."
         )
-    flat = {}
-    for name, (place, _) in table.items():
-        value = np.asarray(tensors[name], np.float32)
-        if place[-1] == "kernel":  # PyTorch keeps [out, in], a patch convolution [out, in...]
-            value = value.reshape(len(value), -1).T
-        flat[place] = np.ascontiguousarray(value)
-        if flat[place].shape != shapes[place].shape:
-            raise ValueError(f"the name table gives {name} another shape than the model")
-    return traverse_util.unflatten_dict(flat)
+    return {names[name]: place for name, (place, _) in table.items()}
+
+
+def untied_head(name: str) -> UserError:
+    """What is wrong with a head that was trained apart from the table the sizes tie it to."""
+    return UserError(
+        f"The weights are unlike the embedding table in {name}, though tie_word_embeddings says "
+        "that they are the same; set it to false in config.json."
+    )
+
+
+def to_linen(value: np.ndarray, place: tuple[str, ...]) -> np.ndarray:
+    """A tensor in our layout: PyTorch keeps kernels [out, in], a patch convolution [out, in...]."""
+    return value.reshape(len(value), -1).T if place[-1] == "kernel" else value
+
+
+def from_linen(value: np.ndarray, place: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """A parameter in PyTorch's layout; the inverse of `to_linen`."""
+    value = value.T if place[-1] == "kernel" else value
+    return np.ascontiguousarray(value).reshape(shape)
 
 
 def abstract_params(vision: VisionConfig, text: DecoderConfig) -> dict:
@@ -95,32 +139,22 @@ def abstract_params(vision: VisionConfig, text: DecoderConfig) -> dict:
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def canonical_names(
-    tensors: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors under `visual.*`, `language_model.*` and `lm_head.weight`; names met twice."""
-    out, doubled = {}, []
-    for name, value in tensors.items():
-        for pattern, replacement in _PREFIXES:
-            if re.match(pattern, name):
-                name = re.sub(pattern, replacement, name)
-                break
-        if name in out:
-            doubled.append(name)
-        out[name] = value
-    return out, sorted(doubled)
+def canonical_name(name: str) -> str:
+    """The name under `visual.*`, `language_model.*` or `lm_head.weight`."""
+    for pattern, replacement in _PREFIXES:
+        if re.match(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name
+
+
+def published_name(name: str) -> str:
+    """A canonical name as the published files have it, which every tool reads."""
+    return re.sub(r"^language_model\.", "model.", name)
 
 
 def name_table(vision: VisionConfig, text: DecoderConfig) -> Table:
     """Every tensor's canonical name, its place among our parameters and its shape on file."""
     return _vision_table(vision) | _decoder_table(text)
-
-
-def _untied_head(tensors: Mapping[str, np.ndarray], text: DecoderConfig) -> list[str]:
-    """The head, where it was trained apart from the table that the sizes tie it to."""
-    if not text.tie_word_embeddings or not {_HEAD, _EMBEDDING} <= tensors.keys():
-        return []
-    return [] if np.array_equal(tensors[_HEAD], tensors[_EMBEDDING]) else [_HEAD]
 
 
 def _dense(name: str, place: tuple[str, ...], out: int, into: int, bias: bool) -> Table:
@@ -165,10 +199,10 @@ def _vision_table(config: VisionConfig) -> Table:
 def _decoder_table(config: DecoderConfig) -> Table:
     size, root = config.hidden_size, ("language_model",)
     vocabulary = (config.vocab_size, size)
-    table = {_EMBEDDING: ((*root, "embed_tokens", "embedding"), vocabulary)}
+    table = {EMBEDDING: ((*root, "embed_tokens", "embedding"), vocabulary)}
     table |= _norm("language_model.norm", (*root, "norm"), size)
     if not config.tie_word_embeddings:
-        table[_HEAD] = ((*root, "lm_head", "kernel"), vocabulary)
+        table[HEAD] = ((*root, "lm_head", "kernel"), vocabulary)
     shared = config.num_kv_heads * config.head_dim
     for number in range(config.num_layers):
         source, layer = f"language_model.layers.{number}", (*root, f"layers_{number}")
