@@ -13,6 +13,7 @@ from data_pipelines.nuscenes import read_nuscenes
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.bench_frame import BenchFrameArgs, bench_frame
+from experiments.compile_model import CompileModelArgs, compile_model
 from experiments.own_images import ImagesConfig, own_images
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
@@ -54,6 +55,7 @@ Command = (
     | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
     | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
+    | Annotated[CompileModelArgs, tyro.conf.subcommand("compile-model")]
 )
 
 
@@ -75,6 +77,7 @@ RUN = {
     TrainPrunerConfig: train_on_shards,
     TrainVLAArgs: train,
     BenchFrameArgs: bench_frame,
+    CompileModelArgs: compile_model,
 }
 
 

@@ -1,0 +1,142 @@
+"""The prompt and the answer of Impromptu-VLA's nuScenes planning (arXiv 2505.23757), mode x-y.
+
+A checkpoint answers well only to the words that it was trained on, so they are kept letter by
+letter, gaps and double words included (its data generator, nuscenes loaders).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from fastdrive_jax.errors import UserError
+
+STEP_SECONDS, PAST_STEPS, FUTURE_STEPS = 0.5, 6, 6
+_ROLE = "You are an autonomous driving agent."
+_VIEWS = {
+    "none": "",
+    "1v": " You have access to a front view camera image of a vehicle <image>. ",
+    "6v": (
+        " You have access to multi-view camera images of a vehicle: (1) front view (which you "
+        "should focus on with the most attention) <image>, (2) front right view <image>, (3) front "
+        "left view <image>, (4) back view <image>, (5) back left view <image>, and (6) back right "
+        "view <image>. "
+    ),
+}
+_TASK = (
+    "Your task is to do your best to predict future waypoints for the vehicle over the next 3 "
+    "timesteps, given the vehicle's intent inferred from the images."
+)
+_PAST = (
+    "Provided are the previous ego vehicle status recorded over the last {seconds} seconds (at "
+    "0.5-second intervals). This includes the x and y coordinates of the ego vehicle. Positive x "
+    "means forward direction while positive y means leftwards. The data is presented in the format "
+    "[x, y]:"
+)
+_STATUS = (
+    "Acceleration: X {0}, Y {1} m/s^2, Velocity: X {2}, Steering angle: {3} (positive: left turn, "
+    "negative: right turn)"
+)
+_ANSWER = (
+    "Predicted future movement details for the next 3 seconds (sampled at 0.5-second intervals), "
+    "including BEV location in x and y directions (in meters). Positive x means forward direction "
+    "while positive y means leftwards. The output is formatted as [x, y]: "
+)
+_BEGIN, _END = "<PLANNING>", "</PLANNING>"
+
+# Cameras in the order of their marks in the prompt of six views.
+CAMERAS = (
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_FRONT_LEFT",
+    "CAM_BACK",
+    "CAM_BACK_LEFT",
+    "CAM_BACK_RIGHT",
+)
+
+
+@dataclass(frozen=True)
+class EgoStatus:
+    """Motion at one past step, from the CAN bus.
+
+    Attributes:
+        acceleration: Forward and leftward, m/s^2.
+        velocity: Forward, m/s.
+        steering: Angle in rad, positive to the left.
+    """
+
+    acceleration: tuple[float, float]
+    velocity: float
+    steering: float
+
+
+def planning_prompt(
+    past: Float[np.ndarray, "T 2"],
+    status: Sequence[EgoStatus] | None = None,
+    views: Literal["1v", "6v", "none"] = "1v",
+) -> str:
+    """The user's turn, with the mark `<image>` for each picture.
+
+    Args:
+        past: Positions every 0.5 s, oldest first and the present (0, 0) last, at most 7; metres, x
+            forward and y left in the present frame.
+        status: Motion at the same steps; None where there is no CAN bus.
+        views: Cameras, in the order of `CAMERAS`.
+
+    Raises:
+        UserError: There are too many steps or none, or positions and status differ in number.
+    """
+    past = np.asarray(past, np.float64)
+    if past.ndim != 2 or past.shape[1] != 2 or not 1 <= len(past) <= PAST_STEPS + 1:
+        raise UserError(
+            f"past positions of shape {past.shape} must be [T, 2], T from 1 to {PAST_STEPS + 1}."
+        )
+    if status is not None and len(status) != len(past):
+        raise UserError(f"{len(status)} steps of status do not fit {len(past)} past positions.")
+    seconds = STEP_SECONDS * (len(past) - 1)
+    entries = []
+    for number, point in enumerate(past):
+        entry = f"(t-{seconds - number * STEP_SECONDS}s) {_pair(point)}"
+        if status is not None:
+            own = status[number]
+            values = (*own.acceleration, own.velocity, own.steering)
+            entry += ", " + _STATUS.format(*(round(float(value), 2) for value in values))
+        entries.append(entry)
+    return _ROLE + _VIEWS[views] + _TASK + _PAST.format(seconds=seconds) + ", ".join(entries) + "\n"
+
+
+def planning_answer(future: Float[np.ndarray, "6 2"]) -> str:
+    """The assistant's turn: six waypoints every 0.5 s, metres, x forward and y left."""
+    future = np.asarray(future, np.float64)
+    if future.shape != (FUTURE_STEPS, 2):
+        raise UserError(f"a plan of shape {future.shape} must be [{FUTURE_STEPS}, 2].")
+    return _BEGIN + _ANSWER + ", ".join(map(_pair, future)) + _END
+
+
+def parse_answer(text: str) -> tuple[Float[np.ndarray, "6 2"], int]:
+    """Waypoints of an answer as the published evaluation reads them, and how many were in it.
+
+    Fewer than six are filled up with the last. An answer that cannot be read gives zeros and the
+    count 0: the published evaluation scores it as standing still, and a caller can tell.
+    """
+    begin, end = text.find(_BEGIN), text.find(_END)
+    inside = text[begin + len(_BEGIN) : end] if -1 < begin < end else ""
+    brackets = [match for match in re.findall(r"\[([^\]]+)\]", inside) if match != "x, y"]
+    try:
+        points = [tuple(map(float, match.split(",")))[:2] for match in brackets][:FUTURE_STEPS]
+        found = np.array(points, np.float64).reshape(-1, 2)
+    except ValueError:
+        found = np.zeros((0, 2))
+    if not len(found) or not np.isfinite(found).all():
+        return np.zeros((FUTURE_STEPS, 2)), 0
+    missing = FUTURE_STEPS - len(found)
+    return np.concatenate([found, np.repeat(found[-1:], missing, axis=0)]), len(found)
+
+
+def _pair(point) -> str:
+    # Adding zero turns -0.0 into 0.0.
+    x, y = (round(float(value), 2) + 0.0 for value in point)
+    return f"[{x}, {y}]"
