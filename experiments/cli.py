@@ -13,6 +13,7 @@ from data_pipelines.nuscenes import read_nuscenes
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.bench_frame import BenchFrameArgs, bench_frame
+from experiments.bench_model import BenchModelArgs, bench_model
 from experiments.compile_model import CompileModelArgs, compile_model
 from experiments.own_images import ImagesConfig, own_images
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
@@ -55,6 +56,7 @@ Command = (
     | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
     | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
+    | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
     | Annotated[CompileModelArgs, tyro.conf.subcommand("compile-model")]
 )
 
@@ -77,6 +79,7 @@ RUN = {
     TrainPrunerConfig: train_on_shards,
     TrainVLAArgs: train,
     BenchFrameArgs: bench_frame,
+    BenchModelArgs: bench_model,
     CompileModelArgs: compile_model,
 }
 

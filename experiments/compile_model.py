@@ -93,7 +93,7 @@ def compile_stages(
     config: QwenVLConfig, params: Any, mesh: Mesh, prompt_tokens: int
 ) -> dict[str, jax.stages.Compiled]:
     """Compiled vision encoder, prefill and decoding step, of one sample with one picture."""
-    model = QwenVL(config)
+    model = QwenVL(config, jnp.bfloat16)
     layout = layout_of([GRID], config.vision)
     patches = GRID[0] * GRID[1]
     length = patches // config.vision.spatial_merge_size**2 + prompt_tokens

@@ -20,13 +20,15 @@ class QwenVL(nn.Module):
 
     Attributes:
         config: Sizes.
+        dtype: Type that it computes in; give parameters of the same.
     """
 
     config: QwenVLConfig
+    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         """Names follow the published checkpoint's."""
-        self.visual = VisionEncoder(self.config.vision)
+        self.visual = VisionEncoder(self.config.vision, self.dtype)
         self.language_model = Decoder(self.config.text)
 
     def encode(

@@ -123,9 +123,11 @@ class VisionEncoder(nn.Module):
 
     Attributes:
         config: Sizes.
+        dtype: Of the patches, and with parameters of the same type of all that follows.
     """
 
     config: VisionConfig
+    dtype: jnp.dtype = jnp.float32
 
     def __call__(self, images: Shaped[Array, "M H W 3"]) -> Float[Array, "M N D"]:
         """Visual tokens [M, N, D] in raster order of uint8 pictures [M, H, W, 3].
@@ -153,7 +155,7 @@ class VisionEncoder(nn.Module):
             [M, N, D], N = P / 4; a picture's own tokens come first, in raster order.
         """
         config = self.config
-        patches = normalise(rows, config)
+        patches = normalise(rows, config).astype(self.dtype)
         x = nn.Dense(config.hidden_size, use_bias=False, name="patch_embed")(patches)
         for number in range(config.depth):
             full = number in config.fullatt_block_indexes

@@ -1,0 +1,227 @@
+"""Vision encoder, prefill and decode of a Qwen2.5-VL beside transformers, in one run.
+
+    fastdrive bench-model --out runs/bench_model
+
+Same machine, same random weights, same type (float32), threads as many as cores; needs the extra
+"parity". About 105M parameters, 812 and 3,249 visual tokens. Takes about 5 minutes on 2 cores.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.inference.sampling import SamplingConfig, continue_text
+from fastdrive_jax.models.attention import attention_kernel
+from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, QwenVLConfig, VisionConfig
+from fastdrive_jax.models.qwen2_5_vl.hf_config import config_to_hf
+from fastdrive_jax.models.qwen2_5_vl.image_processor import process_pictures
+from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
+from fastdrive_jax.models.qwen2_5_vl.patches import normalise
+from fastdrive_jax.models.qwen2_5_vl.sequence import Sample, collate
+from fastdrive_jax.models.qwen2_5_vl.weights import params_from_tensors
+
+CONFIG = QwenVLConfig(
+    vision=VisionConfig(
+        depth=8,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_heads=8,
+        out_hidden_size=768,
+        fullatt_block_indexes=(3, 7),
+    ),
+    text=DecoderConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_layers=8,
+        num_heads=12,
+        num_kv_heads=2,
+        vocab_size=32_000,
+        mrope_section=(8, 12, 12),
+    ),
+    image_token_id=31_990,
+    vision_start_token_id=31_991,
+    vision_end_token_id=31_992,
+    eos_token_ids=(31_999,),
+    pad_token_id=0,
+)
+PICTURES = {812: (28 * 28, 29 * 28), 3249: (57 * 28, 57 * 28)}  # visual tokens: height, width
+STAGES = ("vision", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class BenchModelArgs:
+    """Time a Qwen2.5-VL of about 105M parameters beside transformers.
+
+    Attributes:
+        out: Folder for model.json.
+        new_tokens: Tokens decoded greedily.
+        text_tokens: Prompt tokens beside the picture.
+        repeats: Timed rounds after one of warming up; the two take turns.
+    """
+
+    out: Path = Path("runs/bench_model")
+    new_tokens: int = 16
+    text_tokens: int = 64
+    repeats: int = 5
+
+    def __post_init__(self):
+        for name in ("new_tokens", "text_tokens", "repeats"):
+            if getattr(self, name) < 2:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 2.")
+
+
+def bench_model(args: BenchModelArgs) -> Path:
+    """Measures, prints and writes the figures; returns their path."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError("bench-model needs transformers: pip install '.[parity]'.") from error
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    hf = transformers.Qwen2_5_VLConfig(**config_to_hf(CONFIG), video_token_id=31_993)
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration._from_config(
+        hf, attn_implementation="sdpa"
+    ).eval()
+    tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    params = jax.device_put(params_from_tensors(tensors, CONFIG.vision, CONFIG.text))
+    kernel = attention_kernel(jnp.float32, CONFIG.text.head_dim)
+    print(f"attention: {kernel}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    rows = []
+    for tokens, size in PICTURES.items():
+        sides = {
+            "fastdrive": our_stages(params, size, args),
+            "transformers": their_stages(theirs, size, args),
+        }
+        spent: dict = {side: {stage: [] for stage in STAGES} for side in sides}
+        answers = {}
+        for number in range(args.repeats + 1):
+            for side, run in sides.items():
+                times, answers[side] = run()
+                if number:
+                    for stage in STAGES:
+                        spent[side][stage].append(1e3 * times[stage])
+        for stage in STAGES:
+            ours, other = (float(np.median(spent[side][stage])) for side in sides)
+            print(
+                f"{tokens} visual tokens, {stage}: {ours:.1f} ms, transformers {other:.1f} ms, "
+                f"{other / ours:.2f} times as fast",
+                flush=True,
+            )
+            name = f"{stage}_{tokens}_ms"
+            for side, value in (("fastdrive", ours), ("transformers", other)):
+                rows.append(Row(side, None, name, value, None, None, args.repeats, 0, "ms"))
+        if answers["fastdrive"] != answers["transformers"]:
+            raise RuntimeError(f"the two decode different tokens: {answers}")
+    meta = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "device": str(jax.devices()[0]),
+        "cores": os.cpu_count(),
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return write_rows(args.out / "model.json", rows, meta)
+
+
+def sample_of(size: tuple[int, int], text_tokens: int) -> Sample:
+    """A random picture and prompt."""
+    rng = np.random.default_rng(0)
+    rows, grids = process_pictures([rng.integers(0, 256, (*size, 3), np.uint8)])
+    text = rng.integers(10, 30_000, text_tokens - 2).tolist()
+    ids = [CONFIG.vision_start_token_id, CONFIG.image_token_id, CONFIG.vision_end_token_id, *text]
+    return Sample(ids, rows, grids)
+
+
+def our_stages(params, size, args: BenchModelArgs) -> Callable[[], tuple[dict, list[int]]]:
+    """A round of this library."""
+    model, variables = QwenVL(CONFIG), {"params": params}
+    batch = collate([sample_of(size, args.text_tokens)], CONFIG)
+    device = jax.device_put(batch)
+    sampling = SamplingConfig(max_new_tokens=args.new_tokens)
+    encode = jax.jit(
+        lambda variables, rows: model.apply(variables, rows, batch.layout, method="encode")
+    )
+
+    @jax.jit
+    def prefill(variables, tokens, batch):
+        embeddings = model.apply(variables, batch.ids, batch.visual, tokens, method="embed")
+        inputs = embeddings, batch.positions, batch.lengths
+        return model.apply(variables, *inputs, room=args.new_tokens, method="prefill")
+
+    @jax.jit
+    def decode(variables, logits, caches, next_position):
+        key = jax.random.key(0)
+        return continue_text(model, variables, logits, caches, next_position, key, sampling)
+
+    def run():
+        times = {}
+        tokens = _clock(times, "vision", lambda: encode(variables, device.rows))
+        logits, caches = _clock(times, "prefill", lambda: prefill(variables, tokens, device))
+        rest = variables, logits, caches, device.next_position
+        answer, _ = _clock(times, "decode", lambda: decode(*rest))
+        return times, np.asarray(answer)[0].tolist()
+
+    return run
+
+
+def their_stages(theirs, size, args: BenchModelArgs) -> Callable[[], tuple[dict, list[int]]]:
+    """A round of transformers: the same stages, each called as its own generation does."""
+    import torch
+
+    sample = sample_of(size, args.text_tokens)
+    batch = collate([sample], CONFIG)
+    patches = torch.from_numpy(np.array(normalise(sample.rows[0], CONFIG.vision)))
+    grid = torch.tensor([[1, *sample.grids[0]]])
+    ids = torch.from_numpy(batch.ids.astype(np.int64))
+    where = torch.from_numpy(batch.positions.astype(np.int64))
+
+    @torch.inference_mode()
+    def run():
+        times = {}
+        tokens = _clock(
+            times,
+            "vision",
+            lambda: theirs.model.visual(patches, grid_thw=grid).pooler_output,
+        )
+
+        def prefill():
+            embeddings = theirs.get_input_embeddings()(ids)
+            embeddings[ids == CONFIG.image_token_id] = tokens
+            return theirs(
+                inputs_embeds=embeddings, position_ids=where, use_cache=True, logits_to_keep=1
+            )
+
+        state = _clock(times, "prefill", prefill)
+
+        def decode():
+            out, past = [int(state.logits[0, -1].argmax())], state.past_key_values
+            for step in range(args.new_tokens - 1):
+                place = torch.full((3, 1, 1), int(batch.next_position[0]) + step)
+                following = theirs(
+                    input_ids=torch.tensor([[out[-1]]]),
+                    position_ids=place,
+                    past_key_values=past,
+                    use_cache=True,
+                )
+                out.append(int(following.logits[0, -1].argmax()))
+            return out
+
+        return times, _clock(times, "decode", decode)
+
+    return run
+
+
+def _clock(times: dict, stage: str, function: Callable):
+    begin = time.perf_counter()
+    out = jax.block_until_ready(function())
+    times[stage] = time.perf_counter() - begin
+    return out
