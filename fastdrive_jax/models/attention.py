@@ -6,8 +6,8 @@
 | TPU | any | "splash", Pallas |
 | all else | any | "blockwise", below: a few query rows against all keys at a time |
 
-None of them holds N x N scores. On a CPU one head at a time: its block of scores stays in the
-cache, where all heads' scores at once go through memory several times.
+None of them holds N x N scores of a long sequence. On a CPU one head at a time: all heads' scores
+at once go through memory several times.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.models.attention_splash import splash_attention
 
-_BLOCK_BYTES = 1 << 20  # of a block of scores, about a core's share of the second-level cache
+_BLOCK_BYTES = 1 << 24  # of a block of scores; less fits a cache but leaves threads idle
 _CAUSAL_PARTS = 8  # a part of the queries meets no key behind its last one
 _CAUSAL_FROM = 512  # shorter sequences are one part
 _NOTHING = -1e30  # score of a key that is out of sight; finite, so that no row divides 0 by 0
