@@ -22,6 +22,8 @@ from fastdrive_jax.models.attention_splash import splash_attention
 _BLOCK_BYTES = 1 << 24  # of a block of scores; less fits a cache but leaves threads idle
 _CAUSAL_PARTS = 8  # a part of the queries meets no key behind its last one
 _CAUSAL_FROM = 512  # shorter sequences are one part
+_LONG = 4096  # keys from which they come in blocks too, unless causal
+_ROWS, _KEYS = 512, 1024  # of such a block
 _NOTHING = -1e30  # score of a key that is out of sight; finite, so that no row divides 0 by 0
 
 
@@ -189,11 +191,11 @@ def _forward(causal, share, query, key, value, ends):
     scale = query.shape[-1] ** -0.5
 
     def one_head(number):
-        q = query[number]
+        q = query[number].astype(jnp.float32) * scale  # once here, not on all scores
         k, v, end = _head(number, share, key, value, ends)
 
         def attend(start, keys, carry, rows, first):
-            scores = _masked(scale * _products(rows[0], k[:keys]), start + first, causal, end)
+            scores = _masked(_products(rows[0], k[:keys]), start + first, causal, end)
             peak = scores.max(axis=-1, keepdims=True)
             weights = jnp.exp(scores - peak)
             total = weights.sum(axis=-1, keepdims=True)
@@ -205,6 +207,8 @@ def _forward(causal, share, query, key, value, ends):
             )
             return carry, ((mixed / total).astype(v.dtype), peak + jnp.log(total))
 
+        if not causal and k.shape[0] >= _LONG:
+            return _online(q, k, v, end)
         found = [
             _over_blocks(functools.partial(attend, start, keys), (q[start:stop],), keys)[1]
             for start, stop, keys in _parts(q.shape[0], k.shape[0], causal)
@@ -213,6 +217,39 @@ def _forward(causal, share, query, key, value, ends):
 
     out, log_total = jax.lax.map(one_head, jnp.arange(query.shape[0]))
     return out, (query, key, value, ends, out, log_total)
+
+
+def _online(q, k, v, end):
+    """One head's rows and log-sum-exps, with a running softmax over blocks of keys."""
+    count, size = k.shape
+    blocks = math.ceil(count / _KEYS)
+    end = count if end is None else end
+    filled = ((0, blocks * _KEYS - count), (0, 0))
+    k, v = (jnp.pad(x, filled).reshape(blocks, _KEYS, size) for x in (k, v))
+
+    def attend(carry, rows, first):
+        del first
+        (q,) = rows
+
+        def step(state, block):
+            mixed, peak, total = state
+            k, v, start = block
+            scores = _masked(_products(q, k), 0, False, end - start)
+            higher = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
+            weights, shrink = jnp.exp(scores - higher), jnp.exp(peak - higher)
+            more = jnp.einsum(
+                "ns,sd->nd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+            )
+            total = total * shrink + weights.sum(axis=-1, keepdims=True)
+            return (mixed * shrink + more, higher, total), None
+
+        lines = jnp.zeros((len(q), 1), jnp.float32)
+        start = jnp.zeros(q.shape, jnp.float32), lines + _NOTHING, lines
+        starts = _KEYS * jnp.arange(blocks, dtype=jnp.int32)
+        (mixed, peak, total), _ = jax.lax.scan(step, start, (k, v, starts))
+        return carry, ((mixed / total).astype(v.dtype), peak + jnp.log(total))
+
+    return _over_blocks(attend, (q,), _BLOCK_BYTES // (4 * _ROWS))[1]
 
 
 def _backward(causal, share, saved, grad):

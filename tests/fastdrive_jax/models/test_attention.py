@@ -22,6 +22,7 @@ CASES = {
     "lengths": (70, 130, False, (130, 33)),
     "causal": (33, 33, True, None),
     "long": (900, 900, False, (900, 700)),
+    "long keys": (600, 4500, False, (4500, 1000)),
     "long and causal": (1030, 1030, True, None),
     "causal with lengths": (600, 600, True, (600, 411)),
 }
