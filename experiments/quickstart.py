@@ -116,7 +116,7 @@ def quickstart(config: QuickstartConfig) -> Path:
     say("3/7", "driving VLA and its visual tokens")
     model, params = driving_vla(config)
     encoder = vla_encoder(model, params)
-    train, val, front = (
+    features, planned_features = (
         cache_features(
             data,
             encoder,
@@ -124,9 +124,11 @@ def quickstart(config: QuickstartConfig) -> Path:
             batch_size=24,
             image_size=model.config.image_size,
             progress=not config.quiet,
-        ).splits[split]
-        for data, split in ((shards, "train"), (shards, "val"), (planned, "val"))
+        )
+        for data in (shards, planned)
     )
+    train, val = features.splits["train"], features.splits["val"]
+    front = planned_features.splits["val"]
 
     say("4/7", "train ReconPruner")
     run = config.pruner

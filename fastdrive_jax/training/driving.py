@@ -27,7 +27,7 @@ class DrivingLossConfig:
 
     Attributes:
         classes: Classes of the label maps.
-        class_weight: Of the class head's loss; 0 leaves the head out of the step.
+        class_weight: Of the class head's loss.
         place_weight: Of the place head's loss.
         place_layer: Decoder layer whose output the place head reads.
         blur: Deviation in bins of the target around the true displacement: neighbouring bins are

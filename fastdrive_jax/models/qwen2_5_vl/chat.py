@@ -1,6 +1,5 @@
 """Messages to token ids and back, by the checkpoint's own tokenizer and chat template."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.hf_config import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -94,11 +94,9 @@ def _read_template(folder: Path) -> str:
         path = folder / name
         if not path.exists():
             continue
-        try:
-            text = path.read_text(encoding="utf-8")
-            template = text if path.suffix == ".jinja" else json.loads(text).get("chat_template")
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read: {error}.") from error
+        if path.suffix == ".jinja":
+            return path.read_text(encoding="utf-8")
+        template = read_json(path).get("chat_template")
         if isinstance(template, str):
             return template
     raise UserError(

@@ -50,9 +50,9 @@ def read_config(checkpoint_dir: Path) -> QwenVLConfig:
         UserError: There is no such file, or it is of a model that is not built here.
     """
     path = Path(checkpoint_dir) / CONFIG_FILE
-    content = _read_json(path)
+    content = read_json(path)
     generation = Path(checkpoint_dir) / GENERATION_FILE
-    ends = _read_json(generation) if generation.exists() else {}
+    ends = read_json(generation) if generation.exists() else {}
     return config_from_hf(content, ends, path)
 
 
@@ -160,7 +160,12 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in one of a checkpoint's JSON files.
+
+    Raises:
+        UserError: There is no such file, or no object in it.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

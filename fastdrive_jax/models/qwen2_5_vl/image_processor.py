@@ -4,7 +4,6 @@ The host only resizes and orders pixels: patch rows stay uint8, a quarter of the
 are normalised on the device (`patches.normalise`).
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.hf_config import read_json
 from fastdrive_jax.models.qwen2_5_vl.patches import IMAGE_MEAN, IMAGE_STD, patch_rows
 
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -57,10 +57,7 @@ def read_image_processor(checkpoint_dir: Path) -> ImageProcessorConfig:
         UserError: The file is missing or damaged, or normalises in another way than published.
     """
     path = Path(checkpoint_dir) / PROCESSOR_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); take the checkpoint's own.") from error
+    content = read_json(path)
     for name, ours in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
         if name in content and not np.allclose(content[name], ours, atol=1e-6):
             raise UserError(f"{path} has {name}={content[name]}; only {ours.tolist()} is built in.")
