@@ -18,7 +18,7 @@ import numpy as np
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
-from fastdrive_jax.inference.sampling import SamplingConfig, continue_text
+from fastdrive_jax.inference.sampling import SamplingConfig, decode_text
 from fastdrive_jax.models.attention import attention_kernel
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, QwenVLConfig, VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.hf_config import config_to_hf
@@ -157,18 +157,13 @@ def our_stages(params, size, args: BenchModelArgs) -> Callable[[], tuple[dict, l
         inputs = embeddings, batch.positions, batch.lengths
         return model.apply(variables, *inputs, room=args.new_tokens, method="prefill")
 
-    @jax.jit
-    def decode(variables, logits, caches, next_position):
-        key = jax.random.key(0)
-        return continue_text(model, variables, logits, caches, next_position, key, sampling)
-
     def run():
         times = {}
         tokens = _clock(times, "vision", lambda: encode(variables, device.rows))
         logits, caches = _clock(times, "prefill", lambda: prefill(variables, tokens, device))
-        rest = variables, logits, caches, device.next_position
-        answer, _ = _clock(times, "decode", lambda: decode(*rest))
-        return times, np.asarray(answer)[0].tolist()
+        rest = logits, caches, device.next_position, jax.random.key(0), sampling
+        answer = _clock(times, "decode", lambda: decode_text(model, variables, *rest))
+        return times, np.asarray(answer.ids)[0].tolist()
 
     return run
 

@@ -1,5 +1,6 @@
 """The command `fastdrive`: subcommands over the experiments' frozen configs."""
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import tyro
 from data_pipelines.nuscenes import read_nuscenes
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
+from experiments.answer import AnswerArgs, answer
 from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.bench_model import BenchModelArgs, bench_model
 from experiments.compile_model import CompileModelArgs, compile_model
@@ -55,6 +57,7 @@ Command = (
     | Annotated[WorldArgs, tyro.conf.subcommand("world")]
     | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
     | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
+    | Annotated[AnswerArgs, tyro.conf.subcommand("answer")]
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
     | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
     | Annotated[CompileModelArgs, tyro.conf.subcommand("compile-model")]
@@ -78,6 +81,7 @@ RUN = {
     WorldArgs: write_world,
     TrainPrunerConfig: train_on_shards,
     TrainVLAArgs: train,
+    AnswerArgs: answer,
     BenchFrameArgs: bench_frame,
     BenchModelArgs: bench_model,
     CompileModelArgs: compile_model,
@@ -91,8 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["quickstart"] and own:
         arguments[0] = "images"  # the same quick start, on a folder of pictures
     # A small model's step runs mostly on one thread, so two devices train twice as fast on two
-    # cores; data-parallel runs use all, the others the first.
-    jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 2))
+    # cores; data-parallel runs use all, the others the first. A process that has used jax before
+    # it called this keeps the devices that it has.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 2))
     try:
         args = tyro.cli(Command, args=arguments, prog="fastdrive", description=__doc__)
         RUN[type(args)](args)

@@ -1,14 +1,20 @@
 """Answers of Qwen2.5-VL, greedy or sampled: one compiled loop that stops when all samples have."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.hf_config import GENERATION_FILE, read_json
 from fastdrive_jax.models.qwen2_5_vl.model import Caches, QwenVL
 from fastdrive_jax.models.qwen2_5_vl.sequence import Batch
+
+_SAMPLED = ("temperature", "top_k", "top_p")
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,15 @@ class SamplingConfig:
         temperature: Divides the logits; 0 takes the most likely token.
         top_k: Only that many of the most likely tokens compete; 0 is no limit.
         top_p: Only the fewest most likely tokens that reach this probability compete.
+        repetition_penalty: Makes tokens of the prompt and the answer less likely, if above 1
+            (CTRL, section 4.1): positive logits are divided by it, negative ones multiplied.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -36,6 +45,61 @@ class SamplingConfig:
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be in (0, 1].")
+        if not self.repetition_penalty > 0:
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0.")
+
+
+def read_sampling(checkpoint_dir: Path, **settings: Any) -> SamplingConfig:
+    """What a checkpoint's `generation_config.json` asks for; defaults where it is silent or absent.
+
+    Args:
+        checkpoint_dir: The folder.
+        settings: Fields that are taken instead of the file's.
+
+    Raises:
+        UserError: The file is damaged, or a value is impossible.
+    """
+    path = Path(checkpoint_dir) / GENERATION_FILE
+    content = read_json(path) if path.exists() else {}
+    asked = {"repetition_penalty": content.get("repetition_penalty")}
+    if content.get("do_sample"):  # what else it says is for sampling alone
+        asked |= {"temperature": 1.0, "top_k": 50}  # as transformers where the file is silent
+        asked |= {name: content.get(name, asked.get(name)) for name in _SAMPLED}
+    found = {name: value for name, value in (asked | settings).items() if value is not None}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{path} gives {name}={value!r}; it must be a number.")
+    return SamplingConfig(**found)
+
+
+def penalise(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float
+) -> Float[Array, "B V"]:
+    """Logits with those of tokens that were there before moved down by the repetition penalty."""
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def ids_in(batch: Batch, vocab_size: int) -> Bool[Array, "B V"]:
+    """Which token ids each sample's prompt holds."""
+    rows, length = batch.ids.shape
+    real = jnp.arange(length) < jnp.asarray(batch.lengths)[:, None]
+    none = jnp.zeros((rows, vocab_size), bool)
+    return none.at[jnp.arange(rows)[:, None], batch.ids].max(real)
+
+
+@flax.struct.dataclass
+class Answer:
+    """What was decoded.
+
+    Attributes:
+        ids: Token ids, filled up with the padding id after the ending id, int32 [B, T].
+        lengths: Of each answer with its ending id, int32 [B].
+        caches: Of the prompt and the answer but its last token.
+    """
+
+    ids: Int[Array, "B T"]
+    lengths: Int[Array, " B"]
+    caches: Caches
 
 
 def choose(logits: Float[Array, "B V"], key: jax.Array, config: SamplingConfig) -> Int[Array, " B"]:
@@ -64,8 +128,9 @@ def continue_text(
     next_position: Int[Array, " B"],
     key: jax.Array,
     config: SamplingConfig,
-) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-    """Decodes behind a prefill.
+    seen: Bool[Array, "B V"] | None = None,
+) -> Answer:
+    """Decodes behind a prefill; `decode_text` is the same, compiled and with the caches donated.
 
     Args:
         model: The model.
@@ -75,36 +140,51 @@ def continue_text(
         next_position: M-RoPE id of the first answer token.
         key: Draws the tokens.
         config: How to choose them.
-
-    Returns:
-        Token ids [B, max_new_tokens], filled up with the padding id after the ending id, and the
-        length [B] of each answer with its ending id.
+        seen: Of `ids_in`; needed for a repetition penalty.
     """
     ends = jnp.asarray(model.config.eos_token_ids)
     pad = model.config.pad_token_id
-    batch, most = logits.shape[0], config.max_new_tokens
+    count, most = logits.shape[0], config.max_new_tokens
+    if config.repetition_penalty == 1:
+        seen = None
+    elif seen is None:
+        raise ValueError("a repetition penalty needs the ids of the prompts")
 
     def ended(ids: Int[Array, " B"]) -> Bool[Array, " B"]:
         return (ids[:, None] == ends).any(axis=1)
+
+    def following(logits, step, seen):
+        if seen is None:
+            return choose(logits, jax.random.fold_in(key, step), config), None
+        logits = penalise(logits.astype(jnp.float32), seen, config.repetition_penalty)
+        ids = choose(logits, jax.random.fold_in(key, step), config)
+        return ids, seen.at[jnp.arange(count), ids].set(True)
 
     def goes_on(carry):
         step, done = carry[0], carry[1]
         return (step < most) & ~done.all()
 
     def body(carry):
-        step, done, ids, caches, answer, lengths = carry
+        step, done, ids, caches, answer, lengths, seen = carry
         logits, caches = model.apply(
             variables, ids, next_position + step - 1, caches, method="decode"
         )
-        ids = jnp.where(done, pad, choose(logits, jax.random.fold_in(key, step), config))
+        ids, seen = following(logits, step, seen)
+        ids = jnp.where(done, pad, ids)
         answer = jax.lax.dynamic_update_slice(answer, ids[:, None], (0, step))
-        return step + 1, done | ended(ids), ids, caches, answer, lengths + ~done
+        return step + 1, done | ended(ids), ids, caches, answer, lengths + ~done, seen
 
-    ids = choose(logits, jax.random.fold_in(key, 0), config)
-    answer = jnp.full((batch, most), pad, jnp.int32).at[:, 0].set(ids)
-    start = jnp.int32(1), ended(ids), ids, caches, answer, jnp.ones(batch, jnp.int32)
-    *_, answer, lengths = jax.lax.while_loop(goes_on, body, start)
-    return answer, lengths
+    ids, seen = following(logits, 0, seen)
+    answer = jnp.full((count, most), pad, jnp.int32).at[:, 0].set(ids)
+    start = jnp.int32(1), ended(ids), ids, caches, answer, jnp.ones(count, jnp.int32), seen
+    _, _, _, caches, answer, lengths, _ = jax.lax.while_loop(goes_on, body, start)
+    return Answer(answer, lengths, caches)
+
+
+# The caches come back, so XLA writes the answer's keys and values into the buffers that were given.
+decode_text = jax.jit(
+    continue_text, static_argnames=("model", "config"), donate_argnames=("caches",)
+)
 
 
 def answer_batch(
@@ -120,7 +200,7 @@ def answer_batch(
         config: How to choose them.
 
     Returns:
-        See `continue_text`.
+        `ids` and `lengths` of `Answer`.
     """
     tokens = None
     if batch.rows is not None:
@@ -134,4 +214,6 @@ def answer_batch(
         config.max_new_tokens,
         method="prefill",
     )
-    return continue_text(model, variables, logits, caches, batch.next_position, key, config)
+    seen = ids_in(batch, logits.shape[-1])
+    answer = continue_text(model, variables, logits, caches, batch.next_position, key, config, seen)
+    return answer.ids, answer.lengths

@@ -8,6 +8,8 @@
 
 None of them holds N x N scores of a long sequence. On a CPU one head at a time: all heads' scores
 at once go through memory several times.
+
+Under `jax.set_mesh` each device attends for its own samples and heads (`attention_mesh`).
 """
 
 import functools
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fastdrive_jax.models.attention_mesh import current_mesh, over_mesh
 from fastdrive_jax.models.attention_splash import splash_attention
 
 _BLOCK_BYTES = 1 << 24  # of a block of scores; less fits a cache but leaves threads idle
@@ -66,10 +69,14 @@ def attention(
     if kernel is None:
         alone = query.shape[1] == 1  # one row a head: nothing to fuse
         kernel = "xla" if alone else attention_kernel(query.dtype, query.shape[-1])
-    if kernel == "blockwise":
-        return blockwise_attention(query, key, value, causal=causal, lengths=lengths)
-    if kernel == "splash":
-        return splash_attention(query, key, value, causal=causal, lengths=lengths)
+    run = functools.partial(_KERNELS.get(kernel, functools.partial(_fused, kernel)), causal=causal)
+    mesh = current_mesh()
+    if mesh is None or kernel == "xla":
+        return run(query, key, value, lengths=lengths)
+    return over_mesh(run, mesh, query, key, value, lengths)
+
+
+def _fused(kernel, query, key, value, *, causal, lengths):
     return jax.nn.dot_product_attention(
         query,
         key,
@@ -293,3 +300,4 @@ def _backward(causal, share, saved, grad):
 
 
 _attend.defvjp(_forward, _backward)
+_KERNELS = {"blockwise": blockwise_attention, "splash": splash_attention}

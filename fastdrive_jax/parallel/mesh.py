@@ -80,3 +80,23 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, leaf)
 
     return jax.tree.map(put, batch)
+
+
+def shard_where_it_divides(batch: Any, mesh: Mesh) -> Any:
+    """Put a host batch on the devices, whatever its leaves.
+
+    A leaf is split over the data axis along its leading axis if that divides, else every device
+    gets a whole copy.
+
+    Args:
+        batch: tree of numpy arrays, the whole batch on every process.
+        mesh: from `make_mesh`.
+    """
+    parts = mesh.shape[DATA_AXIS]
+
+    def put(leaf):
+        leaf = np.asarray(leaf)
+        split = leaf.ndim and leaf.shape[0] % parts == 0
+        return jax.device_put(leaf, batch_sharding(mesh) if split else replicated_sharding(mesh))
+
+    return jax.tree.map(put, batch)

@@ -50,6 +50,7 @@ CONFIG = QwenVLConfig(
     pad_token_id=PAD,
 )
 TOLERANCE = 1e-4
+GREEDY = SamplingConfig(max_new_tokens=32)
 
 
 @pytest.fixture(scope="module")
@@ -89,31 +90,32 @@ def samples() -> list[Sample]:
     return out
 
 
-def torch_inputs(batch, left: bool) -> dict:
+def torch_inputs(samples: list[Sample], left: bool) -> dict:
     import torch
 
+    batch = collate(samples, CONFIG)
     width = batch.ids.shape[1]
     ids = np.full_like(batch.ids, PAD)
     mask = np.zeros_like(ids)
     for row, length in enumerate(batch.lengths):
         place = slice(width - length, width) if left else slice(0, length)
         ids[row, place], mask[row, place] = batch.ids[row, :length], 1
-    every = [one for sample in samples() for one in sample.rows]
-    rows = np.concatenate([np.asarray(normalise(one, CONFIG.vision)) for one in every])
-    grids = [(1, *grid) for sample in samples() for grid in sample.grids]
     values = {
         "input_ids": ids.astype(np.int64),
         "attention_mask": mask.astype(np.int64),
-        "pixel_values": rows,
-        "image_grid_thw": np.array(grids),
         "mm_token_type_ids": (ids == IMAGE).astype(np.int64),
     }
+    every = [one for sample in samples for one in sample.rows]
+    if every:
+        rows = [np.asarray(normalise(one, CONFIG.vision)) for one in every]
+        grids = [(1, *grid) for sample in samples for grid in sample.grids]
+        values |= {"pixel_values": np.concatenate(rows), "image_grid_thw": np.array(grids)}
     return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
 def test_positions(theirs):
     batch = collate(samples(), CONFIG)
-    given = torch_inputs(batch, left=False)
+    given = torch_inputs(samples(), left=False)
     expected, _ = theirs.model.get_rope_index(
         given["input_ids"],
         given["mm_token_type_ids"],
@@ -130,7 +132,7 @@ def test_visual_tokens_of_pictures_of_several_sizes(theirs, variables):
     import torch
 
     batch = collate(samples(), CONFIG)
-    given = torch_inputs(batch, left=False)
+    given = torch_inputs(samples(), left=False)
     with torch.no_grad():
         expected = theirs.model.visual(
             given["pixel_values"], grid_thw=given["image_grid_thw"]
@@ -152,7 +154,7 @@ def test_logits_of_a_padded_batch(theirs, variables, spare):
     batch = collate(samples(), CONFIG)
     batch = collate(samples(), CONFIG, batch.ids.shape[1] + spare, 180 + 4 * spare)
     with torch.no_grad():
-        expected = theirs(**torch_inputs(batch, left=False)).logits.numpy()
+        expected = theirs(**torch_inputs(samples(), left=False)).logits.numpy()
     logits = np.asarray(jax.jit(QwenVL(CONFIG).apply)(variables, batch))
     for row, length in enumerate(batch.lengths):
         error = np.abs(logits[row, :length] - expected[row, :length]).max()
@@ -166,14 +168,31 @@ def test_greedy_answers(theirs, variables):
     batch = collate(samples(), CONFIG)
     with torch.no_grad():
         expected = theirs.generate(
-            **torch_inputs(batch, left=True), max_new_tokens=32, do_sample=False
+            **torch_inputs(samples(), left=True), max_new_tokens=32, do_sample=False
         )[:, batch.ids.shape[1] :].numpy()
     run = jax.jit(answer_batch, static_argnums=(0, 4))
-    config = SamplingConfig(max_new_tokens=32)
-    answer, lengths = run(QwenVL(CONFIG), variables, batch, jax.random.key(0), config)
+    answer, lengths = run(QwenVL(CONFIG), variables, batch, jax.random.key(0), GREEDY)
     np.testing.assert_array_equal(answer[:, : expected.shape[1]], expected)
     assert len(set(np.asarray(answer).ravel().tolist())) > 5
     print("lengths", lengths)
+
+
+def test_greedy_answers_under_a_repetition_penalty(theirs, variables):
+    """Sample by sample: transformers counts the padding of a batch as said."""
+    run = jax.jit(answer_batch, static_argnums=(0, 4))
+    config = SamplingConfig(max_new_tokens=32, repetition_penalty=1.3)
+    changed = 0
+    for sample in samples():
+        given = torch_inputs([sample], left=True)
+        expected = theirs.generate(
+            **given, max_new_tokens=32, do_sample=False, repetition_penalty=1.3
+        )[0, given["input_ids"].shape[1] :].tolist()
+        batch = collate([sample], CONFIG)
+        answer, lengths = run(QwenVL(CONFIG), variables, batch, jax.random.key(0), config)
+        assert np.asarray(answer)[0, : lengths[0]].tolist() == expected
+        plain, _ = run(QwenVL(CONFIG), variables, batch, jax.random.key(0), GREEDY)
+        changed += np.asarray(plain)[0].tolist() != np.asarray(answer)[0].tolist()
+    assert changed  # the penalty does something
 
 
 @pytest.mark.parametrize("tied", [True, False])

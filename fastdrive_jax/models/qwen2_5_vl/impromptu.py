@@ -45,7 +45,7 @@ _ANSWER = (
     "including BEV location in x and y directions (in meters). Positive x means forward direction "
     "while positive y means leftwards. The output is formatted as [x, y]: "
 )
-_BEGIN, _END = "<PLANNING>", "</PLANNING>"
+BEGIN, _END = "<PLANNING>", "</PLANNING>"
 
 # Cameras in the order of their marks in the prompt of six views.
 CAMERAS = (
@@ -113,7 +113,7 @@ def planning_answer(future: Float[np.ndarray, "6 2"]) -> str:
     future = np.asarray(future, np.float64)
     if future.shape != (FUTURE_STEPS, 2):
         raise UserError(f"a plan of shape {future.shape} must be [{FUTURE_STEPS}, 2].")
-    return _BEGIN + _ANSWER + ", ".join(map(_pair, future)) + _END
+    return BEGIN + _ANSWER + ", ".join(map(_pair, future)) + _END
 
 
 def parse_answer(text: str) -> tuple[Float[np.ndarray, "6 2"], int]:
@@ -122,8 +122,8 @@ def parse_answer(text: str) -> tuple[Float[np.ndarray, "6 2"], int]:
     Fewer than six are filled up with the last. An answer that cannot be read gives zeros and the
     count 0: the published evaluation scores it as standing still, and a caller can tell.
     """
-    begin, end = text.find(_BEGIN), text.find(_END)
-    inside = text[begin + len(_BEGIN) : end] if -1 < begin < end else ""
+    begin, end = text.find(BEGIN), text.find(_END)
+    inside = text[begin + len(BEGIN) : end] if -1 < begin < end else ""
     brackets = [match for match in re.findall(r"\[([^\]]+)\]", inside) if match != "x, y"]
     try:
         points = [tuple(map(float, match.split(",")))[:2] for match in brackets][:FUTURE_STEPS]

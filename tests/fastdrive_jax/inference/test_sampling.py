@@ -1,4 +1,5 @@
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +7,22 @@ import numpy as np
 import pytest
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch, choose
+from fastdrive_jax.inference.sampling import (
+    SamplingConfig,
+    answer_batch,
+    choose,
+    decode_text,
+    ids_in,
+    penalise,
+    read_sampling,
+)
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, QwenVLConfig, VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.sequence import Sample, collate
 from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
+from fastdrive_jax.parallel.mesh import make_mesh, shard_where_it_divides
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 CONFIG = QwenVLConfig(
     VisionConfig(
@@ -139,9 +151,101 @@ def test_shares_of_drawn_tokens(config, expected):
     np.testing.assert_allclose(shares(config), expected, atol=0.03)
 
 
+def test_decoding_writes_into_the_caches_that_it_is_given(variables):
+    batch = collate(samples(), CONFIG)
+    tokens = MODEL.apply(variables, batch.rows, batch.layout, method="encode")
+    embeddings = MODEL.apply(variables, batch.ids, batch.visual, tokens, method="embed")
+    inputs = embeddings, batch.positions, batch.lengths
+    logits, caches = MODEL.apply(variables, *inputs, room=12, method="prefill")
+    held = sum(x.nbytes for cache in caches for x in (cache.key, cache.value))
+    rest = batch.next_position, jax.random.key(0), GREEDY
+    lowered = decode_text.lower(MODEL, variables, logits, caches, *rest)
+    assert lowered.compile().memory_analysis().alias_size_in_bytes >= held
+    answer = decode_text(MODEL, variables, logits, caches, *rest)
+    assert all(cache.key.is_deleted() and cache.value.is_deleted() for cache in caches)
+    expected, lengths = answers(variables, samples())
+    np.testing.assert_array_equal(answer.ids, expected)
+    steps = int(lengths.max()) - 1  # the last token is not read again
+    assert answer.caches[0].length.tolist() == (batch.lengths + steps).tolist()
+
+
+@pytest.mark.parametrize(("data", "model"), [(3, 2), (1, 2), (2, 1)])
+def test_a_mesh_changes_no_answer(variables, data, model):
+    expected = answers(variables, samples())
+    mesh = make_mesh(data, model)
+    batch = shard_where_it_divides(collate(samples(), CONFIG), mesh)
+    with jax.set_mesh(mesh):
+        found = run(MODEL, variables, batch, jax.random.key(0), GREEDY)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert (len(batch.ids.sharding.device_set), batch.ids.sharding.is_fully_replicated) == (
+        data * model,
+        data != 3,
+    )
+
+
+def test_penalty_moves_seen_tokens_down():
+    logits = jnp.array([[2.0, -2.0, 1.0, -1.0]])
+    seen = jnp.array([[True, True, False, False]])
+    assert penalise(logits, seen, 4.0).tolist() == [[0.5, -8.0, 1.0, -1.0]]
+    batch = collate([Sample([3, 5, 3]), Sample([7])], CONFIG)
+    ids = [np.flatnonzero(row).tolist() for row in np.asarray(ids_in(batch, 24))]
+    assert ids == [[3, 5], [7]]  # padding was not said
+
+
+def test_an_endless_penalty_says_nothing_twice(variables):
+    config = SamplingConfig(max_new_tokens=12, repetition_penalty=1e9)
+    batch = collate(samples(), CONFIG)
+    answer, lengths = run(MODEL, variables, batch, jax.random.key(0), config)
+    for row, length in enumerate(np.asarray(lengths)):
+        said = np.asarray(answer)[row, :length].tolist()
+        assert len(set(said)) == len(said)
+        assert not set(said) & set(batch.ids[row, : batch.lengths[row]].tolist())
+
+
+@pytest.mark.parametrize(
+    ("file", "asked", "expected"),
+    [
+        (None, {}, SamplingConfig()),
+        ({"temperature": 0.7, "top_k": 3}, {}, SamplingConfig()),  # no sampling was asked for
+        ({"do_sample": True}, {}, SamplingConfig(temperature=1.0, top_k=50)),
+        (
+            {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05, "top_k": 1},
+            {"max_new_tokens": 9},
+            SamplingConfig(9, 1e-6, 1, 1.0, 1.05),
+        ),
+        (
+            {"do_sample": True, "top_p": 0.8, "repetition_penalty": 1.05},
+            {"temperature": 0.0, "repetition_penalty": 1.0},
+            SamplingConfig(top_k=50, top_p=0.8),
+        ),
+    ],
+)
+def test_settings_of_a_checkpoint(tmp_path, file, asked, expected):
+    if file is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    assert read_sampling(tmp_path, **asked) == expected
+
+
+def test_odd_settings_of_a_checkpoint_are_refused(tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"repetition_penalty": "much"}))
+    with pytest.raises(UserError, match=r"generation_config\.json gives repetition_penalty='much'"):
+        read_sampling(tmp_path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_sampling(tmp_path)
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
+    [
+        {"repetition_penalty": 0.0},
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+    ],
 )
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):

@@ -2,38 +2,11 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tiny_checkpoint import MARKS, TEMPLATE, write_tokenizer
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.chat import read_chat, user_message
 from fastdrive_jax.models.qwen2_5_vl.impromptu import planning_prompt
-
-MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-TEMPLATE = """
-{%- for message in messages %}
-{%- if message.role not in ['system', 'user', 'assistant'] %}
-{{ raise_exception('nobody is called ' ~ message.role) }}
-{%- endif %}
-<|im_start|>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}
-    {% for part in message.content %}
-{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
-{%- else %}{{ part.text }}{% endif %}
-    {% endfor %}
-{% endif %}<|im_end|>
-{% endfor %}
-{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
-def write_tokenizer(folder) -> None:
-    """A byte-level tokenizer with Qwen's marks, as a checkpoint's files."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
-    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture

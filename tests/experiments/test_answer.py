@@ -1,0 +1,177 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_checkpoint import CONFIG, write_checkpoint
+
+from experiments.answer import AnswerArgs, answer
+from experiments.cli import main
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch
+from fastdrive_jax.models.qwen2_5_vl.checkpoint import load
+from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
+from fastdrive_jax.models.qwen2_5_vl.processor import read_processor
+from fastdrive_jax.models.qwen2_5_vl.sequence import collate
+
+jax.config.update("jax_num_cpu_devices", 8)
+PROMPTS = ("Where to?", "See <image> and <image>.", "And this?", "No picture.", "Last <image>!")
+SIZES = ((), ((56, 84), (112, 56)), ((84, 84),), (), ((60, 100),))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("answer") / "model")
+
+
+@pytest.fixture(scope="module")
+def requests(checkpoint):
+    """A file of requests; pictures lie beside it."""
+    rng = np.random.default_rng(0)
+    folder, lines = checkpoint.parent, []
+    for number, (prompt, sizes) in enumerate(zip(PROMPTS, SIZES, strict=True)):
+        names = [f"{number}-{i}.png" for i in range(len(sizes))]
+        for name, size in zip(names, sizes, strict=True):
+            Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / name)
+        lines.append(json.dumps({"prompt": prompt, "images": names}))
+    path = folder / "requests.jsonl"
+    path.write_text("\n".join(lines) + "\n\n")
+    return path
+
+
+def args(checkpoint, **settings):
+    return AnswerArgs(checkpoint, max_new_tokens=6, dtype="float32", **settings)
+
+
+def expected(checkpoint, prompt, pictures):
+    """One by one, without padding."""
+    config, params = load(checkpoint)
+    batch = collate([read_processor(checkpoint).sample(prompt, pictures)], config)
+    sampling = SamplingConfig(max_new_tokens=6)
+    run = jax.jit(answer_batch, static_argnums=(0, 4))
+    ids, lengths = run(QwenVL(config), {"params": params}, batch, jax.random.key(0), sampling)
+    return read_processor(checkpoint).chat.decode(np.asarray(ids)[0, : lengths[0]])
+
+
+def test_batches_answer_as_each_request_alone(checkpoint, requests, tmp_path):
+    out = tmp_path / "new" / "answers.jsonl"
+    found = answer(args(checkpoint, requests=requests, out=out, batch_size=2))
+    assert [json.loads(line) for line in out.read_text().splitlines()] == found
+    assert [one["prompt"] for one in found] == list(PROMPTS)
+    for one in found:
+        pictures = [Image.open(path) for path in one["images"]]
+        assert one["answer"] == expected(checkpoint, one["prompt"], pictures)
+    assert [one["visual_tokens"] for one in found] == [0, 6 + 8, 9, 0, 8]
+    assert len({one["answer"] for one in found}) > 1
+
+
+def test_an_interrupted_run_goes_on(checkpoint, requests, tmp_path):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    answer(args(checkpoint, requests=requests, out=whole))
+    text = whole.read_bytes()
+    cut.write_bytes(text[: text.index(b"\n", text.index(b"\n") + 1) + 20])  # in the third line
+    assert len(answer(args(checkpoint, requests=requests, out=cut))) == 3
+    assert cut.read_bytes() == text
+    assert answer(args(checkpoint, requests=requests, out=cut)) == []
+
+
+def test_devices_change_no_answer(checkpoint, requests, tmp_path):
+    one, several = tmp_path / "one.jsonl", tmp_path / "several.jsonl"
+    answer(args(checkpoint, requests=requests, out=one, batch_size=2))
+    answer(args(checkpoint, requests=requests, out=several, batch_size=2, data=2, model=1))
+    assert several.read_bytes() == one.read_bytes()
+
+
+def test_the_choice_of_kernel_is_printed_and_a_plan_is_read(checkpoint, capsys, monkeypatch):
+    text = "<PLANNING>in [x, y]: [1.0, 0.0], [2.5, -0.5]</PLANNING>"
+    monkeypatch.setattr("fastdrive_jax.models.qwen2_5_vl.chat.Chat.decode", lambda *_: text)
+    command = ["answer", "--checkpoint", str(checkpoint), "--prompt", "Go", "--max-new-tokens", "2"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "attention: blockwise; bfloat16; mesh {'data': 1, 'model': 1}" in printed
+    assert text in printed
+    (found,) = answer(args(checkpoint, prompt="Go"))
+    assert found["waypoints"] == [[1.0, 0.0]] + [[2.5, -0.5]] * 5
+    assert found["waypoints_found"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "either --prompt"),
+        ({"prompt": "a", "requests": "b", "out": "c"}, "either --prompt"),
+        ({"requests": "b"}, "--out"),
+        ({"requests": "b", "out": "c", "images": ("d",)}, "named in its lines"),
+        ({"prompt": "a", "batch_size": 0}, "batch_size=0"),
+        ({"prompt": "a", "batch_size": 3, "data": 2}, "multiple of data=2"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"prompt": "a <image>"}, "1 marks <image> but there are 0 pictures"),
+        ({"prompt": "a", "images": ("no.jpg",)}, "no.jpg is missing"),
+        ({"requests": "none.jsonl", "out": "c"}, "none.jsonl is missing"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused(
+    checkpoint, tmp_path, monkeypatch, capsys, settings, message
+):
+    monkeypatch.chdir(tmp_path)
+    command = ["answer", "--checkpoint", str(checkpoint)]
+    for name, value in settings.items():
+        values = value if isinstance(value, tuple) else (value,)
+        command += [f"--{name.replace('_', '-')}", *map(str, values)]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no request"),
+        ('{"images": []}', "line 1, is no request"),
+        ('{"prompt": "a"}\n["b"]', "line 2, is no request"),
+        ('{"prompt": "a", "images": "b.jpg"}', "images a list"),
+    ],
+)
+def test_files_that_hold_no_requests_are_refused(checkpoint, tmp_path, content, message):
+    path = tmp_path / "requests.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        answer(args(checkpoint, requests=path, out=tmp_path / "out.jsonl"))
+
+
+def test_answers_to_other_requests_are_not_mixed_up(checkpoint, requests, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    out.write_text(json.dumps({"prompt": "Other", "images": []}) + "\n")
+    with pytest.raises(UserError, match="other requests"):
+        answer(args(checkpoint, requests=requests, out=out))
+    out.write_text("text\n")
+    with pytest.raises(UserError, match="does not hold answers"):
+        answer(args(checkpoint, requests=requests, out=out))
+
+
+@pytest.mark.parametrize("damage", ["picture", "weights", "model_type", "tensor", "tokenizer"])
+def test_damaged_files_are_named(tmp_path, capsys, damage):
+    folder = write_checkpoint(tmp_path / "model")
+    picture = tmp_path / "frame.png"
+    Image.fromarray(np.zeros((56, 56, 3), np.uint8)).save(picture)
+    config = json.loads((folder / "config.json").read_text())
+    if damage == "picture":
+        picture.write_bytes(picture.read_bytes()[:60])
+        message = "frame.png cannot be decoded"
+    elif damage == "weights":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-8])
+        message = "model.safetensors is cut off or damaged"
+    elif damage == "model_type":
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
+        message = "config.json is of model_type 'llava'"
+    elif damage == "tensor":
+        text = config["text_config"] | {"num_hidden_layers": CONFIG.text.num_layers + 1}
+        (folder / "config.json").write_text(json.dumps(config | {"text_config": text}))
+        message = "layers.2"
+    else:
+        (folder / "tokenizer.json").unlink()
+        message = "holds no tokenizer.json"
+    command = ["answer", "--checkpoint", str(folder), "--prompt", "Go", "--images", str(picture)]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
