@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.models.attention import attention_kernel
 from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B, QWEN2_5_VL_7B, QwenVLConfig
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.patches import layout_of
@@ -58,6 +59,8 @@ def compile_model(args: CompileModelArgs) -> Path:
     mesh = make_mesh(args.devices // model_axis, model_axis)
     config = MODELS[args.model]
     shapes = abstract_shards(config, mesh)
+    kernel = attention_kernel(jnp.bfloat16, config.text.head_dim)
+    print(f"attention: {kernel}; bfloat16; mesh {dict(mesh.shape)}", flush=True)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     rows = [Row(args.model, None, "parameters", parameters, None, None, 1, None)]
     for stage, compiled in compile_stages(config, shapes, mesh, args.prompt_tokens).items():
@@ -117,10 +120,11 @@ def compile_stages(
     caches = jax.eval_shape(prefill, *inputs)[1]
     caches = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), caches)
     rows = shape(1, patches, 3 * config.vision.patch_size**2, dtype=jnp.uint8)
-    return {
-        "vision": jax.jit(encode).lower(params, rows).compile(),
-        "prefill": jax.jit(prefill).lower(*inputs).compile(),
-        "decode": jax.jit(decode, donate_argnums=3)
-        .lower(params, shape(1), shape(1), caches)
-        .compile(),
-    }
+    with jax.set_mesh(mesh):
+        return {
+            "vision": jax.jit(encode).lower(params, rows).compile(),
+            "prefill": jax.jit(prefill).lower(*inputs).compile(),
+            "decode": jax.jit(decode, donate_argnums=3)
+            .lower(params, shape(1), shape(1), caches)
+            .compile(),
+        }

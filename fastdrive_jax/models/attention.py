@@ -22,11 +22,12 @@ from jaxtyping import Array, Float, Int
 from fastdrive_jax.models.attention_mesh import current_mesh, over_mesh
 from fastdrive_jax.models.attention_splash import splash_attention
 
-_BLOCK_BYTES = 1 << 24  # of a block of scores; less fits a cache but leaves threads idle
+_BLOCK_BYTES = 1 << 24  # most of a block of scores; less fits a cache but leaves threads idle
+_MOST_ROWS = 1024  # of such a block
 _CAUSAL_PARTS = 8  # a part of the queries meets no key behind its last one
 _CAUSAL_FROM = 512  # shorter sequences are one part
 _LONG = 4096  # keys from which they come in blocks too, unless causal
-_ROWS, _KEYS = 512, 1024  # of such a block
+_ROWS, _KEYS = 512, 1024  # of a block of those
 _NOTHING = -1e30  # score of a key that is out of sight; finite, so that no row divides 0 by 0
 
 
@@ -154,7 +155,7 @@ def _over_blocks(function, rows, keys: int, carry=()):
         The carry and the results' rows.
     """
     count = rows[0].shape[0]
-    most = max(8, _BLOCK_BYTES // (4 * keys))
+    most = max(8, min(_MOST_ROWS, _BLOCK_BYTES // (4 * keys)))
     blocks = math.ceil(count / most)
     if blocks == 1:
         return function(carry, rows, 0)
