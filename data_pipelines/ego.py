@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipelines.geometry import rotation_matrix
 from data_pipelines.schema import FUTURE_STEPS, LEFT, RIGHT, STRAIGHT
 
 TURN_METRES = (
@@ -19,18 +20,6 @@ class Plan:
     command: int
     future: np.ndarray
     future_valid: np.ndarray
-
-
-def rotation_matrix(quaternion) -> np.ndarray:
-    """Rotation [3, 3] of a quaternion (w, x, y, z), which need not be of unit length."""
-    w, x, y, z = np.asarray(quaternion, np.float64) / np.linalg.norm(quaternion)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
 
 
 def plans_from_poses(poses: list[dict]) -> list[Plan]:

@@ -10,7 +10,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from data_pipelines.nuscenes import read_nuscenes
+from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.answer import AnswerArgs, answer

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from data_pipelines.features import SplitFeatures, TokenEncoder, cache_features
-from data_pipelines.nuscenes import read_nuscenes
+from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.schema import CAMERAS, Classes, Source
 from data_pipelines.shards import Shards, build_shards, open_shards
 from data_pipelines.synthetic.config import WorldConfig

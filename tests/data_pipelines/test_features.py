@@ -15,7 +15,7 @@ from nuscenes_fixture import write_nuscenes
 from data_pipelines import features
 from data_pipelines.features import TokenEncoder, cache_features, open_features
 from data_pipelines.loader import LoaderConfig, make_loader
-from data_pipelines.nuscenes import read_nuscenes
+from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.shards import build_shards
 from fastdrive_jax.errors import UserError
 

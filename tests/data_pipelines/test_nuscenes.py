@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from nuscenes_fixture import CLASSES, SIZE, write_nuscenes
 
-from data_pipelines.nuscenes import TABLES, read_nuscenes
+from data_pipelines.nuscenes.source import TABLES, read_nuscenes
 from data_pipelines.schema import LEFT, STRAIGHT, Classes
 from fastdrive_jax.errors import UserError
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipelines.nuscenes import read_nuscenes
+from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.shards import build_shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
