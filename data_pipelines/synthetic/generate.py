@@ -33,12 +33,13 @@ from data_pipelines.synthetic.config import (
     SPLITS,
     WorldConfig,
 )
+from data_pipelines.synthetic.expansion import expansion
 from data_pipelines.synthetic.record import write_scene
 from data_pipelines.synthetic.sampler import TILE, TILES
 from fastdrive_jax.errors import UserError
 
 CONFIG_FILE = "generator.json"
-_FORMAT = 1  # raise when equal configs no longer give equal bytes
+_FORMAT = 2  # raise when equal configs no longer give equal bytes
 _MAP_RESOLUTION = 0.1  # metres per pixel; the devkit's default
 
 
@@ -141,8 +142,8 @@ def _prepare_folders(partial: Path, config: WorldConfig):
     for name in config.cameras:
         for kind in ("samples", "masks", "labels"):
             (partial / kind / name).mkdir(parents=True, exist_ok=True)
-    for name in ("records", "maps", tables.VERSION):
-        (partial / name).mkdir(exist_ok=True)
+    for name in ("records", "maps/expansion", tables.VERSION):
+        (partial / name).mkdir(parents=True, exist_ok=True)
 
 
 def _write_scenes(partial: Path, config: WorldConfig, progress: bool) -> list[dict]:
@@ -211,8 +212,11 @@ def _write_tables(partial: Path, config: WorldConfig, records: list[dict]):
     }
     _write_json(partial / "classes.json", classes)
     for location in sorted({record["location"] for record in records}):
-        roads = [road for r in records if r["location"] == location for road in r["roads"]]
+        there = [record for record in records if record["location"] == location]
+        roads = [road for record in there for road in record["roads"]]
         (partial / "maps" / f"{location}.png").write_bytes(_map_image(roads))
+        vector = expansion(location, there, TILE * TILES)
+        _write_json(partial / "maps" / "expansion" / f"{location}.json", vector)
 
 
 def _map_image(roads: list[list[list[float]]]) -> bytes:

@@ -9,6 +9,7 @@ from data_pipelines.schema import FUTURE_STEPS, STEP_SECONDS
 from data_pipelines.synthetic import tables
 from data_pipelines.synthetic.camera import Camera, make_camera
 from data_pipelines.synthetic.config import FOREGROUND_IDS, WorldConfig
+from data_pipelines.synthetic.expansion import scene_map
 from data_pipelines.synthetic.geometry import STEP, pose_on, quaternion, rotation_z
 from data_pipelines.synthetic.planner import DT, EgoState
 from data_pipelines.synthetic.render import Picture, prepare, render
@@ -63,6 +64,7 @@ def write_scene(folder: Path, config: WorldConfig, split: str, index: int) -> di
         "split": split,
         "location": scene.location,
         "roads": _road_outlines(scene),
+        "map": scene_map(scene),
         "planning": {},
         "sample": [],
         "sample_data": [],
