@@ -1,11 +1,12 @@
 """What the car did and will do, from its poses at the key frames of one drive."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipelines.geometry import rotation_matrix
-from data_pipelines.schema import FUTURE_STEPS, LEFT, RIGHT, STRAIGHT
+from data_pipelines.geometry import Pose, yaw_of
+from data_pipelines.schema import FUTURE_STEPS, HISTORY_STEPS, LEFT, RIGHT, STRAIGHT
 
 TURN_METRES = (
     2.0  # sideways displacement at 3 s that makes a turn, as in UniAD's and VAD's protocol
@@ -14,30 +15,34 @@ TURN_METRES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """Ego state now, the command, and the way ahead; fields as in `schema.Record`."""
+    """Ego state, command and the ways ahead and behind; fields as in `schema.Record`."""
 
     ego_state: np.ndarray
     command: int
     future: np.ndarray
     future_valid: np.ndarray
+    history: np.ndarray
+    history_valid: np.ndarray
 
 
-def plans_from_poses(poses: list[dict]) -> list[Plan]:
+def plans_from_poses(timestamps: Sequence[int], poses: Sequence[Pose]) -> list[Plan]:
     """Plans for the key frames of one drive.
 
-    Waypoint k is the ego position k key frames later (2 Hz), seen from the present ego frame. Speed
+    Waypoint k is the ego position k key frames later (2 Hz), seen from the present ego frame, and
+    the history ends with the position one key frame ago. Speed
     and yaw rate are differences to the key frame before, acceleration is the change of that speed;
     a drive's first key frame has none before it, so its speed and yaw rate look one frame ahead and
     acceleration is 0 until there are two speeds.
 
     Args:
-        poses: `ego_pose` rows in time order: timestamp in microseconds, translation, rotation.
+        timestamps: Microseconds, rising.
+        poses: Ego to global at those times.
     """
     count = len(poses)
-    times = np.array([pose["timestamp"] for pose in poses], np.float64) * 1e-6
-    places = np.array([pose["translation"] for pose in poses], np.float64).reshape(count, 3)
-    turns = [rotation_matrix(pose["rotation"]) for pose in poses]
-    yaws = np.unwrap([np.arctan2(turn[1, 0], turn[0, 0]) for turn in turns])
+    times = np.array(timestamps, np.float64) * 1e-6
+    places = np.array([pose.translation for pose in poses], np.float64).reshape(count, 3)
+    turns = [pose.rotation for pose in poses]
+    yaws = np.unwrap([float(yaw_of(turn)) for turn in turns])
     if count > 1:
         gaps = np.maximum(np.diff(times), 1e-3)
         # The forward part of the displacement, so that reversing has a negative speed.
@@ -56,8 +61,13 @@ def plans_from_poses(poses: list[dict]) -> list[Plan]:
         steps = places[k + 1 : k + 1 + FUTURE_STEPS] - places[k]
         future[: len(steps)] = (steps @ turns[k])[:, :2]
         valid[: len(steps)] = True
+        history, known = np.zeros((HISTORY_STEPS, 2), np.float32), np.zeros(HISTORY_STEPS, bool)
+        behind = places[max(0, k - HISTORY_STEPS) : k] - places[k]
+        if len(behind):
+            history[-len(behind) :] = (behind @ turns[k])[:, :2]
+            known[-len(behind) :] = True
         state = np.array([speed[k], gain[k], rate[k]], np.float32)
-        plans.append(Plan(state, command_of(future, valid), future, valid))
+        plans.append(Plan(state, command_of(future, valid), future, valid, history, known))
     return plans
 
 

@@ -6,6 +6,7 @@ fifth of the sorted names is validation: neighbours in a drive look alike, so a 
 put almost the same picture on both sides.
 """
 
+import functools
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,13 +73,22 @@ def read_image_folder(
     classes = _classes(root, has_labels, foreground, objects, ignore)
     size = sum(path.stat().st_size for r in refs for path in (r.picture, r.mask, r.labels) if path)
 
-    def load(ref: PictureRef) -> tuple[Record, ...]:
-        return (_load(ref, classes),)
+    return Source(
+        name=f"images:{root.resolve().name}",
+        cameras=(_CAMERA,),
+        classes=classes,
+        samples=samples,
+        load=functools.partial(_load, classes=classes),
+        files=_files,
+        size=size,
+    )
 
-    return Source(f"images:{root.resolve().name}", (_CAMERA,), classes, samples, load, size)
+
+def _files(ref: PictureRef) -> tuple[Path, ...]:
+    return (ref.picture,)
 
 
-def _load(ref: PictureRef, classes: Classes) -> Record:
+def _load(ref: PictureRef, classes: Classes) -> tuple[Record, ...]:
     image = read_bytes(ref.picture)
     size = check_picture(image, ref.picture)
     labels = b""
@@ -88,13 +98,15 @@ def _load(ref: PictureRef, classes: Classes) -> Record:
         mask = mask_png(read_bytes(ref.mask), ref.mask, size)
     else:
         mask = encode_mask(np.isin(ids, classes.foreground))
-    return Record(
-        image=image,
-        mask=mask,
-        labels=labels,
-        camera=_CAMERA,
-        sample_token=f"{ref.split}/{ref.picture.stem}",
-        scene=_drive(ref.picture.stem),
+    return (
+        Record(
+            image=image,
+            mask=mask,
+            labels=labels,
+            camera=_CAMERA,
+            sample_token=f"{ref.split}/{ref.picture.stem}",
+            scene=_drive(ref.picture.stem),
+        ),
     )
 
 

@@ -24,7 +24,10 @@ CAMERAS = (
 )
 TOKEN_PIXELS = 28  # a visual token: 2 x 2 patches of 14 x 14 px
 FUTURE_STEPS = 6  # waypoints, one every STEP_SECONDS
+HISTORY_STEPS = 6  # positions before now, one every STEP_SECONDS
 STEP_SECONDS = 0.5
+AGENT_KINDS = ("vehicle", "person", "cycle", "obstacle")
+CAN_FIELDS = ("speed", "ax", "ay", "az", "wx", "wy", "wz", "steering")
 LEFT, STRAIGHT, RIGHT = range(3)
 UNKNOWN_LABEL = 255  # label of ignored and unknown pixels in batches
 
@@ -125,6 +128,15 @@ class Record:
         command: 0 left, 1 straight, 2 right.
         future: [6, 2] waypoints every 0.5 s in metres, ego frame, x forward, y left.
         future_valid: [6] whether the drive lasts until that waypoint.
+        history: [6, 2] the places 3.0 to 0.5 s ago, likewise.
+        history_valid: [6] whether the drive had begun then.
+        can_bus: [8] `CAN_FIELDS` in m/s, m/s^2, rad/s and rad, left positive; NaN where absent.
+        intrinsic: [3, 3] of the camera at the picture's size; NaN where not known.
+        camera_to_ego: [4, 4]; NaN where not known.
+        agents: [A, 7, 5] boxes now and at the six waypoints: x, y of the centre in metres and yaw
+            in radians in the present ego frame, length, width in metres.
+        agents_valid: [A, 7] whether the agent is annotated then.
+        agents_kind: [A] index into `AGENT_KINDS`.
     """
 
     image: bytes
@@ -137,6 +149,14 @@ class Record:
     command: int = STRAIGHT
     future: np.ndarray = field(default_factory=lambda: np.zeros((FUTURE_STEPS, 2), np.float32))
     future_valid: np.ndarray = field(default_factory=lambda: np.zeros(FUTURE_STEPS, bool))
+    history: np.ndarray = field(default_factory=lambda: np.zeros((HISTORY_STEPS, 2), np.float32))
+    history_valid: np.ndarray = field(default_factory=lambda: np.zeros(HISTORY_STEPS, bool))
+    can_bus: np.ndarray = field(default_factory=lambda: np.full(len(CAN_FIELDS), np.nan))
+    intrinsic: np.ndarray = field(default_factory=lambda: np.full((3, 3), np.nan))
+    camera_to_ego: np.ndarray = field(default_factory=lambda: np.full((4, 4), np.nan))
+    agents: np.ndarray = field(default_factory=lambda: np.zeros((0, FUTURE_STEPS + 1, 5)))
+    agents_valid: np.ndarray = field(default_factory=lambda: np.zeros((0, FUTURE_STEPS + 1), bool))
+    agents_kind: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True)
@@ -148,8 +168,12 @@ class Source:
         cameras: Channels of every sample, in `CAMERAS` order.
         classes: Class metadata.
         samples: Split name to references of its samples, in drive order.
-        load: Turns a reference into its records, one for each camera, in camera order.
+        load: Turns a reference into its records, one for each camera, in camera order. It and the
+            references can be pickled, so that other processes and machines load too.
+        files: A reference's files of pictures, in camera order, to find duplicates by.
         size: Bytes of all files that `load` will read, for the check of free disk space.
+        absent: What the data set lacks, a sentence each.
+        masker: How the masks were made, as `maskers.run` notes it; empty where not known.
     """
 
     name: str
@@ -157,12 +181,18 @@ class Source:
     classes: Classes
     samples: dict[str, tuple[Any, ...]]
     load: Callable[[Any], tuple[Record, ...]]
+    files: Callable[[Any], tuple[Path, ...]]
     size: int = 0
+    absent: tuple[str, ...] = ()
+    masker: dict[str, Any] = field(default_factory=dict)
 
 
 def tfds_features():
     """The record as a TFDS `FeaturesDict`; images are handed over and read back as bytes."""
     import tensorflow_datasets as tfds
+
+    def numbers(*shape, dtype=np.float32):
+        return tfds.features.Tensor(shape=shape, dtype=dtype)
 
     return tfds.features.FeaturesDict(
         {
@@ -174,9 +204,17 @@ def tfds_features():
             "camera": tfds.features.Text(),
             "sample_token": tfds.features.Text(),
             "scene": tfds.features.Text(),
-            "ego_state": tfds.features.Tensor(shape=(3,), dtype=np.float32),
+            "ego_state": numbers(3),
             "command": tfds.features.Scalar(dtype=np.int32),
-            "future": tfds.features.Tensor(shape=(FUTURE_STEPS, 2), dtype=np.float32),
-            "future_valid": tfds.features.Tensor(shape=(FUTURE_STEPS,), dtype=np.uint8),
+            "future": numbers(FUTURE_STEPS, 2),
+            "future_valid": numbers(FUTURE_STEPS, dtype=np.uint8),
+            "history": numbers(HISTORY_STEPS, 2),
+            "history_valid": numbers(HISTORY_STEPS, dtype=np.uint8),
+            "can_bus": numbers(len(CAN_FIELDS)),
+            "intrinsic": numbers(3, 3),
+            "camera_to_ego": numbers(4, 4),
+            "agents": numbers(None, FUTURE_STEPS + 1, 5),
+            "agents_valid": numbers(None, FUTURE_STEPS + 1, dtype=np.uint8),
+            "agents_kind": numbers(None, dtype=np.int32),
         }
     )

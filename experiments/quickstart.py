@@ -16,10 +16,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from data_pipelines.build import build_shards
 from data_pipelines.features import SplitFeatures, TokenEncoder, cache_features
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.schema import CAMERAS, Classes, Source
-from data_pipelines.shards import Shards, build_shards, open_shards
+from data_pipelines.shards import Shards, open_shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.bench_frame import frame_times, timing_rows

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from data_pipelines.augment import ColorJitter
+from data_pipelines.build import build_shards
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.nuscenes.source import read_nuscenes
-from data_pipelines.shards import Shards, build_shards, open_shards
+from data_pipelines.shards import Shards, open_shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from fastdrive_jax.inference.generate import generate as generate_plan

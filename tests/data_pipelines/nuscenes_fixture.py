@@ -46,15 +46,25 @@ def write_nuscenes(
     for name in ("attribute", "category", "instance", "log", "map"):
         tables[name] = []
     tables |= {"sample_annotation": [], "visibility": []}
+    tables["log"] = [{"token": "l", "location": "boston-seaport"}]
     tables["sensor"] = [
         {"token": f"s-{c}", "channel": c, "modality": "camera"} for c in CAMERAS
     ] + [{"token": "s-lidar", "channel": "LIDAR_TOP", "modality": "lidar"}]
     tables["calibrated_sensor"] = [
-        {"token": f"c-{row['channel']}", "sensor_token": row["token"]} for row in tables["sensor"]
+        {
+            "token": f"c-{row['channel']}",
+            "sensor_token": row["token"],
+            "translation": [1.5, 0.0, 1.4],
+            "rotation": [0.5, -0.5, 0.5, -0.5],  # x right, y down, z ahead
+            "camera_intrinsic": [[60.0, 0, 42.0], [0, 60.0, 28.0], [0, 0, 1]]
+            if row["modality"] == "camera"
+            else [],
+        }
+        for row in tables["sensor"]
     ]
     seed = 0
     for drive in ("a", "b"):
-        tables["scene"].append({"token": f"t-{drive}", "name": f"scene-{drive}"})
+        tables["scene"].append({"token": f"t-{drive}", "name": f"scene-{drive}", "log_token": "l"})
         for k in range(frames):
             token = f"{drive}{k}"
             stamp = k * STEP
@@ -72,7 +82,10 @@ def write_nuscenes(
                         "sample_token": token,
                         "ego_pose_token": key,
                         "calibrated_sensor_token": f"c-{channel}",
+                        "timestamp": stamp,
                         "is_key_frame": True,
+                        "height": SIZE[0],
+                        "width": SIZE[1],
                         "filename": name,
                     }
                 )

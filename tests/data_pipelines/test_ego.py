@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from data_pipelines.ego import command_of, plans_from_poses, rotation_matrix
+from data_pipelines.ego import command_of, plans_from_poses
+from data_pipelines.geometry import pose_of, rotation_matrix
 from data_pipelines.schema import LEFT, RIGHT, STRAIGHT
 
 
@@ -11,6 +12,10 @@ def pose(seconds, x, y=0.0, yaw=0.0):
         "translation": [x, y, 0.0],
         "rotation": [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)],
     }
+
+
+def read_plans(rows):
+    return plans_from_poses([row["timestamp"] for row in rows], [pose_of(row) for row in rows])
 
 
 def test_rotation_matrix_turns_x_to_y_at_ninety_degrees():
@@ -25,29 +30,29 @@ def test_rotation_matrix_turns_x_to_y_at_ninety_degrees():
 
 def test_speed_and_acceleration_are_differences_backwards():
     # x = t^2: mean speeds 0.5, 1.5, 2.5 over half-second steps, gain 2 m/s^2.
-    plans = plans_from_poses([pose(t, t * t) for t in (0.0, 0.5, 1.0, 1.5)])
+    plans = read_plans([pose(t, t * t) for t in (0.0, 0.5, 1.0, 1.5)])
     np.testing.assert_allclose([p.ego_state[0] for p in plans], [0.5, 0.5, 1.5, 2.5], atol=1e-6)
     np.testing.assert_allclose([p.ego_state[1] for p in plans], [0, 0, 2, 2], atol=1e-5)
 
 
 def test_reversing_has_negative_speed():
-    plans = plans_from_poses([pose(0.0, 0.0), pose(0.5, -1.0)])
+    plans = read_plans([pose(0.0, 0.0), pose(0.5, -1.0)])
     assert plans[1].ego_state[0] == pytest.approx(-2)
 
 
 def test_yaw_rate_goes_through_the_seam():
-    plans = plans_from_poses([pose(0.0, 0.0, yaw=3.1), pose(0.5, 0.0, yaw=-3.1)])
+    plans = read_plans([pose(0.0, 0.0, yaw=3.1), pose(0.5, 0.0, yaw=-3.1)])
     assert plans[1].ego_state[2] == pytest.approx((2 * np.pi - 6.2) / 0.5, abs=1e-4)
 
 
 def test_future_is_seen_from_the_present_frame():
-    plans = plans_from_poses([pose(0.0, 1.0, 2.0, np.pi / 2), pose(0.5, 1.0, 5.0, 0.0)])
+    plans = read_plans([pose(0.0, 1.0, 2.0, np.pi / 2), pose(0.5, 1.0, 5.0, 0.0)])
     np.testing.assert_allclose(plans[0].future[0], [3, 0], atol=1e-6)
     assert plans[0].future_valid.tolist() == [True] + [False] * 5
 
 
 def test_a_single_pose_stands_still():
-    (plan,) = plans_from_poses([pose(0.0, 7.0)])
+    (plan,) = read_plans([pose(0.0, 7.0)])
     assert not plan.ego_state.any()
     assert not plan.future_valid.any()
     assert plan.command == STRAIGHT
@@ -84,7 +89,7 @@ def test_real_drive_has_the_published_future():
     poses = [
         pose(k / 10, *state["position"][k][:2], yaw=state["heading"][k]) for k in range(0, 31, 5)
     ]
-    (plan, *_) = plans_from_poses(poses)
+    (plan, *_) = read_plans(poses)
     stated = [
         (4.49, -0.01),
         (8.86, 0.01),

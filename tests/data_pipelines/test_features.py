@@ -13,10 +13,10 @@ import pytest
 from nuscenes_fixture import write_nuscenes
 
 from data_pipelines import features
+from data_pipelines.build import build_shards
 from data_pipelines.features import TokenEncoder, cache_features, open_features
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.nuscenes.source import read_nuscenes
-from data_pipelines.shards import build_shards
 from fastdrive_jax.errors import UserError
 
 DIM = 5

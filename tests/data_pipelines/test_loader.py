@@ -8,10 +8,11 @@ import pytest
 from nuscenes_fixture import scene_arrays, write_nuscenes
 
 from data_pipelines.augment import ColorJitter
+from data_pipelines.build import build_shards
 from data_pipelines.loader import LoaderConfig, identity, make_loader
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.schema import LEFT, RIGHT
-from data_pipelines.shards import build_shards, record_source
+from data_pipelines.shards import record_source
 from fastdrive_jax.errors import UserError
 
 SIZE = (56, 84)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from nuscenes_fixture import CLASSES, SIZE, write_nuscenes
 
-from data_pipelines.nuscenes.source import TABLES, read_nuscenes
+from data_pipelines.nuscenes.keyframes import read_keyframes
+from data_pipelines.nuscenes.source import read_nuscenes
+from data_pipelines.nuscenes.tables import open_nuscenes
 from data_pipelines.schema import LEFT, STRAIGHT, Classes
 from fastdrive_jax.errors import UserError
 
@@ -117,24 +119,46 @@ def test_an_incomplete_plan_names_its_sample(root, fault):
 
 
 def test_all_absent_tables_are_named(root):
-    for name in ("instance", "map"):
+    for name in ("sample", "scene"):
         (root / "v1.0-mini" / f"{name}.json").unlink()
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"lacks 2 of .*: sample\.json, scene\.json"):
         read_nuscenes(root)
-    named = {name for name in TABLES if f"{name}.json" in str(caught.value)}
-    assert named == {"instance", "map"}
 
 
-def test_real_folder_with_nine_tables_names_the_other_four():
+def test_what_may_be_absent_is_said_once(root):
+    for name in ("instance", "log"):
+        (root / "v1.0-mini" / f"{name}.json").unlink()
+    absent = read_nuscenes(root).absent
+    for word in ("log.json", "instance.json", "can_bus"):
+        assert word in str(absent)
+    assert len(absent) == 3  # no log, so no map is asked for
+    assert "all scenes" in absent[2]
+
+
+def test_real_tables_of_one_key_frame():
+    """Nine of the thirteen tables: no log, no boxes, so none of a map either."""
     shared = os.environ.get("FASTDRIVE_SHARED") or Path(__file__).parents[3] / "shared"
     root = Path(shared) / "data" / "nuscenes_samples"
     if not root.is_dir():
         pytest.skip(f"no real samples under {root} (set FASTDRIVE_SHARED)")
-    with pytest.raises(UserError) as caught:
-        read_nuscenes(root)
-    for name in ("instance", "sample_annotation", "log", "map"):
-        assert f"{name}.json" in str(caught.value)
-    assert "sample_data.json" not in str(caught.value)
+    nuscenes = open_nuscenes(root)
+    assert nuscenes.splits.keys() == {"test"}
+    assert [
+        word for word in ("log.json", "instance.json", "can_bus") if word in str(nuscenes.absent)
+    ]
+    published = json.loads((root / "original" / "keyframe.json").read_text())["keyframe"]
+    frames = {frame.token: frame for frame in read_keyframes(nuscenes)}
+    frame = frames[published["token"]]
+    assert frame.boxes is None
+    for view in frame.cameras:
+        stated = published["images"][view.channel]
+        assert view.filename.endswith(stated["img_path"])
+        np.testing.assert_allclose(view.intrinsic, stated["cam2img"], atol=1e-6)
+        np.testing.assert_allclose(view.camera_to_ego.matrix(), stated["cam2ego"], atol=1e-6)
+    # MMDetection3D keeps a pose as float32 and puts the car on the ground.
+    ours, theirs = frame.ego_to_global.matrix(), np.array(published["ego2global"])
+    np.testing.assert_allclose(ours[:3, :3], theirs[:3, :3], atol=1e-6)
+    np.testing.assert_allclose(ours[:2, 3], theirs[:2, 3], atol=1e-3)
 
 
 def test_broken_json_is_named(root):

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from nuscenes_fixture import write_nuscenes
 
+from data_pipelines.build import build_shards
 from data_pipelines.nuscenes.source import read_nuscenes
-from data_pipelines.shards import build_shards, open_shards, record_source
+from data_pipelines.shards import open_shards, record_source
 from fastdrive_jax.errors import UserError
 
 
@@ -96,7 +97,7 @@ def test_tensorflow_is_never_imported(source, tmp_path):
         import sys
         from pathlib import Path
         from data_pipelines.nuscenes.source import read_nuscenes
-        from data_pipelines.shards import build_shards
+        from data_pipelines.build import build_shards
         from data_pipelines.loader import LoaderConfig, make_loader
         shards = build_shards(read_nuscenes(Path({str(root)!r})), Path({str(tmp_path / "out")!r}))
         batch = next(iter(make_loader(shards, "train", LoaderConfig(2, (28, 56)))))
@@ -139,7 +140,7 @@ def test_a_killed_build_is_never_taken_for_whole_and_starts_again(source, built,
         from dataclasses import replace
         from pathlib import Path
         from data_pipelines.nuscenes.source import read_nuscenes
-        from data_pipelines.shards import build_shards
+        from data_pipelines.build import build_shards
         source = read_nuscenes(Path({str(root)!r}))
         def slow(ref):
             if ref.token == "b0":

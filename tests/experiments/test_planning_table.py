@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data_pipelines.build import build_shards
 from data_pipelines.features import TokenEncoder, cache_features
 from data_pipelines.nuscenes.source import read_nuscenes
-from data_pipelines.shards import build_shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments import planning

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
+from data_pipelines.build import build_shards
 from data_pipelines.nuscenes.source import read_nuscenes
-from data_pipelines.shards import build_shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.bench_frame import BenchFrameArgs, bench_frame

@@ -1,0 +1,380 @@
+"""Writes a source as ArrayRecord shards that TFDS reads, shard by shard, and goes on after a kill.
+
+Each shard is a job of its own: it depends on its samples only, is written beside its place and
+renamed, and a note of its count and checksum follows. So it does not matter who runs the jobs (this
+process, several, or Apache Beam, see `beam`): the shards are the same byte for byte, and a run that
+was killed does only those that have no note. The data set is written into `OUT.building` and gets
+its name when it is whole, `manifest.json` last.
+
+TFDS's own writer would tear the pictures of a sample apart and spill through TensorFlow; its
+serializer, file format and metadata are used as they are, and TensorFlow is never imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from tqdm import tqdm
+
+from data_pipelines.disk import check_space, disk_errors, locked, read_json, write_json
+from data_pipelines.duplicates import without_duplicates
+from data_pipelines.pictures import check_picture
+from data_pipelines.schema import Record, Source, tfds_features
+from data_pipelines.shards import DATASET, FORMAT, MANIFEST, VERSION, Shards, open_shards
+from fastdrive_jax.errors import UserError
+
+RECORDS_PER_SHARD = 512
+NOTES = "notes"  # folder of the finished shards' notes, gone when the set is whole
+_VERSIONED = ("array-record", "tensorflow-datasets", "numpy", "opencv-python-headless", "pillow")
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to write; can be pickled.
+
+    Attributes:
+        name: File name.
+        split: Its split.
+        refs: Samples, references of the source: dataclasses.
+        load: See `Source`.
+        files: See `Source`.
+        cameras: See `Source`.
+        skip_bad: How many bad samples are left out; one more stops the job.
+    """
+
+    name: str
+    split: str
+    refs: tuple[Any, ...]
+    load: Callable[[Any], tuple[Record, ...]]
+    files: Callable[[Any], tuple[Path, ...]]
+    cameras: tuple[str, ...]
+    skip_bad: int
+
+    def identity(self) -> str:
+        """Digest of what the shard is made of, as far as it is known without reading pictures."""
+        digest = hashlib.sha256(repr((FORMAT, self.name, self.split, self.cameras)).encode())
+        for ref in self.refs:
+            digest.update(json.dumps(asdict(ref), default=_plain).encode())
+            for path in self.files(ref):
+                with contextlib.suppress(OSError):
+                    stat = path.stat()
+                    digest.update(repr((stat.st_size, stat.st_mtime_ns)).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardNote:
+    """What is known of a finished shard."""
+
+    name: str
+    split: str
+    identity: str
+    samples: int
+    records: int
+    bytes: int
+    sha256: str
+    scenes: tuple[str, ...]
+    image_size: tuple[int, int] | None
+    bad: tuple[str, ...]
+
+
+def build_shards(
+    source: Source,
+    out_dir: Path,
+    progress: bool = True,
+    records_per_shard: int = RECORDS_PER_SHARD,
+    workers: int = 1,
+    skip_bad: int = 0,
+    run: Callable[[Sequence[ShardJob], Path], Iterable[ShardNote]] | None = None,
+) -> Shards:
+    """Writes `source` to the new folder `out_dir`: equal sources give equal shard bytes.
+
+    A run that was killed leaves `out_dir.building` behind, and the same call goes on from its
+    finished shards.
+
+    Args:
+        source: What to write.
+        out_dir: New or empty folder.
+        progress: Show a progress bar.
+        records_per_shard: Pictures in a shard, at most; rounded down to whole samples.
+        workers: Processes that write shards.
+        skip_bad: How many samples with a damaged or unfitting file are left out; each is named on
+            stderr and in the manifest, and one more is an error.
+        run: Runs the jobs in another way and yields their notes in any order, see `beam`.
+
+    Raises:
+        UserError: `out_dir` exists, a picture of the source is unusable, or the disk is full.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise UserError(f"{out_dir} already exists; choose another folder or delete it.")
+    for name, value, least in (("workers", workers, 1), ("skip_bad", skip_bad, 0)):
+        if value < least:
+            raise UserError(f"{name}={value} must be at least {least}.")
+    if not source.samples or not all(source.samples.values()):
+        empty = [name for name, refs in source.samples.items() if not refs]
+        raise UserError(f"{source.name} has no samples ({', '.join(empty)}); add pictures.")
+    source, dropped = without_duplicates(source)
+    building = out_dir.with_name(out_dir.name + ".building")
+    with disk_errors(out_dir), contextlib.ExitStack() as stack:
+        building.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(building))
+        jobs = plan_jobs(source, records_per_shard, skip_bad)
+        notes = finished_notes(building, jobs)
+        check_space(source.size * (len(jobs) - len(notes)) // len(jobs), building)
+        _remove_strangers(building, jobs, notes)
+        waiting = [job for job in jobs if job.name not in notes]
+        bar = stack.enter_context(
+            tqdm(
+                total=sum(len(job.refs) for job in jobs) * len(source.cameras),
+                initial=sum(note.records for note in notes.values()),
+                desc="shards",
+                unit="picture",
+                disable=not progress,
+            )
+        )
+        found = run(waiting, building) if run else _run_here(waiting, building, workers)
+        for note in found:
+            notes[note.name] = note
+            bar.update(note.records)
+            for sentence in note.bad:
+                tqdm.write(f"left out: {sentence}", file=sys.stderr)
+            _check_bad(notes.values(), skip_bad)
+        ordered = [notes[job.name] for job in jobs]
+        _finish(building, source, ordered, dropped)
+        shutil.rmtree(building / NOTES)
+        (building / ".lock").unlink()
+        building.rename(out_dir)
+    return open_shards(out_dir)
+
+
+def plan_jobs(source: Source, records_per_shard: int, skip_bad: int = 0) -> list[ShardJob]:
+    """The shards of a source, in order."""
+    step = max(1, records_per_shard // len(source.cameras))
+    jobs = []
+    for split, refs in source.samples.items():
+        parts = [refs[start : start + step] for start in range(0, len(refs), step)]
+        for k, part in enumerate(parts):
+            name = f"{DATASET}-{split}.array_record-{k:05d}-of-{len(parts):05d}"
+            jobs.append(
+                ShardJob(
+                    name, split, tuple(part), source.load, source.files, source.cameras, skip_bad
+                )
+            )
+    return jobs
+
+
+def write_shard(job: ShardJob, folder: Path) -> ShardNote:
+    """Writes one shard and then its note.
+
+    Raises:
+        UserError: More than `job.skip_bad` samples are unusable; the first ones are named.
+    """
+    folder = Path(folder)
+    features = tfds_features()
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    partial = folder / f".{job.name}.{os.getpid()}.partial"
+    scenes: dict[str, None] = {}
+    bad: list[str] = []
+    size, count = None, 0
+    with disk_errors(folder / job.name):
+        writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+        try:
+            for ref in job.refs:
+                try:
+                    records = job.load(ref)
+                except UserError as error:
+                    bad.append(str(error))
+                    if len(bad) > job.skip_bad:
+                        raise UserError(_too_many(bad, job.skip_bad)) from error
+                    continue
+                if tuple(record.camera for record in records) != job.cameras:
+                    raise ValueError(f"{ref} gave other cameras than {job.cameras}")
+                for record in records:
+                    encoded = features.encode_example(_typed(record, features))
+                    example = serializer.get_tf_example(encoded)
+                    writer.write(example.SerializeToString(deterministic=True))
+                    scenes.setdefault(record.scene)
+                    size = size or check_picture(record.image, "the first picture")
+                    count += 1
+            writer.close()
+            with partial.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            # The writer does not say that it could not flush: count what can be read back.
+            readable = array_record_module.ArrayRecordReader(str(partial)).num_records()
+            if readable != count:
+                raise OSError(errno.EIO, f"{job.name} holds {readable} of {count} records")
+            length = partial.stat().st_size
+            partial.replace(folder / job.name)
+        finally:
+            with contextlib.suppress(Exception):
+                writer.close()
+            partial.unlink(missing_ok=True)
+        note = ShardNote(
+            job.name,
+            job.split,
+            job.identity(),
+            count // len(job.cameras),
+            count,
+            length,
+            digest,
+            tuple(scenes),
+            size,
+            tuple(bad),
+        )
+        (folder / NOTES).mkdir(exist_ok=True)
+        write_json(folder / NOTES / f"{job.name}.json", asdict(note))
+    return note
+
+
+def _typed(record: Record, features) -> dict:
+    """The record's fields with arrays of the stored number types: TFDS casts none."""
+    return {
+        name: value.astype(features[name].np_dtype) if isinstance(value, np.ndarray) else value
+        for name, value in asdict(record).items()
+    }
+
+
+def finished_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardNote]:
+    """Notes of the shards that are whole and made of what they would be made of now."""
+    notes = {}
+    for job in jobs:
+        path = building / NOTES / f"{job.name}.json"
+        if not path.is_file():
+            continue
+        content = read_json(path)
+        note = ShardNote(
+            **content
+            | {key: tuple(content[key]) for key in ("scenes", "bad")}
+            | {"image_size": content["image_size"] and tuple(content["image_size"])}
+        )
+        shard = building / job.name
+        whole = shard.is_file() and shard.stat().st_size == note.bytes
+        if whole and note.identity == job.identity() and len(note.bad) <= job.skip_bad:
+            notes[job.name] = note
+    return notes
+
+
+def _run_here(jobs: Sequence[ShardJob], folder: Path, workers: int) -> Iterable[ShardNote]:
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
+            yield write_shard(job, folder)
+        return
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(min(workers, len(jobs)), context) as pool:
+            futures = [pool.submit(write_shard, job, folder) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"A worker died while writing {folder}, most likely for lack of memory; run the same "
+            "command again with fewer workers, it goes on where it stopped."
+        ) from error
+
+
+def _too_many(bad: Sequence[str], limit: int) -> str:
+    if not limit:
+        return f"{bad[0]} (--skip-bad N leaves out N such samples.)"
+    return f"{len(bad)} samples are bad, more than skip_bad={limit}; the last: {bad[-1]}"
+
+
+def _check_bad(notes: Iterable[ShardNote], limit: int) -> None:
+    bad = [sentence for note in notes for sentence in note.bad]
+    if len(bad) > limit:
+        raise UserError(_too_many(bad, limit))
+
+
+def _remove_strangers(building: Path, jobs: Sequence[ShardJob], notes: dict) -> None:
+    """Leaves only finished shards: a killed writer's parts and another plan's shards go."""
+    (building / NOTES).mkdir(exist_ok=True)
+    for path in building.iterdir():
+        if path.name not in notes and path.name not in (NOTES, ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (building / NOTES).iterdir():
+        if path.stem not in notes:
+            path.unlink()
+
+
+def _finish(building: Path, source: Source, notes: Sequence[ShardNote], dropped: dict) -> None:
+    """TFDS's metadata and the manifest."""
+    for split in source.samples:
+        if not sum(note.samples for note in notes if note.split == split):
+            raise UserError(f"No sample of split {split} of {source.name} is usable.")
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=building, dataset_name=DATASET, filetype_suffix="array_record"
+    )
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[note.records for note in notes if note.split == split],
+            num_bytes=sum(note.bytes for note in notes if note.split == split),
+            filename_template=template,
+        )
+        for split in source.samples
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=building,
+        features=tfds_features(),
+        split_infos=infos,
+        version=VERSION,
+        filename_template=template,
+        check_data=False,  # reads through TensorFlow
+        description="Driving pictures with foreground masks, ego state and way ahead.",
+        disable_shuffling=True,
+    )
+    write_json(
+        building / MANIFEST,
+        {
+            "format": FORMAT,
+            "source": source.name,
+            "samples": {
+                split: sum(note.samples for note in notes if note.split == split)
+                for split in source.samples
+            },
+            "cameras": source.cameras,
+            "classes": asdict(source.classes),
+            "scenes": list(dict.fromkeys(scene for note in notes for scene in note.scenes)),
+            "image_size": next(note.image_size for note in notes if note.image_size),
+            "shards": {
+                note.name: {"records": note.records, "bytes": note.bytes, "sha256": note.sha256}
+                for note in sorted(notes, key=lambda note: note.name)
+            },
+            "duplicates": dropped,
+            "skipped": [sentence for note in notes for sentence in note.bad],
+            "absent": list(source.absent),
+            "masker": source.masker,
+            "versions": {name: importlib.metadata.version(name) for name in _installed()},
+        },
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _installed() -> list[str]:
+    found = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
+    return [name for name in _VERSIONED if name in found]
