@@ -1,8 +1,16 @@
-"""Encoded record to arrays of one size."""
+"""Encoded record to arrays of one size.
+
+OpenCV decodes about three times as fast as Pillow and to the same pixels: none differs in 528 real
+camera JPEGs (480 x 360 and 1600 x 900), nor in baseline, progressive, grey, 4:4:4, 4:2:2 and 4:2:0
+ones or in 8-bit PNGs. CMYK JPEGs differ by one level; 16-bit PNGs are scaled here, clipped there.
+"""
+
+from typing import Literal
 
 import cv2
 import numpy as np
 
+from data_pipelines.resize import resize_bicubic
 from data_pipelines.schema import TOKEN_PIXELS, UNKNOWN_LABEL, Classes
 from fastdrive_jax.errors import UserError
 
@@ -36,9 +44,25 @@ def nearest_size(size: tuple[int, int]) -> tuple[int, int]:
     return tuple(max(1, round(value / TOKEN_PIXELS)) * TOKEN_PIXELS for value in size)
 
 
-def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
-    """RGB uint8 [H, W, 3] at `size` (H, W): averaged over areas when it shrinks, else linear."""
+def decode_image(
+    data: bytes, size: tuple[int, int], resize: Literal["bicubic", "area"] = "bicubic"
+) -> np.ndarray:
+    """The picture as RGB uint8 [H, W, 3] at `size` (H, W).
+
+    Args:
+        data: JPEG or PNG bytes.
+        size: Height and width in pixels.
+        resize: "bicubic" gives what the published Qwen2.5-VL processor gives; "area" averages when
+            it shrinks and is linear otherwise, for models that were trained that way.
+
+    Raises:
+        UserError: The bytes are no picture.
+    """
     image = _decode(data, _COLOR)
+    if resize == "bicubic":
+        return resize_bicubic(image, size)
+    if resize != "area":
+        raise ValueError(f"resize={resize!r} must be 'bicubic' or 'area'")
     if image.shape[:2] == size:
         return image
     shrinks = image.shape[0] >= size[0] and image.shape[1] >= size[1]
