@@ -29,6 +29,7 @@ from data_pipelines.maskers import checkpoints  # noqa: E402
 from data_pipelines.maskers.grounded_sam import GroundedSam, load_grounded_sam  # noqa: E402
 from data_pipelines.maskers.grounding_dino import without_copies  # noqa: E402
 from data_pipelines.maskers.run import folder_frames, make_masks  # noqa: E402
+from data_pipelines.maskers.segment_anything import load_segment_anything  # noqa: E402
 
 # The model looks for [CLS], [SEP], "." and "?" under these ids of BERT's vocabulary.
 SPECIAL = {
@@ -378,6 +379,40 @@ def test_masks_of_boxes_are_transformers_own(folders, frames):
         np.testing.assert_array_equal(masks[k], full[k, 0].numpy())
     assert masks[0].any()
     assert not masks[0].all()
+
+
+def test_a_video_checkpoint_of_sam_2_is_its_picture_model(folders, tmp_path):
+    """The form of the hub's SAM 2.1: another model type and weights that pictures don't need."""
+    config = tf.Sam2Config.from_pretrained(folders.sam2).to_dict()
+    small = {
+        f"memory_{key}": value
+        for key, value in {
+            "attention_hidden_size": 16,
+            "attention_num_layers": 1,
+            "attention_num_attention_heads": 1,
+            "attention_feed_forward_hidden_size": 16,
+            "attention_rope_feat_sizes": [4, 4],
+            "encoder_hidden_size": 16,
+            "encoder_output_channels": 8,
+            "fuser_num_layers": 1,
+            "fuser_embed_dim": 16,
+            "fuser_intermediate_dim": 16,
+        }.items()
+    }
+    parts = {
+        key: config[key] | {"model_type": f"sam2_video_{key.removesuffix('_config')}"}
+        for key in ("prompt_encoder_config", "mask_decoder_config")
+    }
+    vision = tf.Sam2Config.from_pretrained(folders.sam2).vision_config
+    video = tf.Sam2VideoConfig(
+        vision_config=vision, **parts, **small, mask_downsampler_embed_dim=16
+    )
+    tf.Sam2VideoModel(video).save_pretrained(tmp_path)
+    shutil.copy(folders.sam2 / "preprocessor_config.json", tmp_path)
+    checkpoint = checkpoints.find_checkpoint(tmp_path)
+    assert checkpoint.model_type == "sam2_video"
+    segmenter = load_segment_anything(checkpoint, "float32", "cpu")
+    assert type(segmenter.model) is tf.Sam2Model
 
 
 def test_copies_of_a_box_are_left_out():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,6 +226,23 @@ def test_bfloat16_runs(folder, frames):
     masker = load_sam3(folder, low(), dtype="bfloat16", device="cpu")
     assert masker.model.dtype == torch.bfloat16
     assert [m.shape for m in masker(frames)] == [(90, 160), (120, 100)]
+
+
+def test_a_video_checkpoint_holds_the_picture_model(masker, folder, frames, tmp_path):
+    """The form of the hub's SAM 3: the picture model is the detector of a video model."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    video = {"model_type": "sam3_video", "detector_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(video))
+    weights = load_file(folder / "model.safetensors")
+    weights = {f"detector_model.{key}": value for key, value in weights.items()}
+    weights["tracker_model.unused"] = torch.zeros(3)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    other = load_sam3(tmp_path, low(), device="cpu")
+    for one, two in zip(other(frames), masker(frames), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_what_is_wrong_is_named(folder, frames, tmp_path):
