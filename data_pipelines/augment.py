@@ -4,11 +4,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipelines.schema import LEFT, RIGHT
+from data_pipelines.schema import LEFT, RIGHT, TOKEN_PIXELS
 from fastdrive_jax.errors import UserError
 
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601 luma
 _MIRRORED = ("image", "mask", "labels")
+_X_TURNED = np.array([-1, 1, 1, 1], np.float32)
+_Y_TURNED = np.array([1, -1, 1, 1], np.float32)
+_SIGNS = {  # what turns round when y does; rotation rates about x and z do, about y not
+    "future": (1, -1),
+    "history": (1, -1),
+    "ego_state": (1, 1, -1),
+    "can_bus": (1, 1, -1, 1, -1, 1, -1, -1),
+    "agents": (1, -1, -1, 1, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -55,20 +64,64 @@ def jitter_colors(image: np.ndarray, jitter: ColorJitter, rng: np.random.Generat
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
-def mirror(example: dict) -> dict:
-    """Swaps left and right in pictures, waypoints and command; only what the example has.
+def mirrored_cameras(cameras: tuple[str, ...]) -> tuple[int, ...]:
+    """For each camera the place of the one that it becomes in a mirror.
+
+    Raises:
+        UserError: A camera's counterpart is not among them.
+    """
+    names = [_counterpart(camera) for camera in cameras]
+    if lacking := sorted(set(names) - set(cameras)):
+        raise UserError(
+            f"Samples of {', '.join(cameras)} cannot be flipped: in a mirror they would need "
+            f"{', '.join(lacking)}; choose those too, or CAM_FRONT alone, or no flip."
+        )
+    return tuple(cameras.index(name) for name in names)
+
+
+def _counterpart(camera: str) -> str:
+    if camera.endswith("LEFT"):
+        return camera.removesuffix("LEFT") + "RIGHT"
+    return camera.removesuffix("RIGHT") + "LEFT" if camera.endswith("RIGHT") else camera
+
+
+def mirror(
+    example: dict, image_size: tuple[int, int], swapped: tuple[int, ...] | None = None
+) -> dict:
+    """The example in a world whose left and right have changed places; only what it has.
 
     Args:
-        example: image [..., H, W, 3], mask and labels [..., H, W]; perhaps future [6, 2], command.
+        example: Fields of `examples`, without batch axis.
+        image_size: Height and width in pixels.
+        swapped: Of a sample, see `mirrored_cameras`; None of a picture.
     """
     out = dict(example)
     for key in _MIRRORED:
         if key in out:
             axis = -2 if key == "image" else -1
-            out[key] = np.ascontiguousarray(np.flip(out[key], axis))
-    if "future" in out:
-        out["future"] = out["future"] * np.array([1, -1], np.float32)
+            out[key] = np.flip(out[key], axis)
+    if "foreground" in out:
+        rows, columns = (side // TOKEN_PIXELS for side in image_size)
+        shares = out["foreground"].reshape(*out["foreground"].shape[:-1], rows, columns)
+        out["foreground"] = shares[..., ::-1].reshape(out["foreground"].shape)
+    if "intrinsic" in out:
+        # What was u pixels from the left edge is u from the right one. Skew turns round too.
+        turned = out["intrinsic"].copy()
+        turned[..., 0, 1] *= -1
+        turned[..., 0, 2] = image_size[1] - turned[..., 0, 2]
+        out["intrinsic"] = turned
+    if "camera_to_ego" in out:
+        # Rotations stay rotations: the camera's x and the car's y both turn round.
+        out["camera_to_ego"] = _Y_TURNED[:, None] * out["camera_to_ego"] * _X_TURNED
+    if swapped is not None:
+        order = list(swapped)
+        for key in ("image", "mask", "labels", "foreground", "intrinsic", "camera_to_ego"):
+            if key in out:
+                out[key] = out[key][order]
+    for key, signs in _SIGNS.items():
+        if key in out:
+            out[key] = out[key] * np.array(signs, np.float32)
     if "command" in out:
         swap = {LEFT: RIGHT, RIGHT: LEFT}
         out["command"] = np.int32(swap.get(int(out["command"]), int(out["command"])))
-    return out
+    return {key: np.asarray(value, order="C") for key, value in out.items()}

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -63,7 +64,7 @@ class ShardJob:
     split: str
     refs: tuple[Any, ...]
     load: Callable[[Any], tuple[Record, ...]]
-    files: Callable[[Any], tuple[Path, ...]]
+    files: Callable[[Any], tuple[tuple[Path, ...], tuple[Path, ...]]]
     cameras: tuple[str, ...]
     skip_bad: int
 
@@ -72,7 +73,7 @@ class ShardJob:
         digest = hashlib.sha256(repr((FORMAT, self.name, self.split, self.cameras)).encode())
         for ref in self.refs:
             digest.update(json.dumps(asdict(ref), default=_plain).encode())
-            for path in self.files(ref):
+            for path in itertools.chain(*self.files(ref)):
                 with contextlib.suppress(OSError):
                     stat = path.stat()
                     digest.update(repr((stat.st_size, stat.st_mtime_ns)).encode())
@@ -195,7 +196,9 @@ def write_shard(job: ShardJob, folder: Path) -> ShardNote:
     bad: list[str] = []
     size, count = None, 0
     with disk_errors(folder / job.name):
-        writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+        # Random access reads one record at a time, and pictures do not get smaller by compression.
+        options = "group_size:1,uncompressed"
+        writer = array_record_module.ArrayRecordWriter(str(partial), options)
         try:
             for ref in job.refs:
                 try:

@@ -17,7 +17,7 @@ def without_duplicates(source: Source) -> tuple[Source, dict[str, int]]:
     by_size: dict[tuple[int, ...], list[tuple[str, int]]] = {}
     for split in order:
         for place, ref in enumerate(source.samples[split]):
-            sizes = tuple(path.stat().st_size for path in source.files(ref))
+            sizes = tuple(path.stat().st_size for path in source.files(ref)[0])
             by_size.setdefault(sizes, []).append((split, place))
     drop: set[tuple[str, int]] = set()
     for places in by_size.values():
@@ -25,7 +25,7 @@ def without_duplicates(source: Source) -> tuple[Source, dict[str, int]]:
             continue
         seen = set()
         for split, place in places:
-            digest = _digest(source.files(source.samples[split][place]))
+            digest = _digest(source.files(source.samples[split][place])[0])
             if digest in seen:
                 drop.add((split, place))
             seen.add(digest)

@@ -206,13 +206,14 @@ def _fill_split(partial, arrays, split, done, shards, encoder, identity, batch_s
         image_size=tuple(identity["image_size"]),
         shuffle=False,
         num_epochs=1,
-        drop_remainder=False,
+        remainder="keep",
+        resize="area",  # the frozen encoder is no Qwen2.5-VL; figures in the README are of these
     )
     batches = iter(make_loader(shards, split, config))
     start, total = done[split], len(arrays["tokens"])
     if start >= total:
         return
-    batches.set_state({"next_index": start})
+    batches.set_state({"examples": start})
     for number, batch in enumerate(batches, 1):
         count = len(batch["image"])
         stop = start + count

@@ -84,8 +84,8 @@ def read_image_folder(
     )
 
 
-def _files(ref: PictureRef) -> tuple[Path, ...]:
-    return (ref.picture,)
+def _files(ref: PictureRef) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    return (ref.picture,), tuple(path for path in (ref.mask, ref.labels) if path)
 
 
 def _load(ref: PictureRef, classes: Classes) -> tuple[Record, ...]:

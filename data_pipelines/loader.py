@@ -1,10 +1,13 @@
-"""Batches from shards: a Grain pipeline whose position can be saved and restored exactly.
+"""Batches from shards: a Grain pipeline over one endless stream of examples.
 
-The position that an iterator's `get_state` gives holds for this very configuration only; read
-`identity` of a loader and keep it beside a checkpoint, since Grain itself does not notice when a
-position is used with another batch size, worker count or seed.
+The order of the stream depends on the data, the seed and the shuffling only: every epoch has each
+example once. Batch t of all hosts together holds the examples [t G, (t + 1) G), G being the batch
+size times the number of hosts, whatever the numbers of hosts, workers and threads; augmentation is
+drawn by an example's place in the stream. So a position is one number, of examples given so far,
+and a run that goes on with other hosts or another batch size goes on at exactly that example.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
@@ -12,9 +15,17 @@ from typing import Literal
 import grain
 import numpy as np
 
-from data_pipelines.augment import NO_JITTER, ColorJitter, jitter_colors, mirror
-from data_pipelines.decode import check_size, decode_image, decode_labels, decode_mask
-from data_pipelines.schema import CAMERAS, Classes
+from data_pipelines.augment import NO_JITTER, ColorJitter, jitter_colors, mirror, mirrored_cameras
+from data_pipelines.decode import check_size
+from data_pipelines.examples import (
+    DEFAULT_FIELDS,
+    PICTURE_FIELDS,
+    SAMPLE_FIELDS,
+    Decoding,
+    decode_example,
+    single_threaded,
+)
+from data_pipelines.schema import CAMERAS
 from data_pipelines.shards import Shards, record_source
 from fastdrive_jax.errors import UserError
 
@@ -26,47 +37,109 @@ class LoaderConfig:
     Attributes:
         batch_size: Pictures (or samples) in a batch of this process.
         image_size: Height and width in pixels, each a multiple of 28.
+        resize: "bicubic" as the published Qwen2.5-VL processor, or "area"; see `decode_image`.
         cameras: Which cameras to read; None means all that the shards have.
         group: "picture" gives one picture an item, "sample" all chosen cameras of a moment.
+        fields: Arrays to make, of `examples.PICTURE_FIELDS` or `SAMPLE_FIELDS`; None gives the
+            usual ones.
         shuffle: Another order each epoch; off gives the order of the shards.
         seed: Root of shuffling and augmentation.
         num_epochs: Passes over the data; None means endless.
-        flip: Mirror half of the items. With samples of the front camera alone, also the way
-            ahead and the command; with other cameras a mirrored car would need other cameras.
+        flip: Mirror half of the items, with calibration, ways and command. Samples need cameras
+            that change places: all six, or the front and back ones.
         jitter: Random colours, one draw an item.
-        drop_remainder: Leave out a last batch that is not full.
+        remainder: What becomes of the last batch of all hosts that is not full: "drop" leaves it
+            out, "keep" gives it smaller (one host only), "pad" fills it with its last example and
+            adds an array "valid", bool [B], to every batch.
+        max_agents: Rows of the agents' arrays, nearest first.
         num_workers: Processes that decode; 0 uses threads of this one.
-        read_threads: Threads that decode in each process.
+        read_threads: Threads of each process, each of which makes whole batches.
     """
 
     batch_size: int
     image_size: tuple[int, int] = (224, 392)
+    resize: Literal["bicubic", "area"] = "bicubic"
     cameras: tuple[str, ...] | None = None
     group: Literal["picture", "sample"] = "picture"
+    fields: tuple[str, ...] | None = None
     shuffle: bool = True
     seed: int = 0
     num_epochs: int | None = None
     flip: bool = False
     jitter: ColorJitter = NO_JITTER
-    drop_remainder: bool = True
+    remainder: Literal["drop", "keep", "pad"] = "drop"
+    max_agents: int = 64
     num_workers: int = 0
     read_threads: int = 4
 
     def __post_init__(self):
         check_size(self.image_size)
-        for name, least in (("batch_size", 1), ("num_workers", 0), ("read_threads", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
+        least = {"batch_size": 1, "num_workers": 0, "read_threads": 1, "max_agents": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {value}.")
         if self.num_epochs is not None and self.num_epochs < 1:
             raise UserError(
                 f"num_epochs={self.num_epochs} must be at least 1, or none for endless."
             )
-        if self.group not in ("picture", "sample"):
-            raise UserError(f"group={self.group!r} must be 'picture' or 'sample'.")
+        choices = {
+            "group": ("picture", "sample"),
+            "resize": ("bicubic", "area"),
+            "remainder": ("drop", "keep", "pad"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}={getattr(self, name)!r} must be one of {known}.")
         if self.cameras is not None:
             unknown = [camera for camera in self.cameras if camera not in CAMERAS]
             if unknown or not self.cameras or len(set(self.cameras)) < len(self.cameras):
                 raise UserError(f"cameras={self.cameras} must name some of {CAMERAS}, each once.")
+        known = PICTURE_FIELDS if self.group == "picture" else SAMPLE_FIELDS
+        if self.fields is not None and (not self.fields or set(self.fields) - set(known)):
+            raise UserError(f"fields={self.fields} must name some of {known}.")
+
+
+class BatchIterator(Iterator):
+    """Batches from a position on; `get_state` and `set_state` read and set it as a JSON object."""
+
+    def __init__(self, start: Callable[[int], Iterator[dict]], batch_examples: int):
+        self._start = start
+        self._batch_examples = batch_examples
+        self._given = 0
+        self._batches: Iterator[dict] | None = None
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._batches is None:
+            self._batches = self._start(self._given)
+        batch = next(self._batches)
+        self._given += self._batch_examples
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """Where the next batch begins: the number of examples that all hosts were given."""
+        return {"examples": self._given}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to a position that any number of hosts, with any batch size, has left."""
+        self.close()
+        self._given = int(state["examples"])
+
+    def close(self) -> None:
+        """Ends threads and processes."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+
+@dataclass(frozen=True)
+class Loader:
+    """An iterable of batches; every `iter` begins at the first."""
+
+    start: Callable[[int], Iterator[dict]]
+    batch_examples: int
+
+    def __iter__(self) -> BatchIterator:
+        return BatchIterator(self.start, self.batch_examples)
 
 
 def make_loader(
@@ -75,88 +148,127 @@ def make_loader(
     config: LoaderConfig,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.IterDataset:
-    """Batches of `split` as a `grain.IterDataset` of dicts of numpy arrays.
+) -> Loader:
+    """Batches of `split` as dicts of numpy arrays.
 
     In picture mode: image uint8 [B, H, W, 3], mask uint8 {0, 1} [B, H, W], labels uint8 [B, H, W]
     (255 = ignored or unknown), camera int32 [B] (index into the cameras that were chosen), scene
-    int32 [B] (index into `shards.scenes`). In sample mode: image [B, C, H, W, 3], mask and labels
-    [B, C, H, W], speed float32 [B], command int32 [B], future float32 [B, 6, 2], future_valid bool
-    [B, 6], scene int32 [B].
-
-    Its iterator has `get_state` and `set_state`; after the latter, the batches, augmentation
-    included, are those that would have followed.
+    int32 [B] (index into `shards.scenes`); on demand foreground float32 [B, N], the mask's share of
+    each 28 x 28 token, intrinsic float32 [B, 3, 3] at this size, camera_to_ego float32 [B, 4, 4]
+    and index int64 [B], the item's number in the split. In sample mode: image [B, C, H, W, 3] and
+    so on, speed float32 [B], command int32 [B], future float32 [B, 6, 2], future_valid bool [B, 6],
+    scene; on demand what `schema.Record` holds beside them, the agents as [B, max_agents, ...].
 
     Args:
         shards: An opened data set.
         split: One of its splits.
         config: How to make batches; `batch_size` is that of each process.
         process_index: This process.
-        process_count: Processes that share the data; each item goes to one of them, and a
-            remainder that would leave them unequal is left out.
+        process_count: Processes that share the data; no example is left out or given twice.
 
     Raises:
-        UserError: No such split or camera, too little data for a batch, or flips with cameras that
-            cannot be mirrored.
+        UserError: No such split or camera, too little data for a batch, a remainder that several
+            hosts cannot have, or flips with cameras that cannot be mirrored.
     """
     cameras = _chosen_cameras(shards, config)
-    if config.flip and config.group == "sample" and cameras != ("CAM_FRONT",):
-        raise UserError(
-            f"Samples of {', '.join(cameras)} cannot be flipped: left and right cameras would have "
-            "to change places; use CAM_FRONT alone or no flip."
-        )
+    swapped = mirrored_cameras(cameras) if config.flip and config.group == "sample" else None
     items = _Items(shards, split, cameras, config.group)
     data = grain.MapDataset.source(items).seed(config.seed)
     if config.shuffle:
         data = data.shuffle()
-    if process_count > 1:
-        data = data[: len(data) - len(data) % process_count][process_index::process_count]
-    if len(data) < (config.batch_size if config.drop_remainder else 1) and config.num_epochs:
-        raise UserError(
-            f"Split {split!r} of {shards.path} gives {len(data)} items to a process, fewer than "
-            f"one batch of {config.batch_size}; make the batch smaller."
-        )
     data = data.repeat(config.num_epochs)
-    data = data.map(partial(decode_item, shards=shards, cameras=cameras, config=config))
+    fields = config.fields or DEFAULT_FIELDS[config.group]
+    decoding = Decoding(
+        config.image_size, config.resize, fields, config.group, cameras, config.max_agents
+    )
+    data = data.map(partial(decode_example, shards=shards, decoding=decoding))
     if config.flip or config.jitter.active:
-        data = data.random_map(partial(_augment, config=config))
-    options = grain.ReadOptions(
-        num_threads=config.read_threads,
-        prefetch_buffer_size=max(config.read_threads, 2 * config.batch_size),
-    )
-    batches = data.to_iter_dataset(options).batch(
-        config.batch_size, drop_remainder=config.drop_remainder
-    )
-    if config.num_workers:
-        _mark_flags_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
-    return batches
+        data = data.random_map(partial(_augment, config=config, swapped=swapped))
+    together = config.batch_size * process_count
+    if config.remainder == "keep" and process_count > 1:
+        raise UserError(
+            "remainder='keep' would give hosts batches of different sizes; use 'pad' or 'drop'."
+        )
+    if config.num_epochs and config.remainder == "drop" and len(data) < together:
+        raise UserError(
+            f"Split {split!r} of {shards.path} gives {len(items)} items, fewer than one batch of "
+            f"{together}; make the batch smaller."
+        )
+
+    def start(given: int) -> Iterator[dict]:
+        rest = data[given:] if given else data
+        if config.num_epochs:
+            rest = _whole_batches(rest, together, config.remainder)
+        if process_count > 1:
+            rest = rest[process_index::process_count]
+        batches = rest.batch(config.batch_size)
+        return iter(_read(batches, config))
+
+    return Loader(start, together)
 
 
-def identity(
-    shards: Shards, split: str, config: LoaderConfig, process_count: int = 1
-) -> dict[str, object]:
-    """What a saved position depends on, as JSON values; unequal identities must not share one."""
+def identity(shards: Shards, split: str, config: LoaderConfig) -> dict[str, object]:
+    """What the stream of examples depends on, as JSON values.
+
+    A position is of this stream: keep it beside a checkpoint. Batch size, hosts, workers and
+    threads are not part of it, since a position holds for any of them.
+    """
     fields = asdict(config)
-    del fields["read_threads"]  # changes speed only
+    for name in ("batch_size", "num_workers", "read_threads", "remainder"):
+        del fields[name]
     return {
         "data": shards.digest,
         "split": split,
-        "process_count": process_count,
         **{key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()},
     }
 
 
+def _whole_batches(data: grain.MapDataset, size: int, remainder: str) -> grain.MapDataset:
+    if remainder == "drop":
+        return data[: len(data) // size * size]
+    return data if remainder == "keep" else _Padded(data, -(-len(data) // size) * size)
+
+
+class _Padded(grain.MapDataset):
+    """A data set filled up with its last example; "valid" says which are real."""
+
+    def __init__(self, parent: grain.MapDataset, length: int):
+        super().__init__(parent)
+        self._real, self._length = len(parent), length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        example = self._parent[min(index, self._real - 1)]
+        return {**example, "valid": np.bool_(index < self._real)}
+
+
+def _read(batches: grain.MapDataset, config: LoaderConfig) -> grain.IterDataset:
+    threads = grain.ReadOptions(
+        num_threads=config.read_threads, prefetch_buffer_size=config.read_threads + 1
+    )
+    data = batches.to_iter_dataset(threads)
+    single_threaded()
+    if config.num_workers:
+        _mark_flags_parsed()
+        options = grain.MultiprocessingOptions(num_workers=config.num_workers)
+        data = data.mp_prefetch(options, worker_init_fn=_start_worker)
+    return data
+
+
+def _start_worker(index: int, count: int) -> None:
+    del index, count
+    single_threaded()
+
+
 class _Items:
-    """Random access to raw items: the list of one record, or of a sample's chosen records."""
+    """Random access to an item's number and its records: one, or those of a sample's cameras."""
 
     def __init__(self, shards: Shards, split: str, cameras: tuple[str, ...], group: str):
         self._records = record_source(shards, split)
-        if len(self._records) != shards.records(split):
-            raise UserError(
-                f"Split {split!r} of {shards.path} holds {len(self._records)} records instead of "
-                f"{shards.records(split)}; build the shards again."
-            )
         self._stride = len(shards.cameras)
         self._offsets = [shards.cameras.index(camera) for camera in cameras]
         self._per_item = len(cameras) if group == "sample" else 1
@@ -165,52 +277,29 @@ class _Items:
     def __len__(self) -> int:
         return self._samples * len(self._offsets) // self._per_item
 
-    def __getitem__(self, index) -> list[dict]:
+    def __getitem__(self, index) -> tuple[int, list[dict]]:
         if self._per_item > 1:
             sample, chosen = int(index), self._offsets
         else:
             sample, place = divmod(int(index), len(self._offsets))
             chosen = [self._offsets[place]]
-        return [self._records[sample * self._stride + offset] for offset in chosen]
+        records = [self._records[sample * self._stride + offset] for offset in chosen]
+        return int(index), records
 
     def __repr__(self) -> str:
         return f"driving items ({len(self)})"
 
 
-def decode_item(
-    records: list[dict], *, shards: Shards, cameras: tuple[str, ...], config: LoaderConfig
-) -> dict[str, np.ndarray]:
-    """Raw records of an item to arrays, without batch axis (see `make_loader`)."""
-    size, classes = config.image_size, shards.classes
-    pictures = [_decode_picture(record, size, classes) for record in records]
-    first = records[0]
-    scene = np.int32(shards.scenes.index(first["scene"].decode()))
-    if config.group == "picture":
-        camera = np.int32(cameras.index(first["camera"].decode()))
-        return {**pictures[0], "camera": camera, "scene": scene}
-    stacked = {key: np.stack([picture[key] for picture in pictures]) for key in pictures[0]}
-    return {
-        **stacked,
-        "speed": np.float32(first["ego_state"][0]),
-        "command": np.int32(first["command"]),
-        "future": np.asarray(first["future"], np.float32),
-        "future_valid": np.asarray(first["future_valid"], bool),
-        "scene": scene,
-    }
-
-
-def _decode_picture(record: dict, size: tuple[int, int], classes: Classes) -> dict:
-    return {
-        "image": decode_image(record["image"], size),
-        "mask": decode_mask(record["mask"], size),
-        "labels": decode_labels(record["labels"], size, classes),
-    }
-
-
-def _augment(example: dict, rng: np.random.Generator, *, config: LoaderConfig) -> dict:
+def _augment(
+    example: dict,
+    rng: np.random.Generator,
+    *,
+    config: LoaderConfig,
+    swapped: tuple[int, ...] | None,
+) -> dict:
     if config.flip and rng.random() < 0.5:
-        example = mirror(example)
-    if config.jitter.active:
+        example = mirror(example, config.image_size, swapped)
+    if config.jitter.active and "image" in example:
         example = {**example, "image": jitter_colors(example["image"], config.jitter, rng)}
     return example
 

@@ -170,7 +170,8 @@ class Source:
         samples: Split name to references of its samples, in drive order.
         load: Turns a reference into its records, one for each camera, in camera order. It and the
             references can be pickled, so that other processes and machines load too.
-        files: A reference's files of pictures, in camera order, to find duplicates by.
+        files: A reference's pictures, in camera order, and its other files: by the first duplicates
+            are found, by both whether a shard is out of date.
         size: Bytes of all files that `load` will read, for the check of free disk space.
         absent: What the data set lacks, a sentence each.
         masker: How the masks were made, as `maskers.run` notes it; empty where not known.
@@ -181,7 +182,7 @@ class Source:
     classes: Classes
     samples: dict[str, tuple[Any, ...]]
     load: Callable[[Any], tuple[Record, ...]]
-    files: Callable[[Any], tuple[Path, ...]]
+    files: Callable[[Any], tuple[tuple[Path, ...], tuple[Path, ...]]]
     size: int = 0
     absent: tuple[str, ...] = ()
     masker: dict[str, Any] = field(default_factory=dict)

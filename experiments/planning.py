@@ -55,11 +55,12 @@ def planning_split(
         group="sample",
         shuffle=False,
         num_epochs=1,
-        drop_remainder=False,
+        remainder="keep",
+        fields=("speed", "command", "future", "future_valid", "scene"),
     )
     parts: dict[str, list] = {}
     for batch in make_loader(shards, split, config):
-        for name in ("speed", "command", "future", "future_valid", "scene"):
+        for name in config.fields:
             parts.setdefault(name, []).append(batch[name])
     pictures = np.flatnonzero(features.camera == shards.cameras.index("CAM_FRONT"))
     joined = {name: np.concatenate(values) for name, values in parts.items()}

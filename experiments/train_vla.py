@@ -78,7 +78,7 @@ def loader_config(config: TrainVLAConfig, train: bool) -> LoaderConfig:
         num_epochs=None if train else 1,
         flip=train and config.model.cameras == ("CAM_FRONT",),
         jitter=ColorJitter(0.2, 0.2, 0.2) if train else ColorJitter(),
-        drop_remainder=train,
+        remainder="drop" if train else "keep",
     )
 
 

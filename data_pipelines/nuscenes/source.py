@@ -94,9 +94,10 @@ def read_nuscenes(
     )
 
 
-def sample_files(ref: SampleRef) -> tuple[Path, ...]:
-    """Pictures of a reference."""
-    return tuple(picture for picture, _, _ in ref.files)
+def sample_files(ref: SampleRef) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Pictures of a reference, and masks and labels."""
+    others = tuple(path for paths in ref.files for path in paths[1:] if path is not None)
+    return tuple(paths[0] for paths in ref.files), others
 
 
 def load_sample(ref: SampleRef, classes: Classes) -> tuple[Record, ...]:

@@ -11,9 +11,8 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -29,6 +28,18 @@ from fastdrive_jax.training.run_config import (
 )
 
 _NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+class Positioned(Protocol):
+    """An iterator of batches whose position is a JSON object, equal on all hosts."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The position of the next batch."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        ...
 
 
 class RunCheckpoints:
@@ -82,7 +93,7 @@ class RunCheckpoints:
         """The step of the newest whole checkpoint, None in a new run."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, iterator: grain.DatasetIterator) -> None:
+    def save(self, step: int, state: Any, iterator: Positioned) -> None:
         """Copy state and data position now, write them in the background.
 
         A step that is already saved is left as it is. `state` may be donated afterwards.
@@ -102,13 +113,11 @@ class RunCheckpoints:
             _check_room(self._root, state)
             self._saving = step
             args = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator.get_state())
             )
             self._manager.save(step, args=args, force=True)
 
-    def restore(
-        self, abstract: Any, iterator: grain.DatasetIterator, step: int | None = None
-    ) -> Any:
+    def restore(self, abstract: Any, iterator: Positioned, step: int | None = None) -> Any:
         """Read a checkpoint and put the iterator where it was.
 
         Args:
@@ -130,11 +139,13 @@ class RunCheckpoints:
         verify_checksums(folder)
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract),
-            data=grain.checkpoint.CheckpointRestore(iterator),
+            data=ocp.args.JsonRestore(),
         )
         with _reading(folder):
             _check_tree(folder, _stored_tree(folder / "state"), abstract)
-            return self._manager.restore(step, args=args).state
+            found = self._manager.restore(step, args=args)
+        iterator.set_state(found.data)
+        return found.state
 
     def wait(self) -> None:
         """Return when what was saved is on the disk.

@@ -8,23 +8,26 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import grain
 import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding, shard_batch
-from fastdrive_jax.training.checkpoints import RunCheckpoints
+from fastdrive_jax.training.checkpoints import Positioned, RunCheckpoints
 from fastdrive_jax.training.metrics_log import MetricsLog, Record
 from fastdrive_jax.training.signals import stop_on_signals
 from fastdrive_jax.training.state import Batch, TrainState, abstract_state, materialize
 
 LOG_FILE = "metrics.jsonl"
+
+
+class Batches(Positioned, Iterator[Batch], Protocol):
+    """Batches whose position goes into checkpoints; a loader's iterator, or Grain's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ def fit(
     config: Any,
     init_state: Callable[[], TrainState],
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-    batches: grain.DatasetIterator,
+    batches: Batches,
     total_steps: int,
     *,
     frozen: Any = None,
@@ -207,7 +210,7 @@ def _due(step: int, every: int, last: bool) -> bool:
     return step == 0 or last or bool(every and step % every == 0)
 
 
-def _draw(batches: grain.DatasetIterator, step: int, total: int) -> tuple[Batch, float]:
+def _draw(batches: Batches, step: int, total: int) -> tuple[Batch, float]:
     """The next batch and the seconds that it was waited for."""
     begin = time.perf_counter()
     try:

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 from nuscenes_fixture import scene_arrays, write_nuscenes
 
-from data_pipelines.augment import ColorJitter
+from data_pipelines.augment import ColorJitter, mirrored_cameras
 from data_pipelines.build import build_shards
 from data_pipelines.loader import LoaderConfig, identity, make_loader
 from data_pipelines.nuscenes.source import read_nuscenes
-from data_pipelines.schema import LEFT, RIGHT
+from data_pipelines.schema import CAMERAS, LEFT, RIGHT
 from data_pipelines.shards import record_source
 from fastdrive_jax.errors import UserError
 
 SIZE = (56, 84)
-PLAIN = LoaderConfig(4, SIZE, shuffle=False, num_epochs=1, drop_remainder=False)
+PLAIN = LoaderConfig(4, SIZE, shuffle=False, num_epochs=1, remainder="keep")
+STREAM = LoaderConfig(12, SIZE, seed=3, num_epochs=4, fields=("index",))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_chosen_cameras(shards):
 
 
 def test_shrinking_averages_and_keeps_labels_whole(shards):
-    small = batches(shards, replace(PLAIN, image_size=(28, 28)))[0]
+    small = batches(shards, replace(PLAIN, image_size=(28, 28), resize="area"))[0]
     big = batches(shards, PLAIN)[0]
     blocks = big["image"][0].reshape(28, 2, 28, 3, 3).astype(float).mean(axis=(1, 3))
     assert np.abs(small["image"][0] - blocks).max() <= 1
@@ -165,13 +166,75 @@ def test_threads_do_not_change_the_batches(shards):
         assert_equal(a, b)
 
 
-def test_processes_share_the_data(shards):
-    config = replace(LoaderConfig(2, SIZE, num_epochs=1, drop_remainder=False))
-    parts = [
-        fingerprints(batches(shards, config, process_index=k, process_count=4)) for k in range(4)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_hosts_share_every_batch_of_the_same_stream(shards, workers):
+    """Whatever the number of hosts, batch t holds the same examples, and epochs lack none."""
+    whole = column(batches(shards, replace(STREAM, batch_size=12)), "index")
+    assert sorted(whole[:18]) == sorted(whole[18:36]) == list(range(18))
+    for hosts in (2, 3, 4):
+        config = replace(STREAM, batch_size=12 // hosts, num_workers=workers if hosts == 2 else 0)
+        parts = [
+            column(batches(shards, config, process_index=k, process_count=hosts), "index")
+            for k in range(hosts)
+        ]
+        np.testing.assert_array_equal(np.stack(parts, 1).ravel(), whole)
+
+
+def test_a_position_holds_for_other_hosts_and_batch_sizes(shards):
+    """After 5 batches of 3 on two hosts, three hosts with batches of 2 go on at example 30."""
+    whole = column(batches(shards, replace(STREAM, batch_size=1)), "index")
+    states = []
+    for host in range(2):
+        running = iter(make_loader(shards, "train", replace(STREAM, batch_size=3), host, 2))
+        for _ in range(5):
+            next(running)
+        states.append(running.get_state())
+        running.close()
+    assert states == [{"examples": 30}] * 2
+    rest = []
+    for host in range(3):
+        resumed = iter(make_loader(shards, "train", replace(STREAM, batch_size=2), host, 3))
+        resumed.set_state(states[0])
+        rest.append(column(list(resumed), "index"))
+    np.testing.assert_array_equal(np.stack(rest, 1).ravel(), whole[30:])
+
+
+def test_the_last_batch_is_dropped_kept_or_padded(shards):
+    config = LoaderConfig(4, SIZE, num_epochs=1, shuffle=False, fields=("index",))
+    order = list(range(18))
+
+    def indices(remainder, **hosts):
+        made = batches(shards, replace(config, remainder=remainder), **hosts)
+        return [batch["index"].tolist() for batch in made], made
+
+    assert indices("drop")[0] == [order[k : k + 4] for k in (0, 4, 8, 12)]
+    assert indices("keep")[0][-1] == [16, 17]
+    found, made = indices("pad")
+    assert found[-1] == [16, 17, 17, 17]
+    assert [batch["valid"].sum() for batch in made] == [4, 4, 4, 4, 2]
+    per_host = [indices("pad", process_index=k, process_count=3) for k in range(3)]
+    assert [len(found) for found, _ in per_host] == [2, 2, 2]
+    real = [
+        index for _, made in per_host for batch in made for index in batch["index"][batch["valid"]]
     ]
-    assert [len(part) for part in parts] == [4] * 4  # 18 pictures: two are left out
-    assert len({p for part in parts for p in part}) == 16
+    assert sorted(real) == order
+    with pytest.raises(UserError, match="different sizes"):
+        indices("keep", process_count=3)
+
+
+def test_fields_are_chosen(shards):
+    fields = ("foreground", "mask", "intrinsic", "camera_to_ego", "index")
+    got = batches(shards, replace(PLAIN, image_size=(28, 56), fields=fields))[0]
+    assert set(got) == set(fields)
+    cells = got["mask"].reshape(4, 1, 28, 2, 28).mean((2, 4)).reshape(4, 2)
+    np.testing.assert_allclose(got["foreground"], cells, atol=1e-6)
+    # Pictures of 56 x 84 became half as high and two thirds as wide.
+    np.testing.assert_allclose(
+        got["intrinsic"][0], [[40, 0, 28], [0, 30, 14], [0, 0, 1]], atol=1e-5
+    )
+    np.testing.assert_allclose(got["camera_to_ego"][0][:3, 3], [1.5, 0, 1.4], atol=1e-6)
+    with pytest.raises(UserError, match="fields"):
+        replace(PLAIN, fields=("speed",))
 
 
 def test_endless_by_default(shards):
@@ -201,13 +264,12 @@ def test_flip_mirrors_pictures_and_plan(shards):
     assert (LEFT, RIGHT) in commands
 
 
-def test_flip_of_several_cameras_as_a_sample_is_refused(shards):
+def test_flips_need_cameras_that_change_places(shards):
     config = LoaderConfig(2, SIZE, group="sample", flip=True)
-    with pytest.raises(UserError, match="cannot be flipped"):
-        make_loader(shards, "train", config)
-    with pytest.raises(UserError, match="cannot be flipped"):
-        make_loader(shards, "train", replace(config, cameras=("CAM_BACK",)))
-    next(iter(make_loader(shards, "train", replace(config, group="picture"))))
+    next(iter(make_loader(shards, "train", config)))  # front and back
+    with pytest.raises(UserError, match="CAM_FRONT_RIGHT"):
+        mirrored_cameras(("CAM_FRONT", "CAM_FRONT_LEFT"))
+    assert mirrored_cameras(CAMERAS) == (0, 5, 4, 3, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -257,15 +319,15 @@ def test_unknown_split(shards):
         make_loader(shards, "test", PLAIN)
 
 
-def test_identity_tells_positions_apart(shards):
+def test_identity_tells_streams_apart(shards):
     config = LoaderConfig(4, SIZE)
     same = identity(shards, "train", config)
     assert json.loads(json.dumps(same)) == same
-    assert identity(shards, "train", replace(config, read_threads=9)) == same
-    for change in ({"seed": 1}, {"batch_size": 2}, {"num_workers": 2}, {"flip": True}):
+    for change in ({"read_threads": 9}, {"batch_size": 2}, {"num_workers": 2}):
+        assert identity(shards, "train", replace(config, **change)) == same
+    for change in ({"seed": 1}, {"flip": True}, {"resize": "area"}):
         assert identity(shards, "train", replace(config, **change)) != same
     assert identity(shards, "val", config) != same
-    assert identity(shards, "train", config, process_count=2) != same
 
 
 def test_jpeg_bytes_decode_without_exif_rotation(tmp_path):

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nuscenes_fixture import write_nuscenes
+from nuscenes_fixture import write_image, write_nuscenes
 
+from data_pipelines.beam import beam_runner
 from data_pipelines.build import build_shards
 from data_pipelines.nuscenes.source import read_nuscenes
+from data_pipelines.pictures import mask_png
 from data_pipelines.shards import open_shards, record_source
 from fastdrive_jax.errors import UserError
 
@@ -40,6 +42,11 @@ def spoiled(built, tmp_path) -> Path:
 
 def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def records_of(folder: Path) -> dict[str, str]:
+    """Hashes of the shards alone: the manifest has the name of the source's folder."""
+    return {name: sha for name, sha in hashes(folder).items() if "array_record" in name}
 
 
 def first_shard(folder: Path) -> Path:
@@ -133,37 +140,115 @@ def test_a_bad_picture_leaves_no_data_set_and_the_next_build_is_clean(source, bu
     assert hashes(tmp_path / "set") == hashes(built)
 
 
-def test_a_killed_build_is_never_taken_for_whole_and_starts_again(source, built, tmp_path):
-    root = write_nuscenes(tmp_path / "nu")
+def slow_build(root: Path, out: Path, token: str) -> subprocess.Popen:
+    """A build in another process that waits for ever at a sample."""
     code = f"""
-        import sys, time
+        import time
         from dataclasses import replace
         from pathlib import Path
         from data_pipelines.nuscenes.source import read_nuscenes
         from data_pipelines.build import build_shards
         source = read_nuscenes(Path({str(root)!r}))
         def slow(ref):
-            if ref.token == "b0":
-                print("at b0", flush=True)
+            if ref.token == {token!r}:
+                print("there", flush=True)
                 time.sleep(60)
             return source.load(ref)
-        build_shards(replace(source, load=slow), Path({str(tmp_path / "set")!r}), progress=False,
+        build_shards(replace(source, load=slow), Path({str(out)!r}), progress=False,
                      records_per_shard=8)
     """
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
     )
-    assert child.stdout.readline() == "at b0\n"
+    assert child.stdout.readline() == "there\n"
+    return child
+
+
+def test_a_killed_build_goes_on_from_its_finished_shards(built, tmp_path):
+    root = write_nuscenes(tmp_path / "nu")
+    child = slow_build(root, tmp_path / "set", "b0")
+    source = read_nuscenes(root)
+    with pytest.raises(UserError, match="another process"):
+        build_shards(source, tmp_path / "set", progress=False, records_per_shard=8)
     os.kill(child.pid, signal.SIGKILL)
     child.wait(timeout=10)
-    assert (tmp_path / "set.building").is_dir()
-    with pytest.raises(UserError):
-        open_shards(tmp_path / "set")
-    with pytest.raises(UserError):
-        open_shards(tmp_path / "set.building" / "driving_shards" / "1.0.0")
-    build_shards(source, tmp_path / "set", progress=False, records_per_shard=8)
-    assert hashes(tmp_path / "set") == hashes(built)
+    for folder in (tmp_path / "set", tmp_path / "set.building"):
+        with pytest.raises(UserError):
+            open_shards(folder)
+    finished = sorted((tmp_path / "set.building").glob("driving*"))
+    assert len(finished) == 3  # all of train
+    times = [path.stat().st_mtime_ns for path in finished]
+    loaded = []
+
+    def load(ref):
+        loaded.append(ref.token)
+        return source.load(ref)
+
+    build_shards(replace(source, load=load), tmp_path / "set", progress=False, records_per_shard=8)
+    assert loaded == [f"b{k}" for k in range(9)]
+    assert [(tmp_path / "set" / p.name).stat().st_mtime_ns for p in finished] == times
+    assert records_of(tmp_path / "set") == records_of(built)
     assert not (tmp_path / "set.building").exists()
+
+
+def test_shards_of_changed_masks_are_made_again(source, built, tmp_path):
+    root = write_nuscenes(tmp_path / "nu")
+    child = slow_build(root, tmp_path / "set", "b8")
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait(timeout=10)
+    mask = root / "masks" / "CAM_FRONT" / "a0-CAM_FRONT.png"
+    write_image(mask, np.zeros((56, 84), np.uint8))
+    shards = build_shards(
+        read_nuscenes(root), tmp_path / "set", progress=False, records_per_shard=8
+    )
+    assert record_source(shards, "train")[0]["mask"] == mask_png(mask.read_bytes(), mask, (56, 84))
+    old, new = records_of(built), records_of(shards.path)
+    assert [name for name in old if old[name] != new[name]] == [min(old)]
+
+
+@pytest.mark.parametrize("how", ["processes", "beam", "beam processes"])
+def test_whoever_runs_the_jobs_the_bytes_are_the_same(source, built, tmp_path, how):
+    if how == "processes":
+        options = {"workers": 2}
+    else:
+        pytest.importorskip("apache_beam", reason="needs the extra beam")
+        flags = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
+        options = {"run": beam_runner(flags if how == "beam processes" else [])}
+    build_shards(source, tmp_path / "set", progress=False, records_per_shard=8, **options)
+    assert hashes(tmp_path / "set") == hashes(built)
+
+
+def test_duplicates_are_dropped_and_counted_and_validation_keeps_its_own(tmp_path):
+    root = write_nuscenes(tmp_path / "nu")
+    for camera in ("CAM_FRONT", "CAM_BACK"):
+        folder = root / "samples" / camera
+        for copy, of in (("a1", "b2"), ("a5", "a4"), ("b7", "b6")):
+            shutil.copy(folder / f"{of}-{camera}.jpg", folder / f"{copy}-{camera}.jpg")
+    shards = build_shards(read_nuscenes(root), tmp_path / "set", progress=False)
+    assert shards.samples == {"train": 7, "val": 8}
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert manifest["duplicates"] == {"train": 2, "val": 1}
+    tokens = [record["sample_token"].decode() for record in record_source(shards, "train")]
+    assert tokens[::2] == ["a0", "a2", "a3", "a4", "a6", "a7", "a8"]
+
+
+def test_bad_samples_are_left_out_if_that_is_asked_for(tmp_path, capfd):
+    root = write_nuscenes(tmp_path / "nu")
+    cut = root / "samples" / "CAM_FRONT" / "a3-CAM_FRONT.jpg"
+    cut.write_bytes(cut.read_bytes()[:-300])
+    small = root / "masks" / "CAM_BACK" / "b5-CAM_BACK.png"
+    write_image(small, np.zeros((28, 28), np.uint8))
+    source = read_nuscenes(root)
+    for limit in (0, 1):
+        with pytest.raises(UserError, match=r"a3-CAM_FRONT|28 x 28.*56 x 84|skip_bad=1"):
+            build_shards(source, tmp_path / "set", progress=False, skip_bad=limit)
+    shards = build_shards(source, tmp_path / "set", progress=False, skip_bad=2)
+    assert shards.samples == {"train": 8, "val": 8}
+    said = capfd.readouterr().err
+    assert "a3-CAM_FRONT.jpg" in said
+    assert "b5-CAM_BACK.png" in said
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert len(manifest["skipped"]) == 2
 
 
 def test_too_little_space_is_seen_before_writing(source, tmp_path):
@@ -218,6 +303,41 @@ def test_a_changed_byte_is_found_by_checksums(spoiled):
     open_shards(spoiled)
     with pytest.raises(UserError, match=f"{path.name} is corrupt"):
         open_shards(spoiled, verify=True)
+
+
+def test_bad_samples_of_a_flipped_byte_are_left_out_if_that_is_asked_for(built, spoiled, capsys):
+    path = first_shard(spoiled)
+    data = bytearray(path.read_bytes())
+    place = data.index(record_source(open_shards(built), "train")[2]["image"])
+    data[place + 500] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"cannot be read.*--skip-bad"):
+        list(record_source(open_shards(spoiled), "train"))
+    shards = open_shards(spoiled, skip_bad=1)
+    assert capsys.readouterr().err == f"left out: sample 1 of split train in {path.name}\n"
+    assert shards.samples == {"train": 8, "val": 9}
+    assert shards.digest != open_shards(built).digest
+    found = [record["sample_token"] for record in record_source(shards, "train")]
+    whole = [record["sample_token"] for record in record_source(open_shards(built), "train")]
+    assert found == whole[:2] + whole[4:]
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "empty"])
+def test_a_lost_shard_is_left_out_if_that_is_asked_for(built, spoiled, capsys, fault):
+    path = sorted(spoiled.glob("*train*"))[1]  # samples 4 to 7
+    if fault == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-200] if fault == "truncated" else b"")
+    with pytest.raises(UserError, match=path.name):
+        open_shards(spoiled)
+    with pytest.raises(UserError, match="skip_bad=3"):
+        open_shards(spoiled, skip_bad=3)
+    shards = open_shards(spoiled, skip_bad=4)
+    assert path.name in capsys.readouterr().err
+    found = [record["sample_token"] for record in record_source(shards, "train")]
+    whole = [record["sample_token"] for record in record_source(open_shards(built), "train")]
+    assert set(found) == set(whole[:8] + whole[16:])
 
 
 def test_no_manifest_no_data_set(spoiled):
