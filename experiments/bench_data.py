@@ -5,8 +5,8 @@
 JPEG and mask to uint8 arrays, bicubic as the published processor resizes. Before anything is timed,
 all sides must give the same pixels. One thread is timed in CPU seconds, the loaders by the clock,
 in turn; needs the extra "parity". Takes about 4 minutes on 2 cores. To expect there: in one thread
-3.9 times Pillow at 1596 x 1596 and 2.5 times at 672 x 392, where decoding, equally fast on both
-sides, is most of the work; as a loader, 2 (processes) to 3.7 (threads) and 2.5 to 3.2 times torch's.
+3.9 times Pillow at 1596 x 1596 and 2.5 times at 672 x 392, where decoding picture and mask is
+most of our work; as a loader, 2 (processes) to 3.7 (threads) and 2.5 to 3.2 times torch's.
 """
 
 import hashlib
