@@ -14,9 +14,11 @@ from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.answer import AnswerArgs, answer
+from experiments.bench_data import BenchDataArgs, bench_data
 from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.bench_model import BenchModelArgs, bench_model
 from experiments.compile_model import CompileModelArgs, compile_model
+from experiments.data_commands import BuildArgs, MaskArgs, VerifyArgs, build, mask, verify
 from experiments.own_images import ImagesConfig, own_images
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
@@ -51,6 +53,22 @@ class TrainVLAArgs:
     config: TrainVLAConfig = field(default_factory=TrainVLAConfig)
 
 
+@dataclass(frozen=True)
+class DataArgs:
+    """From nuScenes as downloaded to checked shards of nuScenes-FG.
+
+    Attributes:
+        command: What to do.
+    """
+
+    command: Annotated[
+        Annotated[MaskArgs, tyro.conf.subcommand("mask", prefix_name=False)]
+        | Annotated[BuildArgs, tyro.conf.subcommand("build", prefix_name=False)]
+        | Annotated[VerifyArgs, tyro.conf.subcommand("verify", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+
+
 Command = (
     Annotated[QuickstartConfig, tyro.conf.subcommand("quickstart")]
     | Annotated[ImagesConfig, tyro.conf.subcommand("images")]
@@ -58,6 +76,8 @@ Command = (
     | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
     | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
     | Annotated[AnswerArgs, tyro.conf.subcommand("answer")]
+    | Annotated[DataArgs, tyro.conf.subcommand("data")]
+    | Annotated[BenchDataArgs, tyro.conf.subcommand("bench-data")]
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
     | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
     | Annotated[CompileModelArgs, tyro.conf.subcommand("compile-model")]
@@ -75,6 +95,12 @@ def train(args: TrainVLAArgs) -> None:
     save_vla(args.out / "vla.safetensors", train_vla(args.out, args.config))
 
 
+def data(args: DataArgs) -> None:
+    """Calls the command that was asked for."""
+    run = {MaskArgs: mask, BuildArgs: build, VerifyArgs: verify}
+    run[type(args.command)](args.command)
+
+
 RUN = {
     QuickstartConfig: quickstart,
     ImagesConfig: own_images,
@@ -82,6 +108,8 @@ RUN = {
     TrainPrunerConfig: train_on_shards,
     TrainVLAArgs: train,
     AnswerArgs: answer,
+    DataArgs: data,
+    BenchDataArgs: bench_data,
     BenchFrameArgs: bench_frame,
     BenchModelArgs: bench_model,
     CompileModelArgs: compile_model,

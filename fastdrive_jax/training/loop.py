@@ -20,6 +20,7 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding, shard_batch
 from fastdrive_jax.training.checkpoints import Positioned, RunCheckpoints
 from fastdrive_jax.training.metrics_log import MetricsLog, Record
+from fastdrive_jax.training.prefetch import DevicePrefetch
 from fastdrive_jax.training.signals import stop_on_signals
 from fastdrive_jax.training.state import Batch, TrainState, abstract_state, materialize
 
@@ -108,7 +109,7 @@ def fit(
     if min(total_steps, checkpoint_every, log_every) < 1:
         raise ValueError("total_steps, checkpoint_every and log_every must be at least 1")
     mesh = make_mesh(1, devices=jax.local_devices()) if mesh is None else mesh
-    put = batch_to_device or (lambda batch: shard_batch(batch, mesh))
+    batches = DevicePrefetch(batches, batch_to_device or (lambda batch: shard_batch(batch, mesh)))
     abstract = abstract_state(init_state, state_shardings or replicated_sharding(mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
@@ -144,7 +145,6 @@ def fit(
                     break
                 batch, waited = _draw(batches, step, total_steps)
                 items = len(jax.tree.leaves(batch)[0])
-                batch = put(batch)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch, *more)
                 meter.follow(step + 1, metrics, items, waited)

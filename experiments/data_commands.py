@@ -1,0 +1,271 @@
+"""From nuScenes as downloaded to shards of nuScenes-FG: masks, then shards, then a check.
+
+    fastdrive data mask --nuscenes ROOT --out MASKS masker:annotations
+    fastdrive data build --nuscenes ROOT --masks MASKS --out SHARDS --workers 8
+    fastdrive data verify --shards SHARDS
+
+Each goes on where it was stopped. `mask` shares its work among machines by `--part 0 4` and so on;
+`build` runs on Apache Beam with `--beam`.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from data_pipelines.beam import beam_runner
+from data_pipelines.build import RECORDS_PER_SHARD, build_shards
+from data_pipelines.image_folder import read_image_folder
+from data_pipelines.maskers.annotations import AnnotationConfig, AnnotationMasker
+from data_pipelines.maskers.grounded_sam import load_grounded_sam
+from data_pipelines.maskers.interface import Frame, Masker
+from data_pipelines.maskers.label_tables import TABLES, read_table
+from data_pipelines.maskers.labels import LabelMasker, read_segments
+from data_pipelines.maskers.prompts import DEFAULT_PROMPTS, ClassPrompt
+from data_pipelines.maskers.run import folder_frames, make_masks
+from data_pipelines.maskers.sam3 import SAM3_PROMPTS, load_sam3
+from data_pipelines.nuscenes.keyframes import read_keyframes
+from data_pipelines.nuscenes.map_layers import MapFolder
+from data_pipelines.nuscenes.source import read_nuscenes
+from data_pipelines.nuscenes.tables import open_nuscenes
+from data_pipelines.shards import open_shards
+from fastdrive_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class GroundedSamArgs:
+    """Boxes by text from GroundingDINO, masks from SAM 2 or SAM (extra `masks`).
+
+    Attributes:
+        detector: Folder or hub repository of the detector.
+        segmenter: Folder or hub repository of the segmenter.
+        prompts: What is searched, with thresholds.
+        dtype: "float32", "bfloat16" or "float16".
+        device: As torch names it; the first GPU by default, else the CPU.
+    """
+
+    detector: str = "IDEA-Research/grounding-dino-base"
+    segmenter: str = "facebook/sam2.1-hiera-large"
+    prompts: tuple[ClassPrompt, ...] = DEFAULT_PROMPTS
+    dtype: str = "float32"
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Sam3Args:
+    """Masks by text from SAM 3 (extra `masks`).
+
+    Attributes:
+        checkpoint: Folder or hub repository.
+        prompts: What is searched, with thresholds.
+        dtype: "float32", "bfloat16" or "float16".
+        device: As torch names it; the first GPU by default, else the CPU.
+    """
+
+    checkpoint: str = "facebook/sam3"
+    prompts: tuple[ClassPrompt, ...] = SAM3_PROMPTS
+    dtype: str = "float32"
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class LabelArgs:
+    """Masks from label maps that are there already.
+
+    Attributes:
+        labels: Folder of the label maps, with the names of the pictures.
+        table: One of the built-in tables, or a JSON file of one.
+        suffix: What stands behind a picture's name.
+        segments: COCO panoptic JSON file, for such label maps.
+    """
+
+    labels: Path
+    table: str
+    suffix: str = ".png"
+    segments: Path | None = None
+
+
+MaskerArgs = (
+    Annotated[AnnotationConfig, tyro.conf.subcommand("annotations")]
+    | Annotated[GroundedSamArgs, tyro.conf.subcommand("grounded-sam")]
+    | Annotated[Sam3Args, tyro.conf.subcommand("sam3")]
+    | Annotated[LabelArgs, tyro.conf.subcommand("labels")]
+)
+
+
+@dataclass(frozen=True)
+class MaskArgs:
+    """Write foreground masks and class maps of pictures.
+
+    Attributes:
+        out: Folder for masks/, labels/ and classes.json; the root itself will do.
+        nuscenes: Root of a nuScenes set, whose key frames are masked; or
+        images: any folder of pictures.
+        version: Table folder, needed if there are several.
+        masker: How.
+        batch_size: Pictures at once.
+        skip_bad: How many damaged pictures are left out, each named.
+        part: Index and count of this process among those that share the work.
+    """
+
+    out: Path
+    nuscenes: Path | None = None
+    images: Path | None = None
+    version: str | None = None
+    masker: MaskerArgs = field(default_factory=AnnotationConfig)
+    batch_size: int = 8
+    skip_bad: int = 0
+    part: tuple[int, int] = (0, 1)
+
+    def __post_init__(self):
+        if (self.nuscenes is None) == (self.images is None):
+            raise UserError("Give either --nuscenes or --images.")
+
+
+@dataclass(frozen=True)
+class BuildArgs:
+    """Pack pictures and masks into shards.
+
+    Attributes:
+        out: New folder of the shards.
+        nuscenes: Root of a nuScenes set; or
+        images: a folder of one's own, see the quick start.
+        masks: Folder that `mask` wrote, if it is not the root.
+        version: Table folder, needed if there are several.
+        split: Name for the one split of a set that has no splits.
+        foreground: Class ids of the foreground of `images` with labels.
+        records_per_shard: Pictures in a shard, at most.
+        workers: Processes that write shards.
+        skip_bad: How many bad samples are left out, each named.
+        beam: Write on Apache Beam (extra `beam`).
+        beam_options: Beam's options, as in --beam-options="--runner=FlinkRunner --parallelism=64".
+    """
+
+    out: Path
+    nuscenes: Path | None = None
+    images: Path | None = None
+    masks: Path | None = None
+    version: str | None = None
+    split: str | None = None
+    foreground: tuple[int, ...] | None = None
+    records_per_shard: int = RECORDS_PER_SHARD
+    workers: int = 1
+    skip_bad: int = 0
+    beam: bool = False
+    beam_options: str = ""
+
+    def __post_init__(self):
+        if (self.nuscenes is None) == (self.images is None):
+            raise UserError("Give either --nuscenes or --images.")
+        if self.beam_options and not self.beam:
+            raise UserError("--beam-options need --beam.")
+
+
+@dataclass(frozen=True)
+class VerifyArgs:
+    """Read all shards and compare their checksums.
+
+    Attributes:
+        shards: Folder of the shards.
+        skip_bad: How many bad samples there may be, each named.
+    """
+
+    shards: Path
+    skip_bad: int = 0
+
+
+def mask(args: MaskArgs) -> None:
+    """Runs a masker; see `MaskArgs`."""
+    frames = folder_frames(args.images) if args.images else nuscenes_frames(args)
+    masker = make_masker(args)
+    mine = len(frames[args.part[0] :: args.part[1]])
+    with tqdm(total=mine, desc=masker.name, unit="picture") as bar:
+
+        def progress(done: int, total: int) -> None:
+            del total
+            bar.update(done - bar.n)
+
+        report = make_masks(
+            frames, masker, args.out, args.batch_size, progress, args.skip_bad, args.part
+        )
+    for name, reason in report.bad:
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    print(
+        f"{report.made} pictures masked ({report.remade} of them again), {report.kept} were there, "
+        f"{len(report.bad)} left out."
+    )
+
+
+def nuscenes_frames(args: MaskArgs) -> list[Frame]:
+    """All pictures of key frames; what the set lacks is said on stderr."""
+    nuscenes = open_nuscenes(args.nuscenes, args.version)
+    say(nuscenes.absent)
+    frames = []
+    for keyframe in read_keyframes(nuscenes):
+        for view in keyframe.cameras:
+            inside = Path(*Path(view.filename).parts[1:]).with_suffix("").as_posix()
+            frames.append(Frame(args.nuscenes / view.filename, inside, view, keyframe))
+    return frames
+
+
+def make_masker(args: MaskArgs) -> Masker:
+    """The masker that was asked for."""
+    chosen = args.masker
+    if isinstance(chosen, GroundedSamArgs):
+        return load_grounded_sam(
+            chosen.detector,
+            chosen.segmenter,
+            chosen.prompts,
+            dtype=chosen.dtype,
+            device=chosen.device,
+        )
+    if isinstance(chosen, Sam3Args):
+        return load_sam3(
+            chosen.checkpoint, chosen.prompts, dtype=chosen.dtype, device=chosen.device
+        )
+    if isinstance(chosen, LabelArgs):
+        table = TABLES[chosen.table] if chosen.table in TABLES else read_table(Path(chosen.table))
+        segments = None if chosen.segments is None else read_segments(chosen.segments)
+        return LabelMasker(chosen.labels, table, chosen.suffix, segments)
+    if args.nuscenes is None:
+        raise UserError("Annotations belong to nuScenes; give --nuscenes or another masker.")
+    return AnnotationMasker(MapFolder(args.nuscenes), chosen)
+
+
+def build(args: BuildArgs) -> None:
+    """Writes shards; see `BuildArgs`."""
+    if args.nuscenes is not None:
+        source = read_nuscenes(args.nuscenes, args.version, args.split, args.masks)
+    else:
+        source = read_image_folder(args.images, foreground=args.foreground)
+    say(source.absent)
+    shards = build_shards(
+        source,
+        args.out,
+        records_per_shard=args.records_per_shard,
+        workers=args.workers,
+        skip_bad=args.skip_bad,
+        run=beam_runner(shlex.split(args.beam_options)) if args.beam else None,
+    )
+    for split in shards.samples:
+        print(f"{split}: {shards.samples[split]} samples, {shards.records(split)} pictures")
+
+
+def verify(args: VerifyArgs) -> None:
+    """Checks shards; see `VerifyArgs`."""
+    shards = open_shards(args.shards, verify=True, skip_bad=args.skip_bad)
+    for split, shards_of_split in shards.lengths.items():
+        print(
+            f"{split}: {len(shards_of_split)} shards, {shards.records(split)} pictures are whole."
+        )
+
+
+def say(absent: Sequence[str]) -> None:
+    """Names what a data set lacks, once."""
+    for sentence in absent:
+        print(f"note: {sentence}", file=sys.stderr)
