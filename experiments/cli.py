@@ -19,6 +19,7 @@ from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.bench_model import BenchModelArgs, bench_model
 from experiments.compile_model import CompileModelArgs, compile_model
 from experiments.data_commands import BuildArgs, MaskArgs, VerifyArgs, build, mask, verify
+from experiments.kill_data import KillDataArgs, kill_data
 from experiments.own_images import ImagesConfig, own_images
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
@@ -78,6 +79,7 @@ Command = (
     | Annotated[AnswerArgs, tyro.conf.subcommand("answer")]
     | Annotated[DataArgs, tyro.conf.subcommand("data")]
     | Annotated[BenchDataArgs, tyro.conf.subcommand("bench-data")]
+    | Annotated[KillDataArgs, tyro.conf.subcommand("kill-data")]
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
     | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
     | Annotated[CompileModelArgs, tyro.conf.subcommand("compile-model")]
@@ -110,6 +112,7 @@ RUN = {
     AnswerArgs: answer,
     DataArgs: data,
     BenchDataArgs: bench_data,
+    KillDataArgs: kill_data,
     BenchFrameArgs: bench_frame,
     BenchModelArgs: bench_model,
     CompileModelArgs: compile_model,
