@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipelines.geometry import Pose, clip_ahead, project
 from data_pipelines.maskers.areas import clip_area
-from data_pipelines.maskers.ground import FLAT, Ground, ground_below
+from data_pipelines.maskers.ground import FLAT, PARAMETERS, Ground, ground_below
 from data_pipelines.maskers.interface import BACKGROUND, BARRIER, PERSON, ROAD, VEHICLE, Frame
 from data_pipelines.maskers.solids import BOX, Solid, silhouette, solid_points
 from data_pipelines.nuscenes.frames import Boxes, CameraView
@@ -30,7 +30,7 @@ _LINE_WIDTH = 0.15  # metres of a painted line
 _AREAS = ("drivable_area", "ped_crossing")
 _LINES = ("road_divider", "lane_divider")
 _IGNORED = -1
-# Class by the longest beginning of a category's name. Debris is what cannot be driven over, so it
+# Class by the beginning of a category's name. Debris is what cannot be driven over, so it
 # counts as a barrier; an animal must be braked for, and of the classes a person is the nearest.
 # Bins and bicycle racks stand beside the road and are boxed loosely: they are left out.
 CLASS_OF = (
@@ -63,7 +63,9 @@ class AnnotationConfig:
         hidden_visibility: Boxes up to this level of visibility (1 is 0 to 40% seen) may be hidden
             behind something without a box; 0 drops none of them.
         min_lidar_points: Those of them with fewer lidar points are dropped. Where the visibility is
-            unknown, a box without any point is dropped; unknown points (-1) drop nothing.
+            unknown, a box without any point is dropped; unknown points (-1) drop nothing. On the
+            synthetic world 1 moves the foreground's IoU by less than 0.001, and 5 loses people who
+            are half hidden.
         ground: "boxes" lays the map on the ground that the bottoms of boxes tell (see ground.py),
             "plane" on the plane z = 0 of the car.
         shape: "solid" draws the outlines of `SOLIDS`, "box" those of whole boxes.
@@ -72,7 +74,7 @@ class AnnotationConfig:
     road_range: float = 60.0
     box_range: float = 80.0
     hidden_visibility: int = 1
-    min_lidar_points: int = 5
+    min_lidar_points: int = 1
     ground: str = "boxes"
     shape: str = "solid"
 
@@ -105,12 +107,19 @@ class AnnotationMasker:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration, the classes and a checksum of each map."""
+        """The configuration, all fixed values and a checksum of each map."""
         if isinstance(self.maps, MapFolder):
             sums = self.maps.checksums()
         else:
             sums = {name: layers and layers.checksum() for name, layers in self.maps.items()}
-        return {**asdict(self.config), "class_of": [list(pair) for pair in CLASS_OF], "maps": sums}
+        return {
+            **asdict(self.config),
+            "class_of": [list(pair) for pair in CLASS_OF],
+            "solids": [[beginning, asdict(solid)] for beginning, solid in SOLIDS],
+            "ground_model": dict(PARAMETERS),
+            "line_width": _LINE_WIDTH,
+            "maps": sums,
+        }
 
     def __call__(self, frames: Sequence[Frame]) -> list[np.ndarray]:
         """Class maps [H, W] of pictures with calibration and boxes; the files are not opened.

@@ -14,6 +14,13 @@ _HILL = 0.5  # metres, how far the ground bulges off a plane
 _SLOPE = 0.03  # grade, how far that plane leans against the car's own
 _NOISE = 0.1  # metres between a box's bottom and the ground below it
 _ROUNDS = 3
+PARAMETERS = {
+    "reach": _REACH,
+    "hill": _HILL,
+    "slope": _SLOPE,
+    "noise": _NOISE,
+    "rounds": _ROUNDS,
+}  # what a mask depends on
 
 
 @dataclass(frozen=True)

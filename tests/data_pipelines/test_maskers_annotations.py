@@ -37,7 +37,7 @@ from fastdrive_jax.errors import UserError
 
 # The world of the figures below: all kinds of scene, six cameras, the size of the quick start.
 CONFIG = WorldConfig(seed=2, train_scenes=21, val_scenes=0, keyframes_per_scene=1, workers=1)
-# A little under what was measured: 0.881, 0.873, 0.860, 0.834, 0.656, 0.930.
+# A little under what was measured: 0.881, 0.873, 0.860, 0.836, 0.661, 0.930.
 LEAST = {
     "annotated": 0.865,
     "foreground": 0.855,
@@ -91,7 +91,7 @@ def test_agreement_with_the_exact_masks_and_what_each_part_is_worth(root):
     for name, least in LEAST.items():
         assert full[name] > least, full
     assert full["road"] > plane["road"] + 0.015
-    assert full["person"] > every["person"] + 0.01
+    assert abs(full["foreground"] - every["foreground"]) < 0.003  # the rule must not cost much
     assert full["vehicle"] > box["vehicle"] + 0.03
     assert full["person"] > box["person"] + 0.03
 
@@ -142,7 +142,8 @@ def test_near_boxes_cover_far_ones_whatever_their_order():
 )  # fmt: skip
 def test_hidden_boxes_are_dropped(visibility, points, drawn):
     box = ("vehicle.car", (15, 0, 0.8), (2, 4.5, 1.6), visibility, points)
-    (labels,) = AnnotationMasker(WIDE)([_frame(_boxes(box))])
+    config = AnnotationConfig(hidden_visibility=1, min_lidar_points=5)
+    (labels,) = AnnotationMasker(WIDE, config)([_frame(_boxes(box))])
     assert (labels == VEHICLE).any() == drawn
 
 
