@@ -10,9 +10,9 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from data_pipelines.resize import resize_bicubic
 from data_pipelines.schema import TOKEN_PIXELS, UNKNOWN_LABEL, Classes
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.resize import resize_bicubic
 
 # An EXIF rotation would turn the picture but not its mask, so it is ignored.
 _COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION

@@ -16,6 +16,7 @@ from PIL import Image
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.hf_config import read_json
 from fastdrive_jax.models.qwen2_5_vl.patches import IMAGE_MEAN, IMAGE_STD, patch_rows
+from fastdrive_jax.models.resize import resize_bicubic
 
 PROCESSOR_FILE = "preprocessor_config.json"
 MAX_ASPECT = 200  # of the published processor
@@ -99,7 +100,7 @@ def resize_picture(
     picture: UInt8[np.ndarray, "H W 3"] | Image.Image,
     config: ImageProcessorConfig = ImageProcessorConfig(),
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture at the size of `smart_resize`, bicubic, as Pillow rounds it.
+    """The picture at the size of `smart_resize`, bicubic, with Pillow's pixels.
 
     Args:
         picture: uint8 [H, W, 3] in RGB, or a Pillow picture of any mode.
@@ -115,10 +116,9 @@ def resize_picture(
             )
         if not picture.size:
             raise UserError(f"A picture of {picture.shape} holds no pixel.")
-        picture = Image.fromarray(picture)
-    rows, columns = smart_resize(picture.height, picture.width, config)
-    resized = picture.convert("RGB").resize((columns, rows), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
+    else:
+        picture = np.asarray(picture.convert("RGB"))
+    return resize_bicubic(picture, smart_resize(*picture.shape[:2], config))
 
 
 def process_pictures(

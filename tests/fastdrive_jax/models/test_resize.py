@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.resize import resize_bicubic
+from fastdrive_jax.models.resize import resize_bicubic
 
-SHARED = Path(os.environ.get("FASTDRIVE_SHARED") or Path(__file__).parents[3] / "shared")
+SHARED = Path(os.environ.get("FASTDRIVE_SHARED") or Path(__file__).parents[4] / "shared")
 
 
 def pillow(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -102,7 +102,7 @@ def test_threads_share_nothing():
 
 
 def test_other_threads_run_during_the_sums():
-    from data_pipelines import resize
+    from fastdrive_jax.models import resize
 
     rows = np.zeros((4000, 6000), np.uint8)
     out = np.empty((2000, 6000), np.uint8)
