@@ -3,6 +3,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from nuscenes_fixture import scene_arrays, write_nuscenes
@@ -14,6 +16,7 @@ from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.schema import CAMERAS, LEFT, RIGHT
 from data_pipelines.shards import record_source
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.training.checkpoints import RunCheckpoints
 
 SIZE = (56, 84)
 PLAIN = LoaderConfig(4, SIZE, shuffle=False, num_epochs=1, remainder="keep")
@@ -348,3 +351,23 @@ def test_jpeg_bytes_decode_without_exif_rotation(tmp_path):
 
 def test_records_are_raw(shards):
     assert record_source(shards, "train")[0]["image"].startswith(b"\xff\xd8")
+
+
+def test_a_checkpoint_of_two_hosts_goes_on_with_three(shards, tmp_path):
+    """The position lies in the checkpoint as one number, which any loader of the stream takes."""
+    whole = column(batches(shards, replace(STREAM, batch_size=1)), "index")
+    state = {"weight": jnp.arange(3.0)}
+    running = iter(make_loader(shards, "train", replace(STREAM, batch_size=3), 0, 2))
+    for _ in range(2):
+        next(running)
+    with RunCheckpoints(tmp_path / "run", STREAM) as checkpoints:
+        checkpoints.save(2, state, running)
+    running.close()
+    rest = []
+    for host in range(3):
+        resumed = iter(make_loader(shards, "train", replace(STREAM, batch_size=2), host, 3))
+        with RunCheckpoints(tmp_path / "run", STREAM) as checkpoints:
+            restored = checkpoints.restore(jax.eval_shape(lambda: state), resumed)
+        np.testing.assert_array_equal(restored["weight"], state["weight"])
+        rest.append(column(list(resumed), "index"))
+    np.testing.assert_array_equal(np.stack(rest, 1).ravel(), whole[12:])
