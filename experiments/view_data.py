@@ -59,6 +59,7 @@ _COMMANDS = ("turn left", "go straight", "turn right")
 _CAN_UNITS = ("m/s", "m/s²", "m/s²", "m/s²", "rad/s", "rad/s", "rad/s", "rad")
 _KIND_OF = {"vehicle": "vehicle", "human": "person", "movable_object": "obstacle"}
 _IGNORED = "#8b8f96"
+_UNNAMED = "#8a3ffc"  # foreground without a class; not in `palette.CYCLE`
 _TRIES = 50  # samples looked at for each that is wanted, in search of different scenes
 _REACH = 40.0  # metres ahead of the car on the plan, more where the way is longer
 
@@ -462,7 +463,7 @@ def _mask_layer(mask: np.ndarray, labels: np.ndarray | None, classes, size) -> s
         layer = np.where(mask | (table[labels] == 2), table[labels], 0).astype(np.uint8)
     layer = cv2.resize(layer, size, interpolation=cv2.INTER_NEAREST_EXACT)
     picture = Image.frombytes("P", size, layer.tobytes())
-    shades = ["#000000", palette.GOOD, _IGNORED, *colours.values()]
+    shades = ["#000000", _UNNAMED, _IGNORED, *colours.values()]
     picture.putpalette([value for shade in shades for value in palette.rgb(shade)])
     out = io.BytesIO()
     picture.save(out, "PNG", transparency=0)
@@ -551,8 +552,10 @@ def _facts(sample: Sample) -> dict[str, str]:
     facts["Acceleration"] = f"{gain} m/s²" if moved else "not known"
     facts["Yaw rate"] = f"{rate} rad/s" if moved else "not known"
     facts["Boxes"] = "absent" if sample.solids is None else str(len(sample.solids.kinds))
+    if np.isnan(record.can_bus).all():
+        return facts | {"CAN bus": "absent"}
     for name, unit, value in zip(CAN_FIELDS, _CAN_UNITS, record.can_bus, strict=True):
-        facts[f"CAN {name}"] = f"{value:.2f} {unit}" if np.isfinite(value) else "absent"
+        facts[f"CAN {name}"] = "absent" if np.isnan(value) else f"{value:.2f} {unit}"
     return facts
 
 
@@ -587,7 +590,7 @@ def _page(data: DataSet, samples: list[Sample], width: int) -> str:
         classes=_class_rows(data.classes, sums["classes"]),
         sums=sums,
         masker=json.dumps(data.masker, indent=1, sort_keys=True) if data.masker else "",
-        mask_colour=palette.GOOD,
+        mask_colour=_UNNAMED,
         ignored_colour=_IGNORED,
     )
 
