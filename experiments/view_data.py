@@ -57,49 +57,11 @@ _EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4))
 _EDGES += ((0, 4), (1, 5), (2, 6), (3, 7))
 _COMMANDS = ("turn left", "go straight", "turn right")
 _CAN_UNITS = ("m/s", "m/s²", "m/s²", "m/s²", "rad/s", "rad/s", "rad/s", "rad")
-_KIND_OF = {"vehicle": "vehicle", "human": "person", "movable_object": "obstacle"}
 _IGNORED = "#8b8f96"
 _UNNAMED = "#8a3ffc"  # foreground without a class; not in `palette.CYCLE`
 _TRIES = 50  # samples looked at for each that is wanted, in search of different scenes
 _REACH = 40.0  # metres ahead of the car on the plan, more where the way is longer
-
-
-@dataclass(frozen=True)
-class ViewArgs:
-    """Look at samples of a data set: pictures, masks, boxes and ways on one HTML page.
-
-    Attributes:
-        shards: A finished folder of shards; or else:
-        nuscenes: A nuScenes folder (v1.0-*/ and samples/).
-        masks: Folder of masks/, labels/ and classes.json where they do not lie in `nuscenes`.
-        split: Which split; by default the first of train, val and test, or of any there is.
-        samples: How many samples are drawn, of different scenes as far as there are.
-        seed: Which ones.
-        width: Pixels across a picture on the page, at most.
-        out: The page.
-        version: Table folder such as v1.0-mini, where `nuscenes` has several.
-    """
-
-    shards: Path | None = None
-    nuscenes: Path | None = None
-    masks: Path | None = None
-    split: str | None = None
-    samples: int = 8
-    seed: int = 0
-    width: int = 640
-    out: Path = Path("runs/view/index.html")
-    version: str | None = None
-
-    def __post_init__(self):
-        if (self.shards is None) == (self.nuscenes is None):
-            raise UserError("Give either --shards or --nuscenes, the folder to look at.")
-        if self.nuscenes is None and (self.masks is not None or self.version is not None):
-            raise UserError(
-                "Shards hold masks of their own; give --masks and --version with --nuscenes only."
-            )
-        for name, least in (("samples", 1), ("seed", 0), ("width", 28)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
+_KIND_OF = {"vehicle": "vehicle", "human": "person", "movable_object": "obstacle"}
 
 
 @dataclass(frozen=True)
@@ -168,38 +130,6 @@ class DataSet:
     load: Callable[[int], Sample]
 
 
-def view_data(args: ViewArgs) -> Path:
-    """Writes the page and returns its path; equal data and arguments give equal bytes.
-
-    Raises:
-        UserError: A folder, split or file is missing or damaged, or the page cannot be written.
-    """
-    for folder in (args.shards, args.nuscenes, args.masks):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{folder} is not a folder; give one that is there.")
-    data = _of_shards(args) if args.shards is not None else _of_nuscenes(args)
-    chosen = draw_samples(data.counts[data.split], data.scene, args.samples, args.seed)
-    return write_text(args.out, _page(data, [data.load(k) for k in chosen], args.width))
-
-
-def draw_samples(count: int, scene: Callable[[int], str], wanted: int, seed: int) -> list[int]:
-    """Numbers of `wanted` of `count` samples, rising, of as many scenes as there are.
-
-    To learn a sample's scene may mean to read its picture, so of a large set with few scenes only
-    a part is looked at.
-    """
-    found: list[tuple[int, int]] = []  # samples of the same scene before it, number
-    seen: dict[str, int] = {}
-    for number in np.random.default_rng(seed).permutation(count)[: wanted * _TRIES].tolist():
-        name = scene(number)
-        found.append((seen.get(name, 0), number))
-        seen[name] = seen.get(name, 0) + 1
-        if len(seen) == wanted:
-            break
-    found.sort(key=lambda pair: pair[0])
-    return sorted(number for _, number in found[:wanted])
-
-
 def _choose_split(asked: str | None, counts: Mapping[str, int], path: Path) -> str:
     filled = [name for name in ("train", "val", "test", *sorted(counts)) if counts.get(name)]
     if not filled:
@@ -209,11 +139,19 @@ def _choose_split(asked: str | None, counts: Mapping[str, int], path: Path) -> s
     return asked or filled[0]
 
 
-def _of_shards(args: ViewArgs) -> DataSet:
-    shards = open_shards(args.shards)
+def of_shards(path: Path, asked: str | None) -> DataSet:
+    """Shards and the split `asked` for, or the first.
+
+    Raises:
+        UserError: They are not whole, or there is no such split.
+    """
+    shards = open_shards(path)
     manifest = read_json(shards.path / MANIFEST)
-    split = _choose_split(args.split, shards.samples, shards.path)
+    split = _choose_split(asked, shards.samples, shards.path)
     source, stride = record_source(shards, split), len(shards.cameras)
+    lacking = sorted({"absent", "duplicates", "masker", "skipped"} - set(manifest))
+    if lacking:
+        raise UserError(f"{path / MANIFEST} has no {', '.join(lacking)}; build the shards again.")
     dropped = manifest["duplicates"]
 
     def load(number: int) -> Sample:
@@ -224,7 +162,7 @@ def _of_shards(args: ViewArgs) -> DataSet:
             records,
             tuple(shards.path / f"{row.sample_token} {row.camera}" for row in records),
             {"Location, time": "not kept in shards"},
-            _ground_outlines(records[0]),
+            ground_outlines(records[0]),
             tuple(
                 Pose(pose[:3, :3], pose[:3, 3]).inverse() if np.isfinite(pose).all() else None
                 for pose in (np.asarray(row.camera_to_ego, np.float64) for row in records)
@@ -250,15 +188,16 @@ def _of_shards(args: ViewArgs) -> DataSet:
     )
 
 
-def _agents_now(record: Record) -> tuple[np.ndarray, tuple[str, ...]]:
+def agents_now(record: Record) -> tuple[np.ndarray, tuple[str, ...]]:
     """Agents annotated at the moment, [A, 5] x, y, yaw, length and width, and their kinds."""
     now = np.asarray(record.agents_valid, bool)[:, 0]
     kinds = np.asarray(record.agents_kind)[now]
     return np.asarray(record.agents, np.float64)[now, 0], tuple(AGENT_KINDS[k] for k in kinds)
 
 
-def _ground_outlines(record: Record) -> Solids:
-    agents, kinds = _agents_now(record)
+def ground_outlines(record: Record) -> Solids:
+    """The same agents as boxes of height 0 on the ground of the ego frame."""
+    agents, kinds = agents_now(record)
     (x, y, yaw, length, width), zero = agents.T, np.zeros(len(agents))
     cos, sin = np.cos(yaw), np.sin(yaw)
     turns = np.array([[cos, -sin, zero], [sin, cos, zero], [zero, zero, zero + 1]])
@@ -268,17 +207,22 @@ def _ground_outlines(record: Record) -> Solids:
     return Solids(corners, kinds, kinds, zero > 0)
 
 
-def _of_nuscenes(args: ViewArgs) -> DataSet:
-    nuscenes = open_nuscenes(args.nuscenes, args.version)
+def of_nuscenes(root: Path, version: str | None, masks: Path | None, asked: str | None) -> DataSet:
+    """A nuScenes folder, with masks as far as there are any; arguments as in `ViewArgs`.
+
+    Raises:
+        UserError: A table is missing or damaged, or there is no such split.
+    """
+    nuscenes = open_nuscenes(root, version)
     places = {
         split: [(name, k) for name in names for k in range(len(nuscenes.scenes[name].samples))]
         for split, names in nuscenes.splits.items()
     }
     counts = {split: len(found) for split, found in places.items()}
-    split = _choose_split(args.split, counts, nuscenes.root)
-    folder = args.masks or nuscenes.root
+    split = _choose_split(asked, counts, nuscenes.root)
+    folder = masks or nuscenes.root
     maps = [kind for kind in ("masks", "labels") if (folder / kind).is_dir()]
-    if args.masks is not None and not maps:
+    if masks is not None and not maps:
         raise UserError(f"{folder} has neither masks/ nor labels/; give the folder that has them.")
     lacking = [
         f"{folder.resolve().name}/ has no {kind}/: pictures are shown without {kind}."
@@ -376,6 +320,82 @@ def _annotated_solids(moment: Moment) -> Solids | None:
     )
 
 
+@dataclass(frozen=True)
+class ViewArgs:
+    """Look at samples of a data set: pictures, masks, boxes and ways on one HTML page.
+
+    Attributes:
+        shards: A finished folder of shards; or else:
+        nuscenes: A nuScenes folder (v1.0-*/ and samples/).
+        masks: Folder of masks/, labels/ and classes.json where they do not lie in `nuscenes`.
+        split: Which split; by default the first of train, val and test, or of any there is.
+        samples: How many samples are drawn, of different scenes as far as there are.
+        seed: Which ones.
+        width: Pixels across a picture on the page, at most.
+        out: The page.
+        version: Table folder such as v1.0-mini, where `nuscenes` has several.
+    """
+
+    shards: Path | None = None
+    nuscenes: Path | None = None
+    masks: Path | None = None
+    split: str | None = None
+    samples: int = 8
+    seed: int = 0
+    width: int = 640
+    out: Path = Path("runs/view/index.html")
+    version: str | None = None
+
+    def __post_init__(self):
+        if (self.shards is None) == (self.nuscenes is None):
+            raise UserError("Give either --shards or --nuscenes, the folder to look at.")
+        if self.nuscenes is None and (self.masks is not None or self.version is not None):
+            raise UserError(
+                "Shards hold masks of their own; give --masks and --version with --nuscenes only."
+            )
+        for name, least in (("samples", 1), ("seed", 0), ("width", 28)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
+
+
+def view_data(args: ViewArgs) -> Path:
+    """Writes the page and returns its path; equal data and arguments give equal bytes.
+
+    Raises:
+        UserError: A folder, split or file is missing or damaged, or the page cannot be written.
+    """
+    for folder in (args.shards, args.nuscenes, args.masks):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give one that is there.")
+    data = _read(args)
+    chosen = draw_samples(data.counts[data.split], data.scene, args.samples, args.seed)
+    return write_text(args.out, _page(data, [data.load(k) for k in chosen], args.width))
+
+
+def _read(args: ViewArgs) -> DataSet:
+    if args.nuscenes is None:
+        return of_shards(args.shards, args.split)
+    return of_nuscenes(args.nuscenes, args.version, args.masks, args.split)
+
+
+def draw_samples(count: int, scene: Callable[[int], str], wanted: int, seed: int) -> list[int]:
+    """Numbers of `wanted` of `count` samples, rising, of as many scenes as there are.
+
+    To learn a sample's scene may mean to read its picture, so of a large set with few scenes only
+    a part is looked at.
+    """
+    found: list[tuple[int, int]] = []  # samples of the same scene before it, number
+    seen: dict[str, int] = {}
+    for number in np.random.default_rng(seed).permutation(count)[: wanted * _TRIES].tolist():
+        name = scene(number)
+        found.append((seen.get(name, 0), number))
+        seen[name] = seen.get(name, 0) + 1
+        if len(seen) == wanted:
+            break
+    found.sort(key=lambda pair: pair[0])
+    return sorted(number for _, number in found[:wanted])
+
+
 def class_colours(classes: Classes | None) -> dict[int, str]:
     """A colour "#rrggbb" of its own for each foreground class id."""
     out = {}
@@ -470,8 +490,8 @@ def _mask_layer(mask: np.ndarray, labels: np.ndarray | None, classes, size) -> s
     return _uri("png", out.getvalue())
 
 
-def _shot(sample: Sample, place: int, classes: Classes | None, width: int, sums: dict) -> dict:
-    """One picture with its layers for the template; its pixels are added to `sums`."""
+def _shot(sample: Sample, place: int, classes: Classes | None, width: int) -> dict:
+    """One picture with its layers and counts of its pixels, for the template."""
     record, to_camera = sample.records[place], sample.to_camera[place]
     full = check_picture(record.image, sample.files[place])
     across = min(width, full[1])
@@ -481,20 +501,14 @@ def _shot(sample: Sample, place: int, classes: Classes | None, width: int, sums:
     notes, out = [], {"mask": "", "share": None, "boxes": [], "way": {"path": "", "dots": []}}
     if record.labels:
         labels = labels_png(record.labels, sample.files[place], full, classes)[1]
-        sums["classes"] += np.bincount(labels.ravel(), minlength=256)
     if record.mask:
         mask = decode_mask(record.mask, full) > 0
-        if labels is not None:
-            sums["differ"] += int((mask != np.isin(labels, classes.foreground)).sum())
-            sums["compared"] += mask.size
     elif labels is not None:
         mask = np.isin(labels, classes.foreground)
         notes.append("no mask: foreground classes of the label map")
     else:
         notes.append("no mask")
     if mask is not None:
-        sums["foreground"] += int(mask.sum())
-        sums["pixels"] += mask.size
         out |= {"mask": _mask_layer(mask, labels, classes, size), "share": float(mask.mean())}
     intrinsic = np.asarray(record.intrinsic, np.float64)
     if to_camera is None or not np.isfinite(intrinsic).all():
@@ -510,6 +524,19 @@ def _shot(sample: Sample, place: int, classes: Classes | None, width: int, sums:
         "height": size[1],
         "photo": _uri("jpeg", photo),
         "notes": notes,
+        "counts": _counts(mask if record.mask else None, labels, classes),
+    }
+
+
+def _counts(mask: np.ndarray | None, labels: np.ndarray | None, classes: Classes | None) -> dict:
+    """Pixels with a mask and in the foreground, compared with labels and differing, by class."""
+    both = mask is not None and labels is not None
+    return {
+        "pixels": 0 if mask is None else mask.size,
+        "foreground": 0 if mask is None else int(mask.sum()),
+        "compared": mask.size if both else 0,
+        "differ": int((mask != np.isin(labels, classes.foreground)).sum()) if both else 0,
+        "classes": np.bincount([] if labels is None else labels.ravel(), minlength=256),
     }
 
 
@@ -522,8 +549,8 @@ def _plan(record: Record) -> dict:
         for name in ("future", "history")
     }
     far = max([_REACH, *(float(np.abs(way).max()) + 5 for way in ways.values() if len(way))])
-    agents, kinds = _agents_now(record)
-    corners = _ground_outlines(record).corners[:, [2, 3, 7, 6], :2]
+    agents, kinds = agents_now(record)
+    corners = ground_outlines(record).corners[:, [2, 3, 7, 6], :2]
     inside = (agents[:, 0] > -far / 2) & (agents[:, 0] < far) & (abs(agents[:, 1]) < 0.75 * far)
     return {
         "far": far,
@@ -560,12 +587,10 @@ def _facts(sample: Sample) -> dict[str, str]:
 
 
 def _page(data: DataSet, samples: list[Sample], width: int) -> str:
-    sums = {"classes": np.zeros(256, np.int64)}
-    sums |= dict.fromkeys(("foreground", "pixels", "differ", "compared"), 0)
     shown = []
     for sample in samples:
         record = sample.records[0]
-        shots = [_shot(sample, k, data.classes, width, sums) for k in range(len(sample.records))]
+        shots = [_shot(sample, k, data.classes, width) for k in range(len(sample.records))]
         rows, columns = (sorted({_PLACE[s["camera"]][axis] for s in shots}) for axis in (0, 1))
         for shot in shots:
             row, column = _PLACE[shot["camera"]]
@@ -580,6 +605,8 @@ def _page(data: DataSet, samples: list[Sample], width: int) -> str:
                 "shots": sorted(shots, key=lambda shot: _PLACE[shot["camera"]]),
             }
         )
+    counts = [shot["counts"] for sample in shown for shot in sample["shots"]]
+    sums = {name: sum(count[name] for count in counts) for name in counts[0]}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

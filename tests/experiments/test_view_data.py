@@ -311,6 +311,12 @@ def test_duplicates_masker_and_can_bus_are_told(own, tmp_path):
     assert '"pen": 3' in page.text
     assert "CAN speed7.25 m/s" in page.text
     assert "CAN steeringabsent" in page.text
+    manifest = tmp_path / "shards" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["masker"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"manifest\.json has no masker; build"):
+        view_data(ViewArgs(shards=tmp_path / "shards", out=tmp_path / "p.html"))
 
 
 def test_equal_arguments_give_equal_bytes(root, pages, tmp_path):
