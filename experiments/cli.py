@@ -24,6 +24,7 @@ from experiments.own_images import ImagesConfig, own_images
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig, train_vla
+from experiments.view_data import ViewArgs, view_data
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.bundled import save_vla
 
@@ -65,7 +66,8 @@ class DataArgs:
     command: Annotated[
         Annotated[MaskArgs, tyro.conf.subcommand("mask", prefix_name=False)]
         | Annotated[BuildArgs, tyro.conf.subcommand("build", prefix_name=False)]
-        | Annotated[VerifyArgs, tyro.conf.subcommand("verify", prefix_name=False)],
+        | Annotated[VerifyArgs, tyro.conf.subcommand("verify", prefix_name=False)]
+        | Annotated[ViewArgs, tyro.conf.subcommand("view", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
 
@@ -99,7 +101,7 @@ def train(args: TrainVLAArgs) -> None:
 
 def data(args: DataArgs) -> None:
     """Calls the command that was asked for."""
-    run = {MaskArgs: mask, BuildArgs: build, VerifyArgs: verify}
+    run = {MaskArgs: mask, BuildArgs: build, VerifyArgs: verify, ViewArgs: view_data}
     run[type(args.command)](args.command)
 
 

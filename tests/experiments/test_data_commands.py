@@ -56,6 +56,9 @@ def test_masks_then_shards_then_the_check(root, masked, tmp_path, capsys):
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["masker"]["name"] == "annotations"
     assert manifest["masker"]["settings"]["road_range"] == 60
+    page = tmp_path / "page.html"
+    assert run("view", "--shards", out, "--samples", 2, "--out", page) == 0
+    assert page.read_text().count("<svg") > 2
     record = record_source(open_shards(out), "train")[0]
     assert np.isfinite(record["intrinsic"]).all()
     assert np.isnan(record["can_bus"]).all()
