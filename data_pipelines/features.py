@@ -18,7 +18,7 @@ from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 from data_pipelines.decode import check_size, nearest_size
-from data_pipelines.disk import check_space, disk_errors
+from data_pipelines.disk import check_space, disk_errors, write_json
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.schema import TOKEN_PIXELS
 from data_pipelines.shards import Shards
@@ -146,7 +146,7 @@ def cache_features(
         with disk_errors(final):
             partial.mkdir(parents=True, exist_ok=True)
             _fill(partial, shards, encoder, identity, batch_size, progress)
-            _write_json(partial / MANIFEST, identity)
+            write_json(partial / MANIFEST, identity)
             (partial / _PROGRESS).unlink()
             partial.rename(final)
     return open_features(final)
@@ -231,7 +231,7 @@ def _fill_split(partial, arrays, split, done, shards, encoder, identity, batch_s
             for array in arrays.values():
                 array.flush()
             done[split] = stop
-            _write_json(partial / _PROGRESS, {"identity": identity, "done": done})
+            write_json(partial / _PROGRESS, {"identity": identity, "done": done})
 
 
 def _read_progress(partial: Path, identity: dict) -> dict[str, int]:
@@ -263,9 +263,3 @@ def _bytes(layout) -> int:
 
 def _array_path(folder: Path, split: str, name: str) -> Path:
     return folder / f"{split}-{name}.npy"
-
-
-def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

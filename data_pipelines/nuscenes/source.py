@@ -76,7 +76,7 @@ def read_nuscenes(
             for moment in scene_moments(nuscenes, nuscenes.scenes[scene]):
                 plan = moment.plan
                 if stated is not None:
-                    plan = _stated_plan(stated_path, stated, moment.keyframe.token, plan)
+                    plan = stated_plan(stated_path, stated, moment.keyframe.token, plan)
                 refs.append(_reference(nuscenes, moment, plan, masks, has_labels))
         samples[name] = tuple(refs)
     made_by = masks / "masker.json"
@@ -158,7 +158,7 @@ def _reference(nuscenes: NuScenes, moment: Moment, plan: Plan, masks: Path, labe
     return SampleRef(frame.token, frame.scene, tuple(files), tuple(cameras), shared)
 
 
-def _stated_plan(path: Path, rows: Any, token: str, posed: Plan) -> Plan:
+def stated_plan(path: Path, rows: Any, token: str, posed: Plan) -> Plan:
     """The plan in a `planning.json`; what lies behind the car comes from the poses."""
     try:
         row = rows[token]

@@ -7,7 +7,6 @@ only when all is in it, so a half-written data set is never taken for a whole on
 
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import multiprocessing
@@ -25,6 +24,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from data_pipelines.disk import locked
 from data_pipelines.synthetic import tables
 from data_pipelines.synthetic.config import (
     CLASS_NAMES,
@@ -66,7 +66,7 @@ def generate(root: Path, config: WorldConfig, progress: bool = True) -> Path:
     with _disk_errors(root):
         partial = root.with_name(root.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial):
+        with locked(partial):
             _prepare_folders(partial, config)
             records = _write_scenes(partial, config, progress)
             _write_tables(partial, config, records)
@@ -111,19 +111,6 @@ def _disk_errors(root: Path) -> Iterator[None]:
             f"A worker process died while writing {root}, most likely for lack of memory; "
             "run the same command again with fewer workers, it goes on where it stopped."
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Holds the folder for this process; the system lets go of it when the process dies."""
-    with open(partial / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{partial} is being written by another process; wait for it to end."
-            ) from error
-        yield
 
 
 def _prepare_folders(partial: Path, config: WorldConfig):

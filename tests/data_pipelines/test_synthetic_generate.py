@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
+from data_pipelines.disk import locked
 from data_pipelines.synthetic import generate as generator
 from data_pipelines.synthetic.config import FOREGROUND_IDS, WorldConfig
 from data_pipelines.synthetic.generate import generate, is_complete
@@ -183,7 +184,7 @@ def test_unwritable_place_is_one_sentence(tmp_path):
 def test_two_writers_at_once_are_refused(tmp_path):
     partial = tmp_path / "data.partial"
     partial.mkdir()
-    with generator._locked(partial), pytest.raises(UserError, match="another process"):
+    with locked(partial), pytest.raises(UserError, match="another process"):
         generate(tmp_path / "data", SMALL, progress=False)
 
 
