@@ -50,8 +50,9 @@ class AnswerArgs:
         repetition_penalty: None takes the checkpoint's own.
         max_pixels: Instead of the checkpoint's; Impromptu-VLA was trained with 262144.
         dtype: Of weights and arithmetic.
-        data: Groups of devices that share a batch.
-        model: Devices that share a layer.
+        data: Groups of devices that share a batch, each with all weights.
+        fsdp: Devices of a group that share batch and weights.
+        tensor: Devices that share a layer.
         seed: Draws the tokens, if the temperature is above 0.
     """
 
@@ -67,7 +68,8 @@ class AnswerArgs:
     max_pixels: int | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     data: int = 1
-    model: int = 1
+    fsdp: int = 1
+    tensor: int = 1
     seed: int = 0
 
     def __post_init__(self):
@@ -77,9 +79,11 @@ class AnswerArgs:
             raise UserError("With --requests the pictures are named in its lines, not by --images.")
         if self.requests is not None and self.out is None:
             raise UserError("Say with --out where the answers to --requests go.")
-        if self.batch_size < 1 or self.batch_size % max(self.data, 1):
+        groups = max(self.data, 1) * max(self.fsdp, 1)
+        if self.batch_size < 1 or self.batch_size % groups:
             raise UserError(
-                f"batch_size={self.batch_size} must be a positive multiple of data={self.data}."
+                f"batch_size={self.batch_size} must be a positive multiple of data x fsdp = "
+                f"{groups}."
             )
 
 
@@ -104,7 +108,7 @@ def answer(args: AnswerArgs) -> list[dict[str, Any]]:
         temperature=args.temperature,
         repetition_penalty=args.repetition_penalty,
     )
-    mesh = make_mesh(args.data, args.model)
+    mesh = make_mesh(args.data, args.fsdp, args.tensor)
     dtype = jnp.dtype(args.dtype)
     kernel = attention_kernel(dtype, processor.config.text.head_dim)
     print(f"attention: {kernel}; {args.dtype}; mesh {dict(mesh.shape)}; {sampling}", flush=True)

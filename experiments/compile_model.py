@@ -30,7 +30,7 @@ from fastdrive_jax.parallel.rules import parameter_sharding
 
 MODELS = {"3b": QWEN2_5_VL_3B, "7b": QWEN2_5_VL_7B}
 GRID = (114, 114)  # patches of 1596 x 1596 pixels
-MODEL_AXIS_MOST = 4  # divides the heads and hidden units of both models, eight does not
+TENSOR_MOST = 4  # divides the heads and hidden units of both models, eight does not
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def compile_model(args: CompileModelArgs) -> Path:
     if args.devices < 1 or args.prompt_tokens < 1:
         raise UserError("devices and prompt_tokens must be at least 1.")
     jax.config.update("jax_num_cpu_devices", args.devices)
-    model_axis = int(np.gcd(args.devices, MODEL_AXIS_MOST))
-    mesh = make_mesh(args.devices // model_axis, model_axis)
+    tensor = int(np.gcd(args.devices, TENSOR_MOST))
+    mesh = make_mesh(1, args.devices // tensor, tensor)
     config = MODELS[args.model]
     shapes = abstract_shards(config, mesh)
     kernel = attention_kernel(jnp.bfloat16, config.text.head_dim)

@@ -1,5 +1,7 @@
 """The device mesh and how batches are laid out over it; parameters are in `rules`."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,42 +10,55 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fastdrive_jax.errors import UserError
 
-DATA_AXIS, MODEL_AXIS = "data", "model"
+DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = (DATA_AXIS, FSDP_AXIS)  # a batch is split over both
 
 
-def make_mesh(data: int = -1, model: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with an axis over which batches are split and one over which layers are.
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh of three axes.
 
-    The axes are Auto: under the Explicit axes that `jax.make_mesh` makes by default, Linen's
+    Over "data" the batch is split and parameters are copied; over "fsdp" both are split, and a
+    layer's parameters are gathered when it is its turn; over "tensor" a layer's heads and hidden
+    units are split. Devices that are near each other in the network are neighbours in the last
+    axes. The axes are Auto: under the Explicit axes that `jax.make_mesh` makes by default, Linen's
     logical constraints raise.
 
     Args:
-        data: how many groups of devices share a batch; -1 means as many as there are.
-        model: how many devices share a layer.
+        data: -1 means as many as the devices allow.
+        fsdp: how many devices share the parameters and the batch.
+        tensor: how many devices share a layer.
         devices: to choose from, by default all of the job.
 
     Raises:
         UserError: there are not so many devices.
     """
     devices = jax.devices() if devices is None else devices
-    if data == -1 and model > 0:
-        data = len(devices) // model
-    if model < 1 or not 1 <= data * model <= len(devices):
+    if data == -1 and min(fsdp, tensor) > 0:
+        data = len(devices) // (fsdp * tensor)
+    shape = (data, fsdp, tensor)
+    if min(shape) < 1 or math.prod(shape) > len(devices):
         raise UserError(
-            f"A mesh of {data} x {model} devices was asked for, but there are {len(devices)}: "
-            "give two numbers from 1 whose product is at most that, or data=-1 for all."
+            f"A mesh of {data} x {fsdp} x {tensor} devices was asked for, but there are "
+            f"{len(devices)}: give numbers from 1 whose product is at most that, or data=-1 for "
+            "all."
         )
-    return jax.make_mesh(
-        (data, model),
-        (DATA_AXIS, MODEL_AXIS),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[: data * model],
-    )
+    chosen = devices[: math.prod(shape)]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over the data axis."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    """The leading axis split over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
@@ -66,7 +81,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """
     sharding = batch_sharding(mesh)
     processes = jax.process_count()
-    parts = mesh.shape[DATA_AXIS] // processes
+    parts = batch_parts(mesh) // processes
 
     def put(leaf):
         leaf = np.asarray(leaf)
@@ -85,14 +100,13 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 def shard_where_it_divides(batch: Any, mesh: Mesh) -> Any:
     """Put a host batch on the devices, whatever its leaves.
 
-    A leaf is split over the data axis along its leading axis if that divides, else every device
-    gets a whole copy.
+    A leaf is split along its leading axis if that divides, else every device gets a whole copy.
 
     Args:
         batch: tree of numpy arrays, the whole batch on every process.
         mesh: from `make_mesh`.
     """
-    parts = mesh.shape[DATA_AXIS]
+    parts = batch_parts(mesh)
 
     def put(leaf):
         leaf = np.asarray(leaf)

@@ -79,7 +79,7 @@ def test_an_interrupted_run_goes_on(checkpoint, requests, tmp_path):
 def test_devices_change_no_answer(checkpoint, requests, tmp_path):
     one, several = tmp_path / "one.jsonl", tmp_path / "several.jsonl"
     answer(args(checkpoint, requests=requests, out=one, batch_size=2))
-    answer(args(checkpoint, requests=requests, out=several, batch_size=2, data=2, model=1))
+    answer(args(checkpoint, requests=requests, out=several, batch_size=2, data=2, tensor=1))
     assert several.read_bytes() == one.read_bytes()
 
 
@@ -89,7 +89,7 @@ def test_the_choice_of_kernel_is_printed_and_a_plan_is_read(checkpoint, capsys, 
     command = ["answer", "--checkpoint", str(checkpoint), "--prompt", "Go", "--max-new-tokens", "2"]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "attention: blockwise; bfloat16; mesh {'data': 1, 'model': 1}" in printed
+    assert "attention: blockwise; bfloat16; mesh {'data': 1, 'fsdp': 1, 'tensor': 1}" in printed
     assert text in printed
     (found,) = answer(args(checkpoint, prompt="Go"))
     assert found["waypoints"] == [[1.0, 0.0]] + [[2.5, -0.5]] * 5
@@ -104,7 +104,7 @@ def test_the_choice_of_kernel_is_printed_and_a_plan_is_read(checkpoint, capsys, 
         ({"requests": "b"}, "--out"),
         ({"requests": "b", "out": "c", "images": ("d",)}, "named in its lines"),
         ({"prompt": "a", "batch_size": 0}, "batch_size=0"),
-        ({"prompt": "a", "batch_size": 3, "data": 2}, "multiple of data=2"),
+        ({"prompt": "a", "batch_size": 3, "data": 2}, "multiple of data x fsdp = 2"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0"),
         ({"prompt": "a <image>"}, "1 marks <image> but there are 0 pictures"),
         ({"prompt": "a", "images": ("no.jpg",)}, "no.jpg is missing"),

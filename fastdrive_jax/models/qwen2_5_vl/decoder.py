@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from fastdrive_jax.models.attention import attention
 from fastdrive_jax.models.layers import RMSNorm, SwiGLU, rotate
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
+from fastdrive_jax.parallel.rules import constrain
 
 Angles = tuple[Float[Array, "B N d"], Float[Array, "B N d"]]
 
@@ -144,9 +145,10 @@ class DecoderLayer(nn.Module):
         y, cache = Attention(config, self.causal, name="self_attn")(
             RMSNorm(config.rms_norm_eps, name="input_layernorm")(x), angles, cache, room
         )
-        x = x + y
+        x = constrain(x + y, "batch", "token", "embed")
         y = RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(x)
-        return x + SwiGLU(config.intermediate_size, name="mlp")(y), cache
+        x = x + SwiGLU(config.intermediate_size, name="mlp")(y)
+        return constrain(x, "batch", "token", "embed"), cache
 
 
 class Decoder(nn.Module):

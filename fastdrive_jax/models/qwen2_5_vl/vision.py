@@ -18,6 +18,7 @@ from fastdrive_jax.models.qwen2_5_vl.patches import (
     patch_rows,
     rotary_angles,
 )
+from fastdrive_jax.parallel.rules import constrain
 
 
 class VisionAttention(nn.Module):
@@ -93,9 +94,15 @@ class VisionBlock(nn.Module):
         """Maps patches [M, P, D] to the same shape."""
         config = self.config
         y = RMSNorm(name="norm1")(x)
-        x = x + VisionAttention(config, self.full, name="attn")(y, layout)
+        x = constrain(
+            x + VisionAttention(config, self.full, name="attn")(y, layout),
+            "batch",
+            "token",
+            "embed",
+        )
         y = RMSNorm(name="norm2")(x)
-        return x + SwiGLU(config.intermediate_size, use_bias=True, name="mlp")(y)
+        x = x + SwiGLU(config.intermediate_size, use_bias=True, name="mlp")(y)
+        return constrain(x, "batch", "token", "embed")
 
 
 class PatchMerger(nn.Module):

@@ -172,7 +172,7 @@ def test_decoding_writes_into_the_caches_that_it_is_given(variables):
 @pytest.mark.parametrize(("data", "model"), [(3, 2), (1, 2), (2, 1)])
 def test_a_mesh_changes_no_answer(variables, data, model):
     expected = answers(variables, samples())
-    mesh = make_mesh(data, model)
+    mesh = make_mesh(data, tensor=model)
     batch = shard_where_it_divides(collate(samples(), CONFIG), mesh)
     with jax.set_mesh(mesh):
         found = run(MODEL, variables, batch, jax.random.key(0), GREEDY)

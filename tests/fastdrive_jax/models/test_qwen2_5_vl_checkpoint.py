@@ -129,7 +129,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 from flax import traverse_util
 from fastdrive_jax.models.qwen2_5_vl.checkpoint import load
 from fastdrive_jax.parallel.mesh import make_mesh
-config, params = load(sys.argv[1], make_mesh(2, 4))
+config, params = load(sys.argv[1], make_mesh(1, 2, 4))
 flat = traverse_util.flatten_dict(params, sep="/")
 print({name: tuple(leaf.sharding.spec) for name, leaf in flat.items()})
 print(sum(float(abs(leaf.astype("float32")).sum()) for leaf in flat.values()))

@@ -75,9 +75,9 @@ def test_a_run_goes_on_with_another_number_of_devices(report):
 
 def test_axes_are_auto_and_shardings_name_them():
     mesh = make_mesh(1)
-    assert mesh.axis_types == (AxisType.Auto,) * 2
-    assert mesh.axis_names == ("data", "model")
-    assert batch_sharding(mesh).spec == PartitionSpec("data")
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
     assert replicated_sharding(mesh).spec == PartitionSpec()
     array = shard_batch(np.arange(6).reshape(3, 2), mesh)
     assert isinstance(array, jax.Array)
@@ -86,11 +86,13 @@ def test_axes_are_auto_and_shardings_name_them():
 
 @pytest.mark.parametrize("data", [0, 10_000, -2])
 def test_impossible_meshes_are_refused(data):
-    with pytest.raises(UserError, match=f"mesh of {data} x 1 devices"):
+    with pytest.raises(UserError, match=f"mesh of {data} x 1 x 1 devices"):
         make_mesh(data)
 
 
-@pytest.mark.parametrize("model", [0, -1, 10_000])
-def test_impossible_shares_of_a_layer_are_refused(model):
-    with pytest.raises(UserError, match=f"x {model} devices"):
-        make_mesh(model=model)
+@pytest.mark.parametrize("share", [0, -1, 10_000])
+def test_impossible_shares_of_a_layer_are_refused(share):
+    with pytest.raises(UserError, match=f"x {share} devices"):
+        make_mesh(tensor=share)
+    with pytest.raises(UserError, match=f"x {share} x 1 devices"):
+        make_mesh(fsdp=share)
