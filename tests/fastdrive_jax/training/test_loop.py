@@ -1,9 +1,10 @@
 import json
 
+import grain
 import jax
 import numpy as np
 import pytest
-from tiny_run import TinyConfig, run
+from tiny_run import TinyConfig, example, run
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.training.metrics_log import read_log
@@ -80,8 +81,9 @@ def test_a_metric_that_is_not_finite_stops_before_the_save(tmp_path):
 
 
 def test_data_that_ends_is_said(tmp_path):
-    with pytest.raises(ValueError, match="ended at step 0 of 2"):
-        run(tmp_path, 2, batches=iter([]))
+    three = iter(grain.MapDataset.range(24).seed(0).random_map(example).batch(8).to_iter_dataset())
+    with pytest.raises(ValueError, match="ended at step 3 of 5"):
+        run(tmp_path, 5, batches=three)
 
 
 def test_frozen_params_are_read_and_not_saved(tmp_path):

@@ -51,3 +51,15 @@ def test_one_step_of_gradient_descent():
     assert float(metrics["grad_norm"]) == pytest.approx(6.0)
     assert float(metrics["update_norm"]) == pytest.approx(0.6)
     assert float(metrics["loss"]) == pytest.approx(2 * float(state.params["w"] @ batch))
+
+
+def test_gradient_norms_of_groups_add_up_to_the_whole():
+    def loss_fn(params, batch, key):
+        return jnp.vdot(params["a"], batch) + 3 * params["b"]["c"].sum(), {}
+
+    params = {"a": jnp.zeros(3), "b": {"c": jnp.zeros(2)}}
+    state = init_train_state(lambda key: params, optax.sgd(0.1), 0)
+    _, metrics = make_train_step(loss_fn, optax.sgd(0.1))(state, jnp.asarray([1.0, 2.0, 2.0]))
+    assert float(metrics["grad_norm/a"]) == pytest.approx(3.0)
+    assert float(metrics["grad_norm/b"]) == pytest.approx(3 * 2**0.5)
+    assert float(metrics["grad_norm"]) == pytest.approx((9 + 18) ** 0.5)
