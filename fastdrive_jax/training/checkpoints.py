@@ -7,9 +7,10 @@ writing was cut off is never seen, and its remains are removed when the run is o
 import contextlib
 import errno
 import logging
+import math
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.training.best import Best, preservation
 from fastdrive_jax.training.integrity import verify_checksums, write_checksums
 from fastdrive_jax.training.run_config import (
     CONFIG_FILE,
@@ -48,13 +50,22 @@ class RunCheckpoints:
     `FOLDER/config.json` is the config and `FOLDER/checkpoints/STEP/` a checkpoint.
     """
 
-    def __init__(self, folder: Path, config: Any, *, keep: int = 2, ignore: Collection[str] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        *,
+        keep: int = 2,
+        best: Best | None = None,
+        ignore: Collection[str] = (),
+    ):
         """Open a run folder, new or old.
 
         Args:
             folder: of the run.
             config: dataclass of the run; an old folder must hold the same one.
             keep: how many of the newest checkpoints stay.
+            best: by which metric the best one is known, which stays as well.
             ignore: dotted names of config fields that may differ from the stored ones.
 
         Raises:
@@ -67,14 +78,18 @@ class RunCheckpoints:
         self.folder = folder
         self._root = (folder / "checkpoints").absolute()
         self._saving: int | None = None
-        self._manager = ocp.CheckpointManager(
-            self._root,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-            ),
-        )
+        self._best = best
+        with _reading(self._root):
+            self._manager = ocp.CheckpointManager(
+                self._root,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=preservation(keep, best),
+                    best_fn=best and best.value,
+                    best_mode=best.mode if best else "max",
+                    cleanup_tmp_directories=True,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                ),
+            )
         self._log_filter = _DropRaisedErrors()
         logging.getLogger("absl").addFilter(self._log_filter)
 
@@ -93,7 +108,24 @@ class RunCheckpoints:
         """The step of the newest whole checkpoint, None in a new run."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, iterator: Positioned) -> None:
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint, None if none was measured."""
+        if self._best is None:
+            raise ValueError("name the metric: RunCheckpoints(..., best=Best(metric, mode))")
+        return self._manager.best_step()
+
+    def best_value(self) -> float | None:
+        """The metric of the best checkpoint, None if none was measured."""
+        step = self.best_step()
+        return None if step is None else self._best.value(self._manager.metrics(step))
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        iterator: Positioned,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Copy state and data position now, write them in the background.
 
         A step that is already saved is left as it is. `state` may be donated afterwards.
@@ -102,12 +134,20 @@ class RunCheckpoints:
             step: number of updates made.
             state: pytree of arrays.
             iterator: about to give the batch of that update; it must not have been advanced.
+            metrics: what this very state was measured to be; kept with it if there is a `best`,
+                whose metric must be among them. Without metrics it is never the best.
 
         Raises:
-            UserError: this save or the one before it found no room on the disk.
+            UserError: this save or the one before it found no room on the disk, or the best metric
+                is not among `metrics`.
         """
         if step in self._manager.all_steps():
             return
+        if metrics is not None and self._best:
+            # Neither JSON nor an order has a place for what is not finite.
+            measured = math.isfinite(self._best.value(metrics))
+            finite = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
+            metrics = finite if measured else None
         with self._explained(step):
             self._manager.wait_until_finished()
             _check_room(self._root, state)
@@ -115,7 +155,7 @@ class RunCheckpoints:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator.get_state())
             )
-            self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def restore(self, abstract: Any, iterator: Positioned, step: int | None = None) -> Any:
         """Read a checkpoint and put the iterator where it was.
