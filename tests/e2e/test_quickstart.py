@@ -59,7 +59,7 @@ def run(environment):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900,
             check=False,
         )
 

@@ -8,7 +8,7 @@ import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from fastdrive_jax.parallel.rules import parameter_sharding
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PARTS = ("visual", "language_model")  # of the parameters
 _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 _ROWS_AT_ONCE = 1 << 24  # bytes of a table that are compared at once
 
@@ -76,6 +77,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: jnp.dtype | None = None,
     progress: bool = False,
+    parts: Collection[str] = PARTS,
 ) -> tuple[QwenVLConfig, dict[str, Any]]:
     """Sizes and parameters of a checkpoint folder, laid out over a mesh by `parallel.rules`.
 
@@ -84,6 +86,7 @@ def load(
         mesh: Of `make_mesh`; None takes the first device.
         dtype: Of the parameters; None keeps each tensor's own.
         progress: Show a progress bar.
+        parts: Which of `PARTS` to read; all tensors are checked in any case.
 
     Raises:
         UserError: A file is missing or cut off, or the tensors do not fit the sizes.
@@ -95,6 +98,7 @@ def load(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     places = fit_names(shapes, config.vision, config.text)
     _check_head(tensors, config)
+    places = {name: place for name, place in places.items() if place[0] in parts}
     flat = {}
     for name in tqdm(sorted(places), desc="weights", unit="tensor", disable=not progress):
         place = places[name]
