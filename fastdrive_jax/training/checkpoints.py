@@ -90,6 +90,10 @@ class RunCheckpoints:
                     async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
                 ),
             )
+        # Kept here since Orbax would read it from a checkpoint that may still be on its way.
+        self._best_value: float | None = None
+        if best and (step := self._manager.best_step()) is not None:
+            self._best_value = best.value(self._manager.metrics(step))
         self._log_filter = _DropRaisedErrors()
         logging.getLogger("absl").addFilter(self._log_filter)
 
@@ -114,10 +118,13 @@ class RunCheckpoints:
             raise ValueError("name the metric: RunCheckpoints(..., best=Best(metric, mode))")
         return self._manager.best_step()
 
-    def best_value(self) -> float | None:
-        """The metric of the best checkpoint, None if none was measured."""
-        step = self.best_step()
-        return None if step is None else self._best.value(self._manager.metrics(step))
+    def improves(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a state of such metrics would be better than every one saved so far.
+
+        Raises:
+            UserError: the best metric is not among them.
+        """
+        return self._best.improves(self._best.value(metrics), self._best_value)
 
     def save(
         self,
@@ -156,6 +163,8 @@ class RunCheckpoints:
                 state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator.get_state())
             )
             self._manager.save(step, args=args, metrics=metrics, force=True)
+            if self._best and metrics and self.improves(metrics):
+                self._best_value = self._best.value(metrics)
 
     def restore(self, abstract: Any, iterator: Positioned, step: int | None = None) -> Any:
         """Read a checkpoint and put the iterator where it was.

@@ -4,10 +4,9 @@ Evaluating and saving come before the next batch is drawn, so that the data posi
 checkpoint is that of its step, and a run that was killed ends bit for bit like one that was not.
 """
 
+import contextlib
 import dataclasses
-import math
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,13 +15,17 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from fastdrive_jax.errors import UserError
 from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding, shard_batch
+from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.checkpoints import Positioned, RunCheckpoints
+from fastdrive_jax.training.compilations import OneCompilation
+from fastdrive_jax.training.meter import Meter
 from fastdrive_jax.training.metrics_log import MetricsLog, Record
 from fastdrive_jax.training.prefetch import DevicePrefetch
 from fastdrive_jax.training.signals import stop_on_signals
+from fastdrive_jax.training.speed import program_flops
 from fastdrive_jax.training.state import Batch, TrainState, abstract_state, materialize
+from fastdrive_jax.training.watch import Images, WatchConfig, Watcher
 
 LOG_FILE = "metrics.jsonl"
 
@@ -38,10 +41,12 @@ class FitResult:
     Attributes:
         state: after the last step.
         history: all records of the log, those of before a resume included.
+        best_step: the step of the best checkpoint; None without `best` or any evaluation.
     """
 
     state: TrainState
     history: list[Record]
+    best_step: int | None = None
 
 
 class StoppedBySignal(SystemExit):
@@ -62,9 +67,12 @@ def fit(
     batch_to_device: Callable[[Batch], Batch] | None = None,
     checkpoint_every: int = 100,
     keep: int = 2,
+    best: Best | None = None,
     log_every: int = 10,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
+    watch: WatchConfig | None = None,
+    images: Images | None = None,
     on_log: Callable[[Record], None] | None = None,
     ignore: Collection[str] = (),
     name: str = "train",
@@ -87,11 +95,15 @@ def fit(
         state_shardings: one sharding or a tree like the state; by default replicated on `mesh`.
         batch_to_device: by default splits the leading axis over `mesh`.
         checkpoint_every: steps between checkpoints; the last step is always saved.
-        keep: how many checkpoints stay.
+        keep: how many of the newest checkpoints stay.
+        best: the metric of `evaluate` by which the best checkpoint is known. A state that is better
+            than those before is saved at once, and stays beside the newest.
         log_every: steps between records, which hold the metrics of that one step.
         evaluate: state to metrics, on the host; called at step 0, each `evaluate_every` steps and
             the last. It must draw its data from the beginning each time.
         evaluate_every: 0 means at step 0 and the last only.
+        watch: TensorBoard, pictures, profile; nothing by default.
+        images: `(state, batch) -> {name: uint8 [H, W, 3]}`, called as `watch` says.
         on_log: gets each new record.
         ignore: dotted names of config fields that may differ on resume.
         name: shown by the progress bar.
@@ -102,20 +114,24 @@ def fit(
 
     Raises:
         UserError: a metric is not finite; the folder or its checkpoint is of another run, or
-            damaged; the disk is full.
+            damaged; the disk is full; the step is compiled again and `watch` says to raise.
         StoppedBySignal: SIGTERM or Ctrl-C came and a checkpoint was saved.
         ValueError: the data ended before `total_steps`.
     """
     if min(total_steps, checkpoint_every, log_every) < 1:
         raise ValueError("total_steps, checkpoint_every and log_every must be at least 1")
+    if best and not evaluate:
+        raise ValueError("the best checkpoint is known by a metric of evaluate, which is absent")
+    watch = watch or WatchConfig()
     mesh = make_mesh(1, devices=jax.local_devices()) if mesh is None else mesh
     batches = DevicePrefetch(batches, batch_to_device or (lambda batch: shard_batch(batch, mesh)))
     abstract = abstract_state(init_state, state_shardings or replicated_sharding(mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    step_fn = OneCompilation(jitted, watch.on_recompile)
     more = () if frozen is None else (frozen,)
 
-    with RunCheckpoints(workdir, config, keep=keep, ignore=ignore) as checkpoints:
+    with RunCheckpoints(workdir, config, keep=keep, best=best, ignore=ignore) as checkpoints:
         start = checkpoints.latest_step()
         if start is None:
             state = materialize(init_state, abstract)
@@ -124,18 +140,27 @@ def fit(
         first = start or 0
         with (
             MetricsLog(workdir / LOG_FILE, start) as log,
+            Watcher(watch, workdir, start, images) as watcher,
             stop_on_signals() as stop,
             tqdm(total=total_steps, initial=first, desc=name, disable=quiet) as bar,
         ):
-            meter = _Meter(log, log_every, total_steps, on_log, bar)
+            listeners = [watcher.record] + ([on_log] if on_log else [])
+            meter = Meter(log, log_every, total_steps, bar, listeners, watch.peak_flops)
+            evaluated = {record["step"] for record in log.history if record["kind"] == "eval"}
             for step in range(first, total_steps + 1):
                 last = step == total_steps
-                if evaluate and step != start and _due(step, evaluate_every, last):
-                    meter.flush()
-                    meter.record(step, "eval", evaluate(state), {})
-                if stop.signal or last or (step and step % checkpoint_every == 0):
-                    meter.flush()  # a state with a metric that is not finite is never saved
-                    checkpoints.save(step, state, batches)
+                measured = None
+                # Who asked to stop does not wait for an evaluation: it is made up for on resume.
+                due = _due(step, evaluate_every, last) and step not in evaluated
+                if evaluate and due and not stop.signal:
+                    with meter.paused("evaluate_s"):
+                        measured = evaluate(state)
+                    meter.record(step, "eval", measured, {})
+                better = best and measured is not None and checkpoints.improves(measured)
+                if stop.signal or last or better or (step and step % checkpoint_every == 0):
+                    # Pausing first reads the metrics: what is not finite is never saved.
+                    with meter.paused("save_s"):
+                        checkpoints.save(step, state, batches, measured)
                 if stop.signal:
                     checkpoints.wait()
                     note = f"{stop.signal.name}: saved step {step} in {workdir}."
@@ -143,78 +168,31 @@ def fit(
                     raise StoppedBySignal(128 + stop.signal)
                 if last:
                     break
-                batch, waited = _draw(batches, step, total_steps)
+                with meter.waiting():
+                    batch = _draw(batches, step, total_steps)
                 items = len(jax.tree.leaves(batch)[0])
-                with jax.transfer_guard("disallow"):
+                watcher.before_step(step, state, batch, meter.paused)
+                if step == first and watch.peak_flops:
+                    lowered = jitted.lower(state, batch, *more)
+                    meter.flops = watch.flops_per_step or program_flops(lowered)
+                compiling = meter.paused("compile_s") if step == first else contextlib.nullcontext()
+                with (
+                    compiling,
+                    jax.transfer_guard("disallow"),
+                    jax.profiler.StepTraceAnnotation(name, step_num=step),
+                ):
                     state, metrics = step_fn(state, batch, *more)
-                meter.follow(step + 1, metrics, items, waited)
+                meter.follow(step + 1, metrics, items)
             history = list(log.history)
-    return FitResult(state, history)
-
-
-class _Meter:
-    """Reads each step's metrics when the next one is already dispatched, checks and logs them."""
-
-    def __init__(self, log: MetricsLog, every: int, total: int, on_log, bar: tqdm):
-        self._log, self._every, self._total = log, every, total
-        self._on_log, self._bar = on_log, bar
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._window = (time.perf_counter(), 0, 0.0, 0)  # begin, items, seconds waited, steps
-
-    def follow(self, step: int, metrics: dict[str, jax.Array], items: int, waited: float) -> None:
-        """Take over the metrics of a dispatched step and read those of the one before."""
-        self.flush()
-        self._pending = (step, metrics)
-        begin, seen, wait, steps = self._window
-        self._window = (begin, seen + items, wait + waited, steps + 1)
-
-    def flush(self) -> None:
-        """Read the metrics that are still out."""
-        if self._pending is None:
-            return
-        step, metrics = self._pending
-        self._pending = None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"Training stopped at step {step} ({', '.join(bad)}); checkpoints of earlier "
-                "steps are kept: lower the learning rate or clip_norm, or look at the data."
-            )
-        self._bar.update()
-        if step % self._every == 0 or step == self._total:
-            now = time.perf_counter()
-            begin, items, wait, steps = self._window
-            seconds = max(now - begin, 1e-9)
-            self._window = (now, 0, 0.0, 0)
-            self._bar.set_postfix(loss=f"{values['loss']:.4g}" if "loss" in values else "-")
-            self.record(
-                step,
-                "train",
-                values,
-                {
-                    "items_per_s": items / seconds,
-                    "step_s": seconds / max(steps, 1),
-                    "data_wait_s": wait / max(steps, 1),
-                },
-            )
-
-    def record(self, step: int, kind: str, values: Mapping, times: Mapping[str, float]) -> None:
-        """Write one record and hand it on."""
-        record = self._log.write(step, kind, values, times)
-        if self._on_log:
-            self._on_log(record)
+        return FitResult(state, history, checkpoints.best_step() if best else None)
 
 
 def _due(step: int, every: int, last: bool) -> bool:
     return step == 0 or last or bool(every and step % every == 0)
 
 
-def _draw(batches: Batches, step: int, total: int) -> tuple[Batch, float]:
-    """The next batch and the seconds that it was waited for."""
-    begin = time.perf_counter()
+def _draw(batches: Batches, step: int, total: int) -> Batch:
     try:
-        batch = next(batches)
+        return next(batches)
     except StopIteration:
         raise ValueError(f"the data ended at step {step} of {total}: repeat it") from None
-    return batch, time.perf_counter() - begin

@@ -33,7 +33,10 @@ def test_loss_falls_and_the_log_has_throughput(tmp_path):
     losses = [record["loss"] for record in result.history]
     assert len(losses) == 40
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
-    assert set(result.history[0]["time"]) == {"items_per_s", "step_s", "data_wait_s"}
+    times = {"items_per_s", "step_s", "data_wait_s", "data_wait_share"}
+    assert set(result.history[0]["time"]) == times | {"compile_s"}
+    assert set(result.history[1]["time"]) == times
+    assert all(0 <= record["time"]["data_wait_share"] <= 1 for record in result.history)
     assert all(record["time"]["items_per_s"] > 0 for record in result.history)
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert steps == [39, 40]
