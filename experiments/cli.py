@@ -18,10 +18,12 @@ from experiments.bench_data import BenchDataArgs, bench_data
 from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.bench_model import BenchModelArgs, bench_model
 from experiments.compile_model import CompileModelArgs, compile_model
+from experiments.compile_train import CompileTrainArgs, compile_train
 from experiments.data_commands import BuildArgs, MaskArgs, VerifyArgs, build, mask, verify
 from experiments.kill_data import KillDataArgs, kill_data
 from experiments.own_images import ImagesConfig, own_images
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
+from experiments.train_pictures import TrainPicturesConfig, train_pictures
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig, train_vla
 from experiments.view_data import ViewArgs, view_data
@@ -77,6 +79,7 @@ Command = (
     | Annotated[ImagesConfig, tyro.conf.subcommand("images")]
     | Annotated[WorldArgs, tyro.conf.subcommand("world")]
     | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
+    | Annotated[TrainPicturesConfig, tyro.conf.subcommand("train-pictures")]
     | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
     | Annotated[AnswerArgs, tyro.conf.subcommand("answer")]
     | Annotated[DataArgs, tyro.conf.subcommand("data")]
@@ -84,6 +87,7 @@ Command = (
     | Annotated[KillDataArgs, tyro.conf.subcommand("kill-data")]
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
     | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
+    | Annotated[CompileTrainArgs, tyro.conf.subcommand("compile-train")]
     | Annotated[CompileModelArgs, tyro.conf.subcommand("compile-model")]
 )
 
@@ -110,6 +114,7 @@ RUN = {
     ImagesConfig: own_images,
     WorldArgs: write_world,
     TrainPrunerConfig: train_on_shards,
+    TrainPicturesConfig: train_pictures,
     TrainVLAArgs: train,
     AnswerArgs: answer,
     DataArgs: data,
@@ -118,6 +123,7 @@ RUN = {
     BenchFrameArgs: bench_frame,
     BenchModelArgs: bench_model,
     CompileModelArgs: compile_model,
+    CompileTrainArgs: compile_train,
 }
 
 

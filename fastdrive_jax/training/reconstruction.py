@@ -22,6 +22,7 @@ from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 from fastdrive_jax.training.losses import SsimConfig, ssim
 
 TOKEN = 28  # pixels a side of a visual token
+_POLICIES = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class ReconConfig:
         mask_surprise: The term asks 1 - mask_surprise * prior of a foreground token, prior being
             the mean training mask at its place: foreground that is always there (road below)
             ranks behind foreground that is not (a car). Blind to classes. 0 asks 1 of all.
+        remat: What the backward pass computes again: "none", "layer" all within a layer, "dots"
+            all but its products with parameters.
     """
 
     pruner: ReconPrunerConfig = ReconPrunerConfig()
@@ -74,6 +77,7 @@ class ReconConfig:
     mask_weight: float = 0.0
     mask_share: float = 0.05
     mask_surprise: float = 0.0
+    remat: Literal["none", "dots", "layer"] = "none"
 
     def __post_init__(self):
         if self.target_pixels < 1 or TOKEN % self.target_pixels:
@@ -86,6 +90,8 @@ class ReconConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1].")
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be positive.")
+        if self.remat not in ("none", *_POLICIES):
+            raise UserError(f"remat={self.remat!r} must be one of none, {', '.join(_POLICIES)}.")
         if self.mask_weight < 0:
             raise UserError(f"mask_weight={self.mask_weight} must not be negative.")
         for name in ("mask_share", "mask_surprise"):
@@ -105,11 +111,13 @@ class ReconDecoder(nn.Module):
         config: Of the layers.
         rope: See `ReconConfig.decoder_rope`.
         target_pixels: Edge of a token in the result.
+        remat: See `ReconConfig`.
     """
 
     config: DecoderConfig
     rope: bool
     target_pixels: int
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -126,8 +134,11 @@ class ReconDecoder(nn.Module):
         angles = None
         if self.rope:
             angles = mrope_angles(config, grid_position_ids(x.shape[0], grid))
+        layer = DecoderLayer
+        if self.remat != "none":
+            layer = nn.remat(DecoderLayer, policy=_POLICIES[self.remat])
         for number in range(config.num_layers):
-            x, _ = DecoderLayer(config, causal=False, name=f"layer_{number}")(x, angles)
+            x, _ = layer(config, causal=False, name=f"layer_{number}")(x, angles)
         x = RMSNorm(config.rms_norm_eps, name="norm")(x)
         x = nn.Dense(edge * edge * 3, name="head")(x)
         return unpatchify(x.reshape(*x.shape[:2], edge, edge, 3), grid)
@@ -217,7 +228,8 @@ def reconstruct(
         grid: Token rows and columns.
         config: Of the training.
     """
-    halves = jnp.concatenate([tokens * keep[..., None], tokens * (1 - keep)[..., None]])
+    sides = (keep[..., None].astype(tokens.dtype), (1 - keep)[..., None].astype(tokens.dtype))
+    halves = jnp.concatenate([tokens * side for side in sides])
     pictures = _decoder(config).apply({"params": params["decoder"]}, halves, grid)
     return tuple(jnp.split(pictures, 2))
 
@@ -244,10 +256,12 @@ def recon_loss(
         The loss and the metrics loss_fore, loss_back, ssim_fore, ssim_back, mse_fore, mse_back
         and kept (share of tokens in the foreground pass).
     """
-    tokens, grid = batch["tokens"].astype(jnp.float32), _grid(batch)
+    # The parameters' type is that of the arithmetic; scores and losses are float32 in any case.
+    tokens, grid = batch["tokens"].astype(params["pruner"]["query"].dtype), _grid(batch)
     scores = ReconPruner(config.pruner).apply(
         {"params": params["pruner"]}, tokens, grid_position_ids(tokens.shape[0], grid)
     )
+    scores = scores.astype(jnp.float32)
     keep = training_mask(scores, key, config)
     targets = masked_targets(batch["image"], batch["mask"], config)
     pictures = reconstruct(params, tokens, keep, grid, config)
@@ -299,7 +313,7 @@ def _half(prediction, target, config: ReconConfig) -> dict[str, Array]:
 
 
 def _decoder(config: ReconConfig) -> ReconDecoder:
-    return ReconDecoder(config.decoder, config.decoder_rope, config.target_pixels)
+    return ReconDecoder(config.decoder, config.decoder_rope, config.target_pixels, config.remat)
 
 
 def _grid(batch: dict[str, Array]) -> tuple[int, int]:

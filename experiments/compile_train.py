@@ -1,0 +1,187 @@
+"""Compile the training step of a published size ahead of time: what each device would need.
+
+    fastdrive compile-train --run fastdrivevla_3b --devices 64
+
+Nothing is allocated: the devices are virtual ones of the CPU. Per device it writes memory, FLOPs
+and the bytes that collectives move, and from them the share of the time that an accelerator of
+given rates would compute. XLA's CPU compiler counts a loop's FLOPs once, so FLOPs are those of
+`training_cost`, and its copies in float32 make the peak an upper bound. About a minute on 2 cores.
+Writes OUT/train_RUN_DEVICES.json.
+"""
+
+import functools
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from experiments.configs.pictures import PICTURE_RUNS, PictureRun
+from experiments.training_cost import step_flops
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder
+from fastdrive_jax.parallel.mesh import batch_parts, batch_sharding, make_mesh
+from fastdrive_jax.parallel.rules import tree_shardings
+from fastdrive_jax.training.optimizer import make_optimizer
+from fastdrive_jax.training.picture_loss import picture_loss
+from fastdrive_jax.training.reconstruction import init_params
+from fastdrive_jax.training.state import abstract_state, init_train_state, make_train_step
+
+_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1, "s8": 1}
+# Bytes that a device sends for each byte of the result of a ring over n devices.
+_TRAFFIC = {
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+
+
+@dataclass(frozen=True)
+class CompileTrainArgs:
+    """Compile a training step without weights or data.
+
+    Attributes:
+        run: Its setting.
+        devices: Virtual devices.
+        fsdp: Devices that share the parameters; the others copy them.
+        tensor: Devices that share a layer.
+        per_device: Pictures of a batch for each group of `tensor` devices.
+        peak_flops: Of a device, for the prediction; an H100's dense bfloat16 by default.
+        link: Bytes a second that a device sends; NVLink within an H100 node by default.
+        used: Share of `peak_flops` that a step without communication reaches.
+        out: Folder of the figures.
+    """
+
+    run: Literal["fastdrivevla_3b", "fastdrivevla_7b"] = "fastdrivevla_3b"
+    devices: int = 8
+    fsdp: int = 8
+    tensor: int = 1
+    per_device: int = 1
+    peak_flops: float = 989e12
+    link: float = 450e9
+    used: float = 0.4
+    out: Path = Path("runs/compile")
+
+    def __post_init__(self):
+        for name in ("devices", "fsdp", "tensor", "per_device"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.devices % (self.fsdp * self.tensor):
+            raise UserError(
+                f"devices={self.devices} must be a multiple of fsdp x tensor = "
+                f"{self.fsdp * self.tensor}."
+            )
+
+
+def compile_train(args: CompileTrainArgs) -> Path:
+    """Compiles, prints and writes the figures; returns their path."""
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    mesh = make_mesh(args.devices // (args.fsdp * args.tensor), args.fsdp, args.tensor)
+    run = PICTURE_RUNS[args.run]
+    batch = args.per_device * batch_parts(mesh)
+    compiled, state = compile_step(run, mesh, batch)
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    moved = collective_bytes(compiled.as_text())
+    flops = step_flops(run.recon, run.loader.image_size, run.encoder) * batch / args.devices
+    compute = flops / (args.used * args.peak_flops)
+    wire = sum(moved.values()) / args.link
+    figures = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "batch": batch,
+        "flops_per_device": flops,
+        "argument_bytes_per_device": memory.argument_size_in_bytes,
+        "peak_bytes_per_device": peak,
+        **{f"{name}_bytes_per_device": size for name, size in moved.items()},
+        "predicted_efficiency_without_overlap": compute / (compute + wire),
+        "predicted_efficiency_with_overlap": compute / max(compute, wire),
+    }
+    rows = [Row(args.run, None, name, float(v), None, None, 1, None) for name, v in figures.items()]
+    for row in rows:
+        print(f"{row.metric}: {row.value:,.4g}", flush=True)
+    meta = {"devices": args.devices, "mesh": dict(mesh.shape), "peak_flops": args.peak_flops}
+    path = args.out / f"train_{args.run}_{args.devices}.json"
+    return write_rows(path, rows, meta | {"link": args.link, "used": args.used})
+
+
+def compile_step(run: PictureRun, mesh: Mesh, batch: int) -> tuple[jax.stages.Compiled, Any]:
+    """The compiled step and its abstract state."""
+    optimizer = make_optimizer(run.optimizer)
+    init = functools.partial(
+        init_train_state, functools.partial(init_params, run.recon), optimizer, run.seed
+    )
+    state = abstract_state(init, tree_shardings(jax.eval_shape(init), mesh))
+    dtype = jnp.dtype(run.dtype)
+    sides = run.loader.image_size
+    picture = jax.ShapeDtypeStruct((1, *sides, 3), jnp.uint8)
+    encoder = jax.eval_shape(VisionEncoder(run.encoder).init, jax.random.key(0), picture)["params"]
+    encoder = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
+        encoder,
+        tree_shardings(encoder, mesh),
+    )
+    place = batch_sharding(mesh)
+    given = {
+        "image": jax.ShapeDtypeStruct((batch, *sides, 3), jnp.uint8, sharding=place),
+        "mask": jax.ShapeDtypeStruct((batch, *sides), jnp.uint8, sharding=place),
+    }
+    loss = functools.partial(picture_loss, config=run.recon, encoder=run.encoder, dtype=dtype)
+    step = make_train_step(loss, optimizer)
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        return jitted.lower(state, given, {"encoder": encoder}).compile(), state
+
+
+def collective_bytes(text: str) -> dict[str, float]:
+    """Bytes that a device sends in each kind of collective of a compiled program, as in a ring.
+
+    A collective within a loop is counted once for each of its rounds where the compiler notes the
+    trip count, else once.
+    """
+    counts = trip_counts(text)
+    moved = dict.fromkeys(_TRAFFIC, 0.0)
+    computation = ""
+    for line in text.splitlines():
+        start = re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if start:
+            computation = start.group(1)
+        found = re.search(r"= (.*?) (" + "|".join(_TRAFFIC) + r")(?:-start)?\(", line)
+        if not found:
+            continue
+        size = sum(
+            _BYTES[kind] * math.prod(int(n) for n in sides.split(",") if n)
+            for kind, sides in re.findall(r"(\w+)\[([\d,]*)\]", found.group(1))
+            if kind in _BYTES
+        )
+        group = group_size(line)
+        moved[found.group(2)] += size * _TRAFFIC[found.group(2)](group) * counts.get(computation, 1)
+    return moved
+
+
+def group_size(line: str) -> int:
+    """Devices that take part in a collective."""
+    explicit = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if explicit:
+        return len(explicit.group(1).split(","))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+    return int(iota.group(2)) if iota else 2
+
+
+def trip_counts(text: str) -> dict[str, int]:
+    """Rounds of each loop's body, by the body's name."""
+    found = {}
+    for line in text.splitlines():
+        body = re.search(r"body=%?([\w.\-]+)", line)
+        count = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+        if body and count:
+            found[body.group(1)] = int(count.group(1))
+    return found
