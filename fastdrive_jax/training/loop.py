@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ from fastdrive_jax.training.compilations import OneCompilation
 from fastdrive_jax.training.meter import Meter
 from fastdrive_jax.training.metrics_log import MetricsLog, Record
 from fastdrive_jax.training.prefetch import DevicePrefetch
-from fastdrive_jax.training.signals import stop_on_signals
+from fastdrive_jax.training.signals import SharedStop, stop_on_signals
 from fastdrive_jax.training.speed import program_flops
 from fastdrive_jax.training.state import Batch, TrainState, abstract_state, materialize
 from fastdrive_jax.training.watch import Images, WatchConfig, Watcher
@@ -80,7 +81,8 @@ def fit(
 ) -> FitResult:
     """Train up to `total_steps`, from the newest checkpoint of `workdir` if it has one.
 
-    For one process, with any number of devices.
+    On one process or, called alike on all, on the processes of a job with a shared file system;
+    the first of them writes.
 
     Args:
         workdir: run folder: `config.json`, `metrics.jsonl`, `checkpoints/`.
@@ -88,10 +90,11 @@ def fit(
         init_state: makes the state at step 0; traced, so it may not depend on values.
         train_step: pure `(state, batch) -> (state, metrics)`, or with `frozen` as third argument;
             metrics are scalars. Jitted here, with the state donated.
-        batches: iterator over trees of numpy arrays `[B, ...]`, endless or long enough.
+        batches: iterator over trees of numpy arrays `[B, ...]`, endless or long enough; this
+            process's part of each batch, at a position that is equal on all.
         total_steps: to reach, counted from the start of the run.
         frozen: pytree of arrays on the devices that the step reads: neither trained nor saved.
-        mesh: devices that share a batch, by default one device.
+        mesh: devices that share a batch, by default one device; of several processes, all.
         state_shardings: one sharding or a tree like the state; by default replicated on `mesh`.
         batch_to_device: by default splits the leading axis over `mesh`.
         checkpoint_every: steps between checkpoints; the last step is always saved.
@@ -122,7 +125,9 @@ def fit(
         raise ValueError("total_steps, checkpoint_every and log_every must be at least 1")
     if best and not evaluate:
         raise ValueError("the best checkpoint is known by a metric of evaluate, which is absent")
-    watch = watch or WatchConfig()
+    if mesh is None and jax.process_count() > 1:
+        raise ValueError("on several processes the mesh must be given")
+    watch, leads = watch or WatchConfig(), jax.process_index() == 0
     mesh = make_mesh(1, devices=jax.local_devices()) if mesh is None else mesh
     batches = DevicePrefetch(batches, batch_to_device or (lambda batch: shard_batch(batch, mesh)))
     abstract = abstract_state(init_state, state_shardings or replicated_sharding(mesh))
@@ -139,11 +144,14 @@ def fit(
             state = checkpoints.restore(abstract, batches)
         first = start or 0
         with (
-            MetricsLog(workdir / LOG_FILE, start) as log,
+            MetricsLog(workdir / LOG_FILE, start, writes=leads) as log,
             Watcher(watch, workdir, start, images) as watcher,
-            stop_on_signals() as stop,
-            tqdm(total=total_steps, initial=first, desc=name, disable=quiet) as bar,
+            stop_on_signals() as request,
+            tqdm(total=total_steps, initial=first, desc=name, disable=quiet or not leads) as bar,
         ):
+            # Nobody adds to the log while others still read what was evaluated.
+            multihost_utils.sync_global_devices("the log is open")
+            stop = SharedStop(request, mesh)
             listeners = [watcher.record] + ([on_log] if on_log else [])
             meter = Meter(log, log_every, total_steps, bar, listeners, watch.peak_flops)
             evaluated = {record["step"] for record in log.history if record["kind"] == "eval"}
@@ -164,7 +172,8 @@ def fit(
                 if stop.signal:
                     checkpoints.wait()
                     note = f"{stop.signal.name}: saved step {step} in {workdir}."
-                    bar.write(note, file=sys.stderr)
+                    if leads:
+                        bar.write(note, file=sys.stderr)
                     raise StoppedBySignal(128 + stop.signal)
                 if last:
                     break
@@ -182,6 +191,7 @@ def fit(
                     jax.profiler.StepTraceAnnotation(name, step_num=step),
                 ):
                     state, metrics = step_fn(state, batch, *more)
+                stop.share()
                 meter.follow(step + 1, metrics, items)
             history = list(log.history)
         return FitResult(state, history, checkpoints.best_step() if best else None)

@@ -18,12 +18,13 @@ class MetricsLog:
     A record has `step`, `kind` and the metrics; what differs from run to run is under `time`.
     """
 
-    def __init__(self, path: Path, resume_step: int | None):
+    def __init__(self, path: Path, resume_step: int | None, *, writes: bool = True):
         """Open the file and cut it back to what the restored run knew.
 
         Args:
             path: of the file.
             resume_step: the restored step, later records are dropped; None starts empty.
+            writes: off on the processes that only read what the first one writes.
 
         Raises:
             UserError: the file can't be written.
@@ -32,6 +33,9 @@ class MetricsLog:
         if resume_step is not None and path.exists():
             kept = [record for record in read_log(path) if record["step"] <= resume_step]
         self.history: list[Record] = kept
+        self._file = None
+        if not writes:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -45,7 +49,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def write(
         self, step: int, kind: str, metrics: Mapping[str, float], time: Mapping[str, float]
@@ -58,11 +63,13 @@ class MetricsLog:
         record = {"step": step, "kind": kind}
         record |= {name: _finite(value) for name, value in metrics.items()}
         record["time"] = {name: round(value, 6) for name, value in time.items()}
-        try:
-            self._file.write(_line(record))
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self._file.name} can't be written ({error.strerror}).") from error
+        if self._file:
+            try:
+                self._file.write(_line(record))
+                self._file.flush()
+            except OSError as error:
+                name = self._file.name
+                raise UserError(f"{name} can't be written ({error.strerror}).") from error
         self.history.append(record)
         return record
 

@@ -63,7 +63,7 @@ class WatchConfig:
 
 
 class Watcher:
-    """Does what a `WatchConfig` says; use it as a context manager."""
+    """Does what a `WatchConfig` says, the writing on the first process; a context manager."""
 
     def __init__(
         self, config: WatchConfig, folder: Path, resume_step: int | None, images: Images | None
@@ -75,15 +75,16 @@ class Watcher:
             folder: of the run.
             resume_step: restored step, None in a new run.
             images: gives the pictures, uint8 [H, W, 3] by name, from the state before a step and
-                the batch of that step.
+                the batch of that step; on several processes, pictures that each has whole.
         """
         if config.images_every and images is None:
             raise ValueError("images_every needs fit(..., images=...), which draws them")
         self._images = images if config.images_every else None
         self._every, self._folder = config.images_every, folder
-        self._profile = _ProfileWindow(config.profile, folder / "profile")
+        self._writes = jax.process_index() == 0
+        self._profile = _ProfileWindow(config.profile if self._writes else None, folder / "profile")
         self._events = None
-        if config.tensorboard:
+        if config.tensorboard and self._writes:
             self._events = EventLog(folder / "tensorboard", resume_step)
 
     def __enter__(self) -> "Watcher":
@@ -112,7 +113,8 @@ class Watcher:
         """
         if self._images and step % self._every == 0:
             with paused("images_s"):
-                for name, image in self._images(state, batch).items():
+                found = self._images(state, batch)  # by all processes, which share the arrays
+                for name, image in found.items() if self._writes else ():
                     self._draw(step, name, np.asarray(image))
         if self._profile.due(step):
             with paused("profile_s"):
