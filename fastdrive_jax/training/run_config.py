@@ -54,6 +54,9 @@ def differences(stored: Any, asked: Any, ignore: Collection[str] = ()) -> list[s
 def claim_run_folder(folder: Path, config: Any, ignore: Collection[str] = ()) -> None:
     """Write the config into a new run folder, or check that it is the config of an old one.
 
+    A field that the old one lacks counts as its default: newer code added it, and what is added
+    must by default be as it was before.
+
     Args:
         folder: of the run; made if absent.
         config: a dataclass (or dict) of plain values.
@@ -70,7 +73,7 @@ def claim_run_folder(folder: Path, config: Any, ignore: Collection[str] = ()) ->
             raise UserError(f"{folder} holds checkpoints but no {CONFIG_FILE}: use a new folder.")
         write_json(path, asked)
         return
-    found = differences(read_json(path), asked, ignore)
+    found = differences(_completed(read_json(path), config), asked, ignore)
     if found:
         raise UserError(
             f"{folder} holds a run of another config ({'; '.join(found)}): "
@@ -101,6 +104,30 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} can't be read ({error.strerror}).") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
+
+
+def _completed(stored: Any, config: Any) -> Any:
+    """A stored config with the defaults of fields that the dataclass of today has besides."""
+    if not dataclasses.is_dataclass(config) or not isinstance(stored, dict):
+        return stored
+    known = {
+        field.name: _completed(stored[field.name], getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.name in stored
+    }
+    return stored | known | _defaults(config, stored.keys())
+
+
+def _defaults(config: Any, besides: Collection[str]) -> dict[str, Any]:
+    found = {}
+    for field in dataclasses.fields(config):
+        if field.name in besides:
+            continue
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return json.loads(json.dumps(to_plain(found)))
 
 
 def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,14 +9,16 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_run import TinyConfig, functions, make_batches, run
 
 from fastdrive_jax.training.checkpoints import RunCheckpoints
-from fastdrive_jax.training.loop import StoppedBySignal
+from fastdrive_jax.training.loop import StoppedBySignal, fit
 from fastdrive_jax.training.metrics_log import read_log
-from fastdrive_jax.training.state import abstract_state
+from fastdrive_jax.training.state import abstract_state, init_train_state, make_train_step
 
 STEPS = 40
 PROGRAM = Path(__file__).with_name("tiny_run.py")
@@ -112,3 +114,55 @@ def test_signals_stop_at_the_next_step_and_get_their_handlers_back(tmp_path, num
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) is before
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+
+
+def test_a_stop_while_a_large_save_is_running_is_within_thirty_seconds(tmp_path):
+    """100 MB a step are written, slower than steps are made, so that one is always on its way."""
+
+    def init():
+        return init_train_state(lambda key: {"w": jnp.zeros((5000, 5000))}, optax.sgd(1.0), 0)
+
+    def interrupt(record):
+        if record["step"] == 2:
+            asked.append(time.perf_counter())
+            running.extend((tmp_path / "checkpoints").glob("1.*tmp*"))
+            signal.raise_signal(signal.SIGTERM)
+
+    asked, running = [], []
+    config, place = TinyConfig(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    step = make_train_step(lambda params, batch, key: (params["w"].mean(), {}), optax.sgd(1.0))
+    with pytest.raises(StoppedBySignal):
+        fit(
+            tmp_path, config, init, step, make_batches(config), STEPS, log_every=1,
+            checkpoint_every=1, keep=1, on_log=interrupt, quiet=True,
+        )  # fmt: skip
+    assert time.perf_counter() - asked[0] < 30
+    assert running  # the signal did come within a save
+    with RunCheckpoints(tmp_path, config) as checkpoints:
+        saved = checkpoints.latest_step()
+        state = checkpoints.restore(abstract_state(init, place), make_batches(config))
+    assert saved in (2, 3)
+    assert int(state.step) == saved
+
+
+def test_who_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path):
+    """It is made up for on resume, and comes once."""
+    seen = []
+
+    def evaluate(state):
+        seen.append(int(state.step))
+        return {"updates": float(state.step)}
+
+    def interrupt(record):
+        if record["step"] == 4 and record["kind"] == "train" and not resumed:
+            signal.raise_signal(signal.SIGTERM)
+
+    options = {"evaluate": evaluate, "evaluate_every": 5, "log_every": 1, "on_log": interrupt}
+    resumed = False
+    with pytest.raises(StoppedBySignal):
+        run(tmp_path, 10, **options)
+    assert seen == [0]
+    resumed = True
+    history = run(tmp_path, 10, **options).history
+    assert seen == [0, 5, 10]
+    assert [record["step"] for record in history if record["kind"] == "eval"] == [0, 5, 10]

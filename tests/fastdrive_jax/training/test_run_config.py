@@ -1,5 +1,6 @@
 import dataclasses
 import enum
+import json
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +69,18 @@ def test_damaged_config_and_checkpoints_without_config_are_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match=r"no config\.json"):
         claim_run_folder(tmp_path, Outer())
+
+
+def test_a_field_that_was_added_later_counts_as_its_default(tmp_path):
+    claim_run_folder(tmp_path / "run", Outer())
+    path = tmp_path / "run/config.json"
+    stored = json.loads(path.read_text())
+    del stored["kind"], stored["inner"]["sizes"], stored["limit"]
+    path.write_text(json.dumps(stored))
+    claim_run_folder(tmp_path / "run", Outer())
+    with pytest.raises(UserError, match=r"\(inner\.sizes was \[1, 2\] and is now \[3\]\)"):
+        claim_run_folder(tmp_path / "run", Outer(Inner((3,))))
+    stored["dropped"] = 1
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"\(dropped was 1 and is now absent\)"):
+        claim_run_folder(tmp_path / "run", Outer())
