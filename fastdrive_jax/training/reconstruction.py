@@ -228,10 +228,12 @@ def reconstruct(
         grid: Token rows and columns.
         config: Of the training.
     """
-    sides = (keep[..., None].astype(tokens.dtype), (1 - keep)[..., None].astype(tokens.dtype))
-    halves = jnp.concatenate([tokens * side for side in sides])
+    keep = jnp.stack([keep, 1 - keep], axis=1).astype(tokens.dtype)[..., None]  # [B, 2, N, 1]
+    # Both halves of a picture stay neighbours, and so on one device.
+    halves = (tokens[:, None] * keep).reshape(-1, *tokens.shape[1:])
     pictures = _decoder(config).apply({"params": params["decoder"]}, halves, grid)
-    return tuple(jnp.split(pictures, 2))
+    pictures = pictures.reshape(len(tokens), 2, *pictures.shape[1:])
+    return pictures[:, 0], pictures[:, 1]
 
 
 def recon_loss(
