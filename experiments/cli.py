@@ -22,6 +22,7 @@ from experiments.compile_train import CompileTrainArgs, compile_train
 from experiments.data_commands import BuildArgs, MaskArgs, VerifyArgs, build, mask, verify
 from experiments.kill_data import KillDataArgs, kill_data
 from experiments.own_images import ImagesConfig, own_images
+from experiments.plot_metrics import PlotMetricsArgs, plot_metrics
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
 from experiments.train_pictures import TrainPicturesConfig, train_pictures
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
@@ -88,6 +89,7 @@ Command = (
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
     | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
     | Annotated[CompileTrainArgs, tyro.conf.subcommand("compile-train")]
+    | Annotated[PlotMetricsArgs, tyro.conf.subcommand("plot-metrics")]
     | Annotated[CompileModelArgs, tyro.conf.subcommand("compile-model")]
 )
 
@@ -122,6 +124,7 @@ RUN = {
     KillDataArgs: kill_data,
     BenchFrameArgs: bench_frame,
     BenchModelArgs: bench_model,
+    PlotMetricsArgs: plot_metrics,
     CompileModelArgs: compile_model,
     CompileTrainArgs: compile_train,
 }

@@ -2,10 +2,10 @@
 
     fastdrive train-pictures --shards SHARDS --checkpoint DIR --out runs/fastdrivevla_3b
 
-SHARDS holds nuScenes-FG (`fastdrive data build`), DIR a checkpoint in the Hugging Face layout. The
-same command runs on one device and on a pod: on each of its hosts, with `--hosts` where the cluster
-does not say by itself who takes part. A run that was stopped goes on, with other devices and hosts
-too. Writes OUT/checkpoints, OUT/metrics.jsonl and, in the end, OUT/export.
+SHARDS holds nuScenes-FG (`fastdrive data build`), DIR a checkpoint in the Hugging Face layout. On
+several hosts call `jax.distributed.initialize` before `train_pictures`, on each of them. A run that
+was stopped goes on, with other devices and hosts too. Writes OUT/checkpoints, OUT/metrics.jsonl
+and, in the end, OUT/export.
 """
 
 import functools
