@@ -17,6 +17,7 @@ from experiments.answer import AnswerArgs, answer
 from experiments.bench_data import BenchDataArgs, bench_data
 from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.bench_model import BenchModelArgs, bench_model
+from experiments.bench_train import BenchTrainArgs, bench_train
 from experiments.compile_model import CompileModelArgs, compile_model
 from experiments.compile_train import CompileTrainArgs, compile_train
 from experiments.data_commands import BuildArgs, MaskArgs, VerifyArgs, build, mask, verify
@@ -89,6 +90,7 @@ Command = (
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
     | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
     | Annotated[CompileTrainArgs, tyro.conf.subcommand("compile-train")]
+    | Annotated[BenchTrainArgs, tyro.conf.subcommand("bench-train")]
     | Annotated[PlotMetricsArgs, tyro.conf.subcommand("plot-metrics")]
     | Annotated[CompileModelArgs, tyro.conf.subcommand("compile-model")]
 )
@@ -124,6 +126,7 @@ RUN = {
     KillDataArgs: kill_data,
     BenchFrameArgs: bench_frame,
     BenchModelArgs: bench_model,
+    BenchTrainArgs: bench_train,
     PlotMetricsArgs: plot_metrics,
     CompileModelArgs: compile_model,
     CompileTrainArgs: compile_train,
