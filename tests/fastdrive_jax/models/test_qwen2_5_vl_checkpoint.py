@@ -142,7 +142,7 @@ def test_tensors_go_straight_to_their_shards(saved):
     ).stdout.splitlines()
     specs = ast.literal_eval(out[0])
     up = "language_model/layers_0/mlp/up_proj/kernel"
-    assert specs[up] == ("data", "model")
+    assert specs[up] == ("fsdp", "tensor")
     assert specs[up.replace("up", "down")] == ("model", "data")
     assert specs["language_model/embed_tokens/embedding"] == ("model", "data")
     assert specs["language_model/norm/scale"] in ((), (None,))
