@@ -143,8 +143,8 @@ def test_tensors_go_straight_to_their_shards(saved):
     specs = ast.literal_eval(out[0])
     up = "language_model/layers_0/mlp/up_proj/kernel"
     assert specs[up] == ("fsdp", "tensor")
-    assert specs[up.replace("up", "down")] == ("model", "data")
-    assert specs["language_model/embed_tokens/embedding"] == ("model", "data")
+    assert specs[up.replace("up", "down")] == ("tensor", "fsdp")
+    assert specs["language_model/embed_tokens/embedding"] == ("tensor", "fsdp")
     assert specs["language_model/norm/scale"] in ((), (None,))
     leaves = jax.tree.leaves(random_params(TINY))
     total = sum(float(np.abs(leaf.astype(np.float32)).sum()) for leaf in leaves)
