@@ -126,12 +126,15 @@ def blockwise_attention(
     """
     batch, count, heads, size = query.shape
     groups = key.shape[2]
+    # Where all see all keys, the heads that share keys are so many more rows of one product.
+    share = heads // groups if causal else 1
 
     def to_rows(x):
         return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], size)
 
-    ends = None if lengths is None else jnp.repeat(lengths, heads)
-    mixed = _attend(causal, heads // groups, to_rows(query), to_rows(key), to_rows(value), ends)
+    rows = to_rows(query).reshape(batch * groups * share, -1, size)
+    ends = None if lengths is None else jnp.repeat(lengths, groups * share)
+    mixed = _attend(causal, share, rows, to_rows(key), to_rows(value), ends)
     return mixed.reshape(batch, heads, count, size).transpose(0, 2, 1, 3)
 
 
