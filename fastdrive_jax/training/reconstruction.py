@@ -49,6 +49,12 @@ class ReconConfig:
         surrogate: Whose slope the mask has: "identity" (the paper: 1 everywhere) or "sigmoid" of
             the distance to the threshold, in units of `temperature` times the scores' spread.
         temperature: See `surrogate`.
+        pixel_weight: Weight of the reconstruction, 1 in the paper. At 0 nothing is painted and the
+            decoder is not trained: the terms below must then teach the scores.
+        budget_weight: Weight of the squared distance between the share of tokens that a batch's
+            masks keep and `budget`, with the masks' gradient. The published objective has no such
+            term, so that a sign mask may drift to all or nothing; 0 in the paper.
+        budget: That share.
         mask_weight: Weight of a direct term beside the reconstruction: cross-entropy between the
             scores and whether a token holds foreground at all. To a decoder that does not yet
             paint what it is given, a token and its absence say the same, so which side is the
@@ -74,6 +80,9 @@ class ReconConfig:
     keep_range: tuple[float, float] = (0.05, 0.75)
     surrogate: Literal["identity", "sigmoid"] = "identity"
     temperature: float = 0.5
+    pixel_weight: float = 1.0
+    budget_weight: float = 0.0
+    budget: float = 0.5
     mask_weight: float = 0.0
     mask_share: float = 0.05
     mask_surprise: float = 0.0
@@ -85,15 +94,20 @@ class ReconConfig:
         low, high = self.keep_range
         if not 0 < low <= high < 1:
             raise UserError(f"keep_range={self.keep_range} must rise within 0 and 1.")
-        for name in ("alpha", "ssim_weight"):
+        for name in ("alpha", "ssim_weight", "budget"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1].")
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be positive.")
         if self.remat not in ("none", *_POLICIES):
             raise UserError(f"remat={self.remat!r} must be one of none, {', '.join(_POLICIES)}.")
-        if self.mask_weight < 0:
-            raise UserError(f"mask_weight={self.mask_weight} must not be negative.")
+        for name in ("pixel_weight", "budget_weight", "mask_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative.")
+        if not (self.pixel_weight or self.mask_weight):
+            raise UserError(
+                "pixel_weight=0 leaves nothing to learn from; give mask_weight as well."
+            )
         for name in ("mask_share", "mask_surprise"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1).")
@@ -246,6 +260,8 @@ def recon_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """`alpha * L_fore + (1 - alpha) * L_back`, each `lambda (1 - SSIM) + (1 - lambda) MSE`.
 
+    With the weights of a config that has them, the terms for masks and budget are added.
+
     Args:
         params: Of `init_params`.
         batch: tokens [B, N, D]; image uint8 [B, H, W, 3]; mask uint8 {0, 1} [B, H, W]; with
@@ -256,7 +272,8 @@ def recon_loss(
 
     Returns:
         The loss and the metrics loss_fore, loss_back, ssim_fore, ssim_back, mse_fore, mse_back
-        and kept (share of tokens in the foreground pass).
+        and kept (share of tokens in the foreground pass); without ssim_weight no ssim, without
+        pixel_weight only kept; loss_mask with mask_weight, loss_budget with budget_weight.
     """
     # The parameters' type is that of the arithmetic; scores and losses are float32 in any case.
     tokens, grid = batch["tokens"].astype(params["pruner"]["query"].dtype), _grid(batch)
@@ -265,15 +282,21 @@ def recon_loss(
     )
     scores = scores.astype(jnp.float32)
     keep = training_mask(scores, key, config)
-    targets = masked_targets(batch["image"], batch["mask"], config)
-    pictures = reconstruct(params, tokens, keep, grid, config)
     if config.needs_prior and prior is None:
         raise ValueError("this config's loss needs the mean training mask")
-    fore = _half(pictures[0], targets[0], config)
-    back = _half(pictures[1], targets[1], config)
-    loss = config.alpha * fore["loss"] + (1 - config.alpha) * back["loss"]
-    metrics = {f"{name}_fore": value for name, value in fore.items()}
-    metrics |= {f"{name}_back": value for name, value in back.items()}
+    loss, metrics = 0.0, {}
+    if config.pixel_weight:
+        targets = masked_targets(batch["image"], batch["mask"], config)
+        pictures = reconstruct(params, tokens, keep, grid, config)
+        fore = _half(pictures[0], targets[0], config)
+        back = _half(pictures[1], targets[1], config)
+        loss = config.alpha * fore["loss"] + (1 - config.alpha) * back["loss"]
+        loss = config.pixel_weight * loss
+        metrics = {f"{name}_fore": value for name, value in fore.items()}
+        metrics |= {f"{name}_back": value for name, value in back.items()}
+    if config.budget_weight:
+        metrics["loss_budget"] = jnp.square(keep.mean() - config.budget)
+        loss = loss + config.budget_weight * metrics["loss_budget"]
     if config.mask_weight:
         expected = prior[batch["camera"]] if config.needs_prior else jnp.zeros_like(scores)
         metrics["loss_mask"] = mask_loss(scores, batch["mask"], grid, expected, config)

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
-from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 from fastdrive_jax.training.reconstruction import (
     TOKEN,
     ReconConfig,
@@ -154,3 +155,62 @@ def test_mask_loss_is_the_cross_entropy_with_what_each_token_should_reach():
     # A prior of 0.8 at surprise 0.5 asks 0.6 of foreground, and still 0 of background.
     want = (0.6 * yes + 0.4 * no + rest) / 2
     assert loss(prior=(0.8, 0.8), mask_surprise=0.5) == pytest.approx(want, rel=1e-5)
+
+
+def test_without_pixels_only_the_mask_term_is_left():
+    params = init_params(CONFIG, jax.random.key(0))
+    config = replace(CONFIG, pixel_weight=0.0, mask_weight=2.0)
+    value = jax.value_and_grad(recon_loss, has_aux=True)
+    (loss, metrics), grads = value(params, batch(), jax.random.key(1), config=config)
+    assert set(metrics) == {"loss_mask", "kept"}
+    assert float(loss) == pytest.approx(2 * float(metrics["loss_mask"]), rel=1e-6)
+    assert optax.tree.norm(grads["decoder"]) == 0
+    assert optax.tree.norm(grads["pruner"]) > 1e-3
+    whole, _ = recon_loss(params, batch(), jax.random.key(1), config=CONFIG)
+    half, _ = recon_loss(
+        params, batch(), jax.random.key(1), config=replace(CONFIG, pixel_weight=0.5)
+    )
+    assert float(half) == pytest.approx(0.5 * float(whole), rel=1e-6)
+    with pytest.raises(UserError, match="mask_weight"):
+        replace(CONFIG, pixel_weight=0.0)
+
+
+def test_the_budget_is_the_squared_distance_of_the_kept_share_with_the_scores_gradient():
+    params = init_params(CONFIG, jax.random.key(0))
+    base = replace(CONFIG, pixel_weight=0.0, mask_weight=1.0)
+    config = replace(base, budget_weight=3.0, budget=0.2)
+
+    def loss(params, config):
+        return recon_loss(params, batch(), jax.random.key(1), config=config)
+
+    (total, metrics), (without, _) = loss(params, config), loss(params, base)
+    kept = float(metrics["kept"])
+    assert 0 < kept < 1
+    assert float(metrics["loss_budget"]) == pytest.approx((kept - 0.2) ** 2, rel=1e-5)
+    assert float(total - without) == pytest.approx(3 * (kept - 0.2) ** 2, rel=1e-4)
+
+    # By the scorer w, S = w^T (V* . Q*) is linear: the mean score is the gradient times w.
+    def scorer_grad(config):
+        return jax.grad(lambda p: loss(p, config)[0])(params)["pruner"]["scorer"]["kernel"]
+
+    weights = params["pruner"]["scorer"]["kernel"]
+    scores = ReconPruner(CONFIG.pruner).apply({"params": params["pruner"]}, batch()["tokens"])
+    slope = float(((scorer_grad(config) - scorer_grad(base)) * weights).sum())
+    assert slope == pytest.approx(3 * 2 * (kept - 0.2) * float(scores.mean()), rel=1e-3)
+
+
+def test_unknown_settings_of_budget_and_scorer_are_refused():
+    for fields in ({"budget": 1.5}, {"budget_weight": -1.0}, {"pixel_weight": -1.0}):
+        with pytest.raises(UserError, match=next(iter(fields))):
+            replace(CONFIG, **fields)
+    with pytest.raises(UserError, match="scorer_init"):
+        ReconPrunerConfig(scorer_init="one")
+
+
+def test_the_scorer_may_start_at_zero_in_the_same_tree():
+    zero = replace(CONFIG, pruner=replace(CONFIG.pruner, scorer_init="zero"))
+    params, usual = init_params(zero, jax.random.key(0)), init_params(CONFIG, jax.random.key(0))
+    assert jax.tree.structure(params) == jax.tree.structure(usual)
+    assert not params["pruner"]["scorer"]["kernel"].any()
+    grads = jax.grad(lambda p: recon_loss(p, batch(), jax.random.key(1), config=zero)[0])(params)
+    assert optax.tree.norm(grads["pruner"]["scorer"]) > 1e-8  # it leaves zero
