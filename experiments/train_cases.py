@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.configs.pruner import TINY
+from fastdrive_jax.models.qwen2_5_vl.alignment import align_hidden, aligned_config
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer
-from fastdrive_jax.training.picture_loss import cast_floats, picture_loss
+from fastdrive_jax.training.picture_loss import picture_loss
 from fastdrive_jax.training.reconstruction import TOKEN, ReconConfig, init_params, recon_loss
 from fastdrive_jax.training.state import TrainState, init_train_state, make_train_step
 
@@ -66,7 +67,7 @@ CASES = {
         PAPER,
         batch_size=4,
     ),
-    "3b": TrainCase(ReconConfig(), PAPER, batch_size=4, size=(1596, 1596), encoder=VisionConfig()),
+    "3b": TrainCase(ReconConfig(), PAPER, batch_size=8, size=(1596, 1596), encoder=VisionConfig()),
 }
 
 
@@ -83,13 +84,23 @@ def init_frozen(case: TrainCase) -> dict[str, Any]:
     width = case.recon.pruner.layer.hidden_size
     if case.encoder:
         sample = jnp.zeros((1, 4 * TOKEN, 4 * TOKEN, 3), jnp.uint8)
-        params = VisionEncoder(case.encoder).init(keys[0], sample)["params"]
-        frozen["encoder"] = cast_floats(params, jnp.bfloat16)
+        init = VisionEncoder(case.encoder).init
+        params = _drawn(jax.eval_shape(init, keys[0], sample)["params"], keys[0])
+        frozen["encoder"] = align_hidden(params, case.encoder)
     else:
         frozen["squares"] = jax.random.normal(keys[1], (3 * TOKEN**2, width)) / TOKEN
     if case.recon.needs_prior:
         frozen["prior"] = jax.random.uniform(keys[2], (6, case.tokens))
     return frozen
+
+
+def _drawn(shapes: Any, key: jax.Array) -> Any:
+    """Small random numbers in bfloat16, all by one kernel: hundreds take long to compile."""
+    leaves, tree = jax.tree.flatten(shapes)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    numbers = 0.02 * jax.random.normal(key, (int(ends[-1]),), jnp.bfloat16)
+    parts = jnp.split(numbers, ends[:-1])
+    return tree.unflatten([x.reshape(leaf.shape) for x, leaf in zip(parts, leaves, strict=True)])
 
 
 def draw_batch(case: TrainCase) -> dict[str, np.ndarray]:
@@ -139,7 +150,8 @@ def abstract_inputs(case: TrainCase) -> tuple[TrainState, dict, dict]:
 
 def _loss(params, batch, key, frozen, *, case: TrainCase):
     if case.encoder:
-        return picture_loss(params, batch, key, frozen, config=case.recon, encoder=case.encoder)
+        encoder = aligned_config(case.encoder)
+        return picture_loss(params, batch, key, frozen, config=case.recon, encoder=encoder)
     if "tokens" not in batch:
         batch = {**batch, "tokens": _squares(batch["image"]) @ frozen["squares"]}
     return recon_loss(params, batch, key, frozen.get("prior"), config=case.recon)

@@ -77,6 +77,19 @@ def attention(
     return over_mesh(run, mesh, query, key, value, lengths)
 
 
+def _cudnn(query, key, value, *, causal, lengths):
+    """JAX refuses the gradient of odd lengths, so those get a row that is not looked at."""
+    count, keys = query.shape[1], key.shape[1]
+    if keys % 2 and lengths is None:
+        lengths = jnp.full(len(key), keys, jnp.int32)
+
+    def even(x):
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+    rows = map(even, (query, key, value))
+    return _fused("cudnn", *rows, causal=causal, lengths=lengths)[:, :count]
+
+
 def _fused(kernel, query, key, value, *, causal, lengths):
     return jax.nn.dot_product_attention(
         query,
@@ -304,4 +317,4 @@ def _backward(causal, share, saved, grad):
 
 
 _attend.defvjp(_forward, _backward)
-_KERNELS = {"blockwise": blockwise_attention, "splash": splash_attention}
+_KERNELS = {"blockwise": blockwise_attention, "cudnn": _cudnn, "splash": splash_attention}

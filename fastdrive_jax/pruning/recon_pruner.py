@@ -4,18 +4,14 @@
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.decoder import DecoderLayer, mrope_angles
 from fastdrive_jax.pruning.interface import Pruner
-
-SCORER_INITS = {"lecun": nn.initializers.lecun_normal(), "zero": nn.initializers.zeros}
 
 
 @dataclass(frozen=True)
@@ -27,8 +23,6 @@ class ReconPrunerConfig:
             `vocab_size` are not used).
         rope: Turn queries and keys by the tokens' M-RoPE ids. The paper does not say.
         query_std: Of the query's normal initialisation.
-        scorer_init: Of the scorer's weights: "lecun", normal with a variance of 1 / D, or "zero":
-            all scores start at 0, and a sign mask that keeps what is above 0 starts with nothing.
         input_norm: Bring each token to unit root mean square before the layer. A frozen encoder's
             raw scale may be far from what the layer's fresh weights expect; not in the paper, so
             off in the faithful setting.
@@ -37,14 +31,7 @@ class ReconPrunerConfig:
     layer: DecoderConfig = DecoderConfig()
     rope: bool = False
     query_std: float = 0.02
-    scorer_init: Literal["lecun", "zero"] = "lecun"
     input_norm: bool = False
-
-    def __post_init__(self):
-        if self.scorer_init not in SCORER_INITS:
-            raise UserError(
-                f"scorer_init={self.scorer_init!r} must be one of {', '.join(SCORER_INITS)}."
-            )
 
 
 class ReconPruner(nn.Module):
@@ -86,10 +73,7 @@ class ReconPruner(nn.Module):
         layer = DecoderLayer(config.layer, causal=False, name="layer")
         mixed, _ = layer(jnp.concatenate([query, tokens], axis=1), angles)
         products = mixed[:, 1:] * mixed[:, :1]
-        scorer = nn.Dense(
-            1, use_bias=False, kernel_init=SCORER_INITS[config.scorer_init], name="scorer"
-        )
-        return scorer(products)[..., 0]
+        return nn.Dense(1, use_bias=False, name="scorer")(products)[..., 0]
 
 
 def recon_pruner(config: ReconPrunerConfig) -> Pruner:

@@ -86,12 +86,15 @@ class PictureLayout:
             off are filled up with P, one past the last patch.
         slots: Where each patch stands in its picture's flattened `members`, int32 [M, P].
         count: Real patches, int32 [M]; the rest fills up the batch. None if all are real.
+        groups: In place of members and slots, where windows follow each other: how many windows of
+            how many patches come first, and so on.
     """
 
     position: Int[Array, "M P 2"]
-    members: Int[Array, "M W S"]
-    slots: Int[Array, "M P"]
+    members: Int[Array, "M W S"] | None = None
+    slots: Int[Array, "M P"] | None = None
     count: Int[Array, " M"] | None = None
+    groups: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False, default=())
 
 
 def layout_of(
@@ -130,6 +133,41 @@ def layout_of(
         slots[number, :count] = places
     alike = all(count == patches for count in counts)
     return PictureLayout(position, members, slots, None if alike else np.array(counts, np.int32))
+
+
+@functools.cache
+def window_order(
+    rows: int, columns: int, config: VisionConfig
+) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
+    """An order of a picture's patches in which windows are slices, windows of one size together.
+
+    Returns:
+        order: [P], merge-block places of the patches, blocks whole.
+        groups: Of `PictureLayout`.
+    """
+    members, _ = window_table(rows, columns, config)
+    sizes = (members < rows * columns).sum(axis=1)
+    order, groups = [], []
+    for size in sorted(set(sizes.tolist()), reverse=True):
+        alike = members[sizes == size, :size]
+        order.append(alike.ravel())
+        groups.append((len(alike), size))
+    return np.concatenate(order), tuple(groups)
+
+
+def ordered_layout(
+    grid: tuple[int, int], config: VisionConfig
+) -> tuple[PictureLayout, np.ndarray, np.ndarray]:
+    """The layout of pictures of one size whose patches lie in `window_order`.
+
+    Returns:
+        The layout; the order of the patches [P]; where each token is found in it [N].
+    """
+    order, groups = window_order(*grid, config)
+    merge = config.spatial_merge_size
+    position = patch_positions(*grid, merge)[order].astype(np.int32)
+    blocks = order[:: merge**2] // merge**2
+    return PictureLayout(position[None], groups=groups), order, np.argsort(blocks)
 
 
 def rotary_angles(

@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from fastdrive_jax.models.attention import attention
+from fastdrive_jax.models.attention import attention, attention_kernel
 from fastdrive_jax.models.layers import RMSNorm, SwiGLU, rotate
 from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.patches import (
     PictureLayout,
-    layout_of,
     normalise,
+    ordered_layout,
     patch_grid,
     patch_rows,
     rotary_angles,
 )
 from fastdrive_jax.parallel.rules import constrain
+
+
+_FUSED_FROM = 64  # patches of a window from which a fused kernel pays
 
 
 class VisionAttention(nn.Module):
@@ -36,7 +39,7 @@ class VisionAttention(nn.Module):
     def __call__(self, x: Float[Array, "M P D"], layout: PictureLayout) -> Float[Array, "M P D"]:
         """Attends over the patches x [M, P, D] of each picture.
 
-        Windows are gathered to [windows, S]: scores cost P * S, not P * P.
+        Windows are sliced or gathered to [windows, S]: scores cost P * S, not P * P.
         """
         config = self.config
         pictures, count, width = x.shape
@@ -54,6 +57,8 @@ class VisionAttention(nn.Module):
             if lengths is not None:
                 lengths = jnp.broadcast_to(lengths, (pictures,))
             out = attention(query, key, value, lengths=lengths)
+        elif layout.groups:
+            out = _within_slices(query, key, value, layout.groups)
         else:
             windows, slots = layout.members.shape[1:]
 
@@ -68,6 +73,23 @@ class VisionAttention(nn.Module):
             out = out.reshape(pictures, windows * slots, config.num_heads, size)
             out = _take(out, layout.slots)
         return nn.Dense(width, name="proj")(out.reshape(pictures, count, width))
+
+
+def _within_slices(query, key, value, groups):
+    """Attention within windows that follow each other, see `PictureLayout.groups`."""
+    pictures, _, heads, size = query.shape
+    found, start = [], 0
+    for windows, slots in groups:
+        stop = start + windows * slots
+        part = (
+            x[:, start:stop].reshape(pictures * windows, slots, heads, size)
+            for x in (query, key, value)
+        )
+        fused = attention_kernel(query.dtype, size) == "cudnn" and slots >= _FUSED_FROM
+        out = attention(*part, kernel="cudnn" if fused else "xla")
+        found.append(out.reshape(pictures, windows * slots, heads, size))
+        start = stop
+    return jnp.concatenate(found, axis=1)
 
 
 def _take(x, index):
@@ -143,10 +165,9 @@ class VisionEncoder(nn.Module):
             UserError: The picture is not made of whole tokens.
         """
         config = self.config
-        layout = layout_of([patch_grid(*images.shape[1:3], config)], config)
-        return self.encode_rows(
-            patch_rows(images, config.patch_size, config.spatial_merge_size), layout
-        )
+        layout, order, places = ordered_layout(patch_grid(*images.shape[1:3], config), config)
+        rows = patch_rows(images, config.patch_size, config.spatial_merge_size)
+        return self.encode_rows(rows[:, order], layout)[:, places]
 
     @nn.compact
     def encode_rows(

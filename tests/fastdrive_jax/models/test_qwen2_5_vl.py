@@ -1,6 +1,8 @@
 """Qwen2.5-VL without PyTorch: golden numbers of transformers, and properties of the parts."""
 
+import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,7 +15,12 @@ from fastdrive_jax.inference.generate import generate
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
-from fastdrive_jax.models.qwen2_5_vl.patches import layout_of, window_table
+from fastdrive_jax.models.qwen2_5_vl.patches import (
+    layout_of,
+    ordered_layout,
+    patch_rows,
+    window_table,
+)
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionAttention, VisionEncoder
 from fastdrive_jax.models.qwen2_5_vl.weights import (
     abstract_params,
@@ -112,6 +119,20 @@ def test_windows_average_over_their_own_patches_only(grid):
         window = window[window < x.shape[1]]
         mean = np.broadcast_to(x[:, window].mean(axis=1, keepdims=True), x[:, window].shape)
         np.testing.assert_allclose(out[:, window], mean, atol=1e-5)
+
+
+def test_windows_as_slices_give_what_gathered_windows_give():
+    """Windows of 64, 16 and 4 patches and one that both borders cut off."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 9 * 28, 5 * 28, 3), np.uint8)
+    config = replace(VISION, depth=3, fullatt_block_indexes=(1,))
+    encoder = VisionEncoder(config)
+    params = jax.jit(encoder.init)(jax.random.key(0), images)
+    grid = (18, 10)
+    assert {size for _, size in ordered_layout(grid, config)[0].groups} == {64, 16, 4}
+    want = jax.jit(functools.partial(encoder.apply, method="encode_rows"))(
+        params, patch_rows(images, 14, 2), layout_of([grid], config)
+    )
+    np.testing.assert_allclose(jax.jit(encoder.apply)(params, images), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [(0, 0), (1, 2), (2, 0), (4, 1)])
