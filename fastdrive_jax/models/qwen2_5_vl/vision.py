@@ -20,7 +20,6 @@ from fastdrive_jax.models.qwen2_5_vl.patches import (
 )
 from fastdrive_jax.parallel.rules import constrain
 
-
 _FUSED_FROM = 64  # patches of a window from which a fused kernel pays
 
 
