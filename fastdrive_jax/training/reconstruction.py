@@ -31,6 +31,8 @@ class ReconConfig:
 
     Attributes:
         pruner: The module that is trained.
+        scorer_init: Of the scorer's weights: "lecun", normal with a variance of 1 / D, or "zero":
+            all scores start at 0, and a sign mask, which keeps what is above 0, with nothing.
         decoder: Of the shared reconstruction decoder, 6 layers in the paper; a hidden size other
             than the tokens' gets a projection in front.
         decoder_rope: Turn the decoder's queries and keys by M-RoPE ids. It must know where a
@@ -69,6 +71,7 @@ class ReconConfig:
     """
 
     pruner: ReconPrunerConfig = ReconPrunerConfig()
+    scorer_init: Literal["lecun", "zero"] = "lecun"
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(num_layers=6))
     decoder_rope: bool = True
     alpha: float = 0.5
@@ -99,6 +102,8 @@ class ReconConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1].")
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be positive.")
+        if self.scorer_init not in ("lecun", "zero"):
+            raise UserError(f"scorer_init={self.scorer_init!r} must be lecun or zero.")
         if self.remat not in ("none", *_POLICIES):
             raise UserError(f"remat={self.remat!r} must be one of none, {', '.join(_POLICIES)}.")
         for name in ("pixel_weight", "budget_weight", "mask_weight"):
@@ -222,8 +227,11 @@ def init_params(config: ReconConfig, key: jax.Array, grid: tuple[int, int] = (2,
     pruner_key, decoder_key = jax.random.split(key)
     tokens = jnp.zeros((1, grid[0] * grid[1], config.pruner.layer.hidden_size))
     pruner = ReconPruner(config.pruner).init(pruner_key, tokens, grid_position_ids(1, grid))
+    pruner = pruner["params"]
+    if config.scorer_init == "zero":
+        pruner["scorer"] = jax.tree.map(jnp.zeros_like, pruner["scorer"])
     decoder = _decoder(config).init(decoder_key, tokens, grid)
-    return {"pruner": pruner["params"], "decoder": decoder["params"]}
+    return {"pruner": pruner, "decoder": decoder["params"]}
 
 
 def reconstruct(
