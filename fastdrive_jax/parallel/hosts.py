@@ -1,0 +1,127 @@
+"""Joining the hosts of a job; call `connect` before anything else that uses JAX's devices."""
+
+import functools
+import socket
+import sys
+from dataclasses import dataclass
+
+import jax
+
+from fastdrive_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """Which hosts (processes) train together; by default this one alone.
+
+    Attributes:
+        coordinator: "host:port" of host 0, the same on all of them; the port must be free there.
+        count: How many hosts.
+        index: Which of them this is, from 0.
+        auto: Let JAX find all three: on TPU pods, SLURM, Open MPI and Kubernetes.
+        start_seconds: How long to wait for the others at the start.
+        heartbeat_seconds: A host that was silent for so long is taken for dead, which ends all
+            others, whatever they wait for: so the job can be started again as a whole.
+        end_seconds: How long a host that is through waits for the others, which may still write;
+            one that failed with an error ends them after that time.
+    """
+
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+    auto: bool = False
+    start_seconds: int = 300
+    heartbeat_seconds: int = 60
+    end_seconds: int = 300
+
+    def __post_init__(self):
+        named = {name: getattr(self, name) for name in ("coordinator", "count", "index")}
+        given = [name for name, value in named.items() if value is not None]
+        if self.auto and given:
+            raise UserError(
+                f"auto finds all by itself, so {', '.join(given)} must not be given beside it."
+            )
+        if given and len(given) < len(named):
+            absent = ", ".join(name for name in named if name not in given)
+            raise UserError(
+                f"{absent} must be given too: several hosts need coordinator, count and index, or "
+                "auto alone."
+            )
+        if given:
+            host, _, port = self.coordinator.rpartition(":")
+            if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+                raise UserError(f"coordinator={self.coordinator!r} must read HOST:PORT.")
+            if self.count < 1:
+                raise UserError(f"count={self.count} must be at least 1.")
+            if not 0 <= self.index < self.count:
+                raise UserError(
+                    f"index={self.index} must be at least 0 and less than count={self.count}."
+                )
+        for name in ("start_seconds", "heartbeat_seconds", "end_seconds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    @property
+    def several(self) -> bool:
+        """Whether hosts are to be joined."""
+        return self.auto or self.coordinator is not None
+
+
+def connect(config: HostsConfig) -> None:
+    """Joins the hosts of a job if `config` asks for it; afterwards `jax.devices` are those of all.
+
+    Once joined, the same call does nothing. JAX ends a process whose others do not come in time or
+    die later, so that is no exception here.
+
+    Raises:
+        UserError: `auto` found nothing, the port is taken, or this process belongs to another job.
+        RuntimeError: JAX's devices were used before.
+    """
+    if not config.several:
+        return
+    if jax.distributed.is_initialized():
+        _check_same(config)
+        return
+    start = functools.partial(
+        jax.distributed.initialize,
+        initialization_timeout=config.start_seconds,
+        heartbeat_timeout_seconds=config.heartbeat_seconds,
+        shutdown_timeout_seconds=config.end_seconds,
+    )
+    if config.auto:
+        try:
+            start()
+        except ValueError as error:
+            raise UserError(
+                f"auto found no job of several hosts here ({error}); give coordinator, count and "
+                "index."
+            ) from error
+        return
+    if config.index == 0:
+        _check_port(config)
+    # Said before, since JAX ends the process if they do not come.
+    note = f"host {config.index} of {config.count}: waiting for the others at {config.coordinator}"
+    print(f"{note}, at most {config.start_seconds} s", file=sys.stderr, flush=True)
+    # What a cluster says of itself is not mixed with what was given.
+    start(config.coordinator, config.count, config.index, cluster_detection_method="deactivate")
+
+
+def _check_port(config: HostsConfig) -> None:
+    """Host 0 listens there, and JAX may crash where it cannot."""
+    port = int(config.coordinator.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise UserError(
+            f"Host 0 cannot listen at port {port} of coordinator={config.coordinator!r} "
+            f"({error.strerror}); choose a free one."
+        ) from error
+
+
+def _check_same(config: HostsConfig) -> None:
+    here = (jax.process_count(), jax.process_index())
+    if not config.auto and here != (config.count, config.index):
+        raise UserError(
+            f"This process is host {here[1]} of {here[0]} already, so it cannot become host "
+            f"{config.index} of {config.count}; start another process."
+        )
