@@ -1,22 +1,19 @@
 """The tiny run on two processes of two virtual devices each, or on one process.
 
-`python hosts_run.py FOLDER STEPS PORT PROCESS`; without PORT on one process with one device.
+`python hosts_run.py FOLDER STEPS --host PORT INDEX --watch`; without `--host` one process with one
+device, without `--watch` neither TensorBoard nor pictures.
 """
 
+import argparse
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
 import jax
-
-if len(sys.argv) > 3:
-    jax.config.update("jax_num_cpu_devices", 2)
-    jax.distributed.initialize(f"localhost:{sys.argv[3]}", 2, int(sys.argv[4]))
-
 import numpy as np
 from tiny_run import TinyConfig, init_params, make_batches
 
+from fastdrive_jax.parallel.hosts import HostsConfig, connect
 from fastdrive_jax.parallel.mesh import make_mesh
 from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.loop import fit
@@ -55,7 +52,7 @@ def place(mesh, init):
     return jax.tree.map(split, jax.eval_shape(init))
 
 
-def main(folder, steps):
+def main(folder, steps, watched):
     config = TinyConfig()
     optimizer = make_optimizer(config.optimizer)
     several = jax.process_count() > 1
@@ -72,6 +69,10 @@ def main(folder, steps):
         error = batch["x"] @ params["kernel"] + params["bias"] - batch["y"]
         return jax.numpy.square(error).mean(), {}
 
+    seen = {
+        "watch": WatchConfig(tensorboard=True, images_every=2, on_recompile="raise"),
+        "images": lambda state, batch: {"a": np.zeros((2, 2, 3), np.uint8)},
+    }
     result = fit(
         folder,
         config,
@@ -86,13 +87,22 @@ def main(folder, steps):
         evaluate=lambda state: {"l2": abs(float(state.step) - 2)},
         evaluate_every=2,
         best=Best("l2"),
-        watch=WatchConfig(tensorboard=True, images_every=2, on_recompile="raise"),
-        images=lambda state, batch: {"a": np.zeros((2, 2, 3), np.uint8)},
         on_log=pace,
         quiet=True,
+        **(seen if watched else {}),
     )
     print("done", int(result.state.step), result.best_step, flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--host", type=int, nargs=2)
+    parser.add_argument("--watch", action="store_true")
+    args = parser.parse_args()
+    if args.host:
+        port, index = args.host
+        jax.config.update("jax_num_cpu_devices", 2)
+        connect(HostsConfig(f"localhost:{port}", 2, index, heartbeat_seconds=6))
+    main(args.folder, args.steps, args.watch)

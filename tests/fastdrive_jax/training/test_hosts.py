@@ -16,8 +16,8 @@ STEPS = 30
 PROGRAM = Path(__file__).with_name("hosts_run.py")
 
 
-def start(folder, *more):
-    words = [sys.executable, PROGRAM, folder, str(STEPS), *map(str, more)]
+def start(folder, *options):
+    words = [sys.executable, PROGRAM, folder, str(STEPS), *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(words, text=True, **pipes)
 
@@ -32,7 +32,7 @@ def free_port():
 def stopped(tmp_path_factory):
     """The folder, and what each of two processes ended with when the second got a SIGTERM."""
     folder, port = tmp_path_factory.mktemp("two"), free_port()
-    both = [start(folder, port, number) for number in range(2)]
+    both = [start(folder, "--watch", "--host", port, number) for number in range(2)]
     try:
         for line in both[1].stdout:
             if line.startswith("log 5"):
@@ -58,7 +58,7 @@ def test_both_save_the_same_step_though_one_got_the_signal(stopped):
 def test_one_process_goes_on_to_where_one_alone_would_be(stopped, tmp_path):
     folder, _ = stopped
     for where in (folder, tmp_path / "alone"):
-        out, err = start(where).communicate(timeout=120)
+        out, err = start(where, "--watch").communicate(timeout=120)
         assert out.splitlines()[-1] == f"done {STEPS} 2", err
     together, alone = (
         [
