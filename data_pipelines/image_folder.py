@@ -15,6 +15,8 @@ import numpy as np
 
 from data_pipelines.pictures import (
     check_picture,
+    decode_map,
+    encode_labels,
     encode_mask,
     labels_png,
     mask_png,
@@ -25,6 +27,7 @@ from fastdrive_jax.errors import UserError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 VAL_SHARE = 0.2
+MASK_CLASSES = Classes(names=("background", "foreground"), foreground=(1,))  # of masks alone
 _CAMERA = "CAM_FRONT"
 
 
@@ -98,6 +101,8 @@ def _load(ref: PictureRef, classes: Classes) -> tuple[Record, ...]:
         mask = mask_png(read_bytes(ref.mask), ref.mask, size)
     else:
         mask = encode_mask(np.isin(ids, classes.foreground))
+    if not labels and classes.names == MASK_CLASSES.names:
+        labels = encode_labels((decode_map(mask, ref.mask, size) > 0).astype(np.uint8))
     return (
         Record(
             image=image,
@@ -171,7 +176,7 @@ def _classes(root: Path, has_labels: bool, foreground, objects, ignore) -> Class
     if not has_labels:
         if given:
             raise UserError(f"{root} has masks only; class ids ({', '.join(given)}) mean nothing.")
-        return Classes(names=("background", "foreground"), foreground=(1,))
+        return MASK_CLASSES
     path = root / CLASSES_FILE
     base = read_classes(path) if path.is_file() else None
     if base is None and not given.get("foreground"):

@@ -25,7 +25,6 @@ from experiments.kill_data import KillDataArgs, kill_data
 from experiments.own_images import ImagesConfig, own_images
 from experiments.plot_metrics import PlotMetricsArgs, plot_metrics
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
-from experiments.train_pictures import TrainPicturesConfig, train_pictures
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig, train_vla
 from experiments.view_data import ViewArgs, view_data
@@ -81,7 +80,6 @@ Command = (
     | Annotated[ImagesConfig, tyro.conf.subcommand("images")]
     | Annotated[WorldArgs, tyro.conf.subcommand("world")]
     | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
-    | Annotated[TrainPicturesConfig, tyro.conf.subcommand("train-pictures")]
     | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
     | Annotated[AnswerArgs, tyro.conf.subcommand("answer")]
     | Annotated[DataArgs, tyro.conf.subcommand("data")]
@@ -118,7 +116,6 @@ RUN = {
     ImagesConfig: own_images,
     WorldArgs: write_world,
     TrainPrunerConfig: train_on_shards,
-    TrainPicturesConfig: train_pictures,
     TrainVLAArgs: train,
     AnswerArgs: answer,
     DataArgs: data,

@@ -20,18 +20,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments.configs.pictures import PICTURE_RUNS, PictureRun
+from experiments.configs.pruner import PRUNER_RUNS, PrunerRun
 from experiments.training_cost import step_flops
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.models.qwen2_5_vl.alignment import aligned_config
+from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B, QWEN2_5_VL_7B, VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder
 from fastdrive_jax.parallel.mesh import batch_parts, batch_sharding, make_mesh
 from fastdrive_jax.parallel.rules import tree_shardings
 from fastdrive_jax.training.optimizer import make_optimizer
-from fastdrive_jax.training.picture_loss import picture_loss
+from fastdrive_jax.training.picture_loss import encode_pictures, picture_loss
 from fastdrive_jax.training.reconstruction import init_params
 from fastdrive_jax.training.state import abstract_state, init_train_state, make_train_step
 
+ENCODERS = {"fastdrivevla_3b": QWEN2_5_VL_3B.vision, "fastdrivevla_7b": QWEN2_5_VL_7B.vision}
 _BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1, "s8": 1}
 # Bytes that a device sends for each byte of the result of a ring over n devices.
 _TRAFFIC = {
@@ -84,14 +87,14 @@ def compile_train(args: CompileTrainArgs) -> Path:
     """Compiles, prints and writes the figures; returns their path."""
     jax.config.update("jax_num_cpu_devices", args.devices)
     mesh = make_mesh(args.devices // (args.fsdp * args.tensor), args.fsdp, args.tensor)
-    run = PICTURE_RUNS[args.run]
+    run, vision = PRUNER_RUNS[args.run], ENCODERS[args.run]
     batch = args.per_device * batch_parts(mesh)
-    compiled, state = compile_step(run, mesh, batch)
+    compiled, state = compile_step(run, vision, mesh, batch)
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = collective_bytes(compiled.as_text())
-    flops = step_flops(run.recon, run.loader.image_size, run.encoder) * batch / args.devices
+    flops = step_flops(run.recon, run.loader.image_size, vision) * batch / args.devices
     compute = flops / (args.used * args.peak_flops)
     wire = sum(moved.values()) / args.link
     figures = {
@@ -112,8 +115,17 @@ def compile_train(args: CompileTrainArgs) -> Path:
     return write_rows(path, rows, meta | {"link": args.link, "used": args.used})
 
 
-def compile_step(run: PictureRun, mesh: Mesh, batch: int) -> tuple[jax.stages.Compiled, Any]:
-    """The compiled step and its abstract state."""
+def compile_step(
+    run: PrunerRun, vision: VisionConfig, mesh: Mesh, batch: int
+) -> tuple[jax.stages.Compiled, Any]:
+    """The compiled step and its abstract state.
+
+    Args:
+        run: The setting.
+        vision: Published sizes of its frozen encoder.
+        mesh: Of virtual devices.
+        batch: Pictures of an update.
+    """
     optimizer = make_optimizer(run.optimizer)
     init = functools.partial(
         init_train_state, functools.partial(init_params, run.recon), optimizer, run.seed
@@ -122,7 +134,8 @@ def compile_step(run: PictureRun, mesh: Mesh, batch: int) -> tuple[jax.stages.Co
     dtype = jnp.dtype(run.dtype)
     sides = run.loader.image_size
     picture = jax.ShapeDtypeStruct((1, *sides, 3), jnp.uint8)
-    encoder = jax.eval_shape(VisionEncoder(run.encoder).init, jax.random.key(0), picture)["params"]
+    vision = aligned_config(vision)
+    encoder = jax.eval_shape(VisionEncoder(vision).init, jax.random.key(0), picture)["params"]
     encoder = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
         encoder,
@@ -133,7 +146,8 @@ def compile_step(run: PictureRun, mesh: Mesh, batch: int) -> tuple[jax.stages.Co
         "image": jax.ShapeDtypeStruct((batch, *sides, 3), jnp.uint8, sharding=place),
         "mask": jax.ShapeDtypeStruct((batch, *sides), jnp.uint8, sharding=place),
     }
-    loss = functools.partial(picture_loss, config=run.recon, encoder=run.encoder, dtype=dtype)
+    encode = functools.partial(encode_pictures, config=vision, dtype=dtype)
+    loss = functools.partial(picture_loss, config=run.recon, encode=encode, dtype=dtype)
     step = make_train_step(loss, optimizer)
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):

@@ -7,17 +7,15 @@ Ends in OUT/report.html and OUT/report.json. Run again after an interruption: ea
 from what is whole on the disk.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from data_pipelines.build import build_shards
-from data_pipelines.features import SplitFeatures, TokenEncoder, cache_features
+from data_pipelines.features import SplitFeatures, cache_features
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.schema import CAMERAS, Classes, Source
 from data_pipelines.shards import Shards, open_shards
@@ -25,14 +23,11 @@ from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.bench_frame import frame_times, timing_rows
 from experiments.configs.pruner import TINY, PrunerRun
+from experiments.encoders import frozen_vla
+from experiments.measure_pruner import evaluate_pruner, score_split
 from experiments.planning import PlanningSplit, planning_split, planning_table
 from experiments.report_world import WorldFindings, world_report
-from experiments.train_pruner import (
-    evaluate_pruner,
-    score_split,
-    train_prior,
-    train_pruner,
-)
+from experiments.train_pruner import train_prior, train_pruner
 from experiments.train_vla import TrainVLAConfig, train_vla
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.foreground import token_areas
@@ -116,7 +111,7 @@ def quickstart(config: QuickstartConfig) -> Path:
 
     say("3/7", "driving VLA and its visual tokens")
     model, params = driving_vla(config)
-    encoder = vla_encoder(model, params)
+    encoder = frozen_vla(model, params).tokens()
     features, planned_features = (
         cache_features(
             data,
@@ -197,19 +192,6 @@ def driving_vla(config: QuickstartConfig) -> tuple[DrivingVLA, dict]:
     if not weights.exists():
         save_vla(weights, train_vla(config.out / "vla", config.vla, config.quiet))
     return load_vla(weights, config.vla.model)
-
-
-def vla_encoder(model: DrivingVLA, params: dict) -> TokenEncoder:
-    """The VLA's vision encoder as a frozen encoder of single pictures."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for leaf in jax.tree.leaves(params["visual"]):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    encode = jax.jit(lambda params, images: model.apply(params, images[:, None], method="encode"))
-    return TokenEncoder(
-        digest=f"vla {digest.hexdigest()}",
-        dim=model.config.text.hidden_size,
-        encode=partial(encode, {"params": params}),
-    )
 
 
 def front_scores(

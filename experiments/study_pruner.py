@@ -19,7 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.features import FeatureSet, SplitFeatures, cache_features, dino_encoder
+from data_pipelines.features import (
+    FeatureSet,
+    SplitFeatures,
+    TokenEncoder,
+    cache_features,
+    dino_encoder,
+)
 from data_pipelines.image_folder import read_image_folder
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.schema import Classes
@@ -27,7 +33,8 @@ from data_pipelines.shards import Shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.configs.pruner import CAMVID, TINY, PrunerRun
-from experiments.quickstart import shards_of, vla_encoder
+from experiments.encoders import frozen_vla
+from experiments.quickstart import shards_of
 from experiments.study_variants import Variant, bases, changes, chosen, runs_of
 from experiments.train_pruner import evaluate_pruner, train_prior, train_pruner
 from fastdrive_jax.configs import to_plain
@@ -50,6 +57,7 @@ from fastdrive_jax.training.reconstruction import (
     init_params,
     recon_loss,
 )
+from fastdrive_jax.training.run_config import claim_run_folder
 
 RATIOS = (0.75, 0.5, 0.25)
 KEPT, COLLAPSED = "kept", "collapsed"
@@ -169,12 +177,17 @@ def synthetic_data(args: StudyPrunerArgs, folder: Path) -> StudyData:
     shards = shards_of(read_nuscenes(root), folder / "shards", True)
     features = cache_features(
         shards,
-        vla_encoder(*load_vla()),
+        vla_tokens(),
         folder / "features",
         batch_size=24,
         progress=not args.quiet,
     )
     return _data(shards, features, TINY)
+
+
+def vla_tokens() -> TokenEncoder:
+    """The vision encoder of the bundled driving VLA."""
+    return frozen_vla(*load_vla()).tokens()
 
 
 def _data(shards: Shards, features: FeatureSet, tuned: PrunerRun) -> StudyData:
@@ -191,7 +204,8 @@ DATA: dict[str, Callable[[StudyPrunerArgs, Path], StudyData]] = {
 
 def control_rows(data: StudyData, run: PrunerRun) -> tuple[Row, ...]:
     """Recalls of what needs no training."""
-    params = init_params(run.recon, jax.random.key(0))
+    shapes = jax.eval_shape(partial(init_params, run.recon), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # not looked at
     rows = evaluate_pruner(params, run, data.val, train_prior(data.train), data.classes, RATIOS)
     return tuple(row for row in rows if row.method in CONTROLS)
 
@@ -200,20 +214,20 @@ def variant_rows(variant: Variant, run: PrunerRun, data: StudyData, folder: Path
     """The rows of one training, from the disk if they are there.
 
     Raises:
-        UserError: The folder holds rows of another setting by this name.
+        UserError: The folder holds a run of another setting or other data by this name.
     """
-    name = f"{variant.name}-seed{run.seed}"
-    path = folder / "rows" / f"{name}.json"
+    workdir = folder / "runs" / f"{variant.name}-seed{run.seed}"
+    claim_run_folder(workdir, run)
+    path, features = workdir / "rows.json", data.features.path.name
     if path.exists():
         rows, meta = read_rows(path)
-        if meta != {"run": to_plain(run), "features": data.features.path.name}:
-            raise UserError(f"{path} is of another setting or other data: use a new folder.")
+        if meta["features"] != features:
+            raise UserError(f"{path} is of other data: use a new folder.")
         return rows
-    workdir = folder / "runs" / name
-    params, _ = train_pruner(data.train, run, workdir, quiet=True)
+    params, _ = train_pruner(data.train, run, workdir / "train", quiet=True)
     rows = measure(variant.name, params, run, data)
-    write_rows(path, rows, {"run": to_plain(run), "features": data.features.path.name})
-    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)  # hundreds of them fill a disk
+    write_rows(path, rows, {"features": features})
+    shutil.rmtree(workdir / "train" / "checkpoints", ignore_errors=True)  # 200 would fill a disk
     return rows
 
 

@@ -15,7 +15,7 @@ from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer
-from fastdrive_jax.training.picture_loss import picture_loss
+from fastdrive_jax.training.picture_loss import encode_pictures, picture_loss
 from fastdrive_jax.training.reconstruction import TOKEN, ReconConfig, init_params, recon_loss
 from fastdrive_jax.training.state import TrainState, init_train_state, make_train_step
 
@@ -150,8 +150,8 @@ def abstract_inputs(case: TrainCase) -> tuple[TrainState, dict, dict]:
 
 def _loss(params, batch, key, frozen, *, case: TrainCase):
     if case.encoder:
-        encoder = aligned_config(case.encoder)
-        return picture_loss(params, batch, key, frozen, config=case.recon, encoder=encoder)
+        encode = partial(encode_pictures, config=aligned_config(case.encoder), dtype=jnp.bfloat16)
+        return picture_loss(params, batch, key, frozen, config=case.recon, encode=encode)
     if "tokens" not in batch:
         batch = {**batch, "tokens": _squares(batch["image"]) @ frozen["squares"]}
     return recon_loss(params, batch, key, frozen.get("prior"), config=case.recon)

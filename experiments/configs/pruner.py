@@ -1,22 +1,46 @@
 """Settings of ReconPruner's training: the paper's, and those that worked on the data at hand."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from data_pipelines.feature_loader import FeatureLoaderConfig
-from fastdrive_jax.models.qwen2_5_vl.config import TINY_DECODER, DecoderConfig
+from data_pipelines.loader import LoaderConfig
+from experiments.encoders import EncoderName
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.config import (
+    QWEN2_5_VL_3B,
+    QWEN2_5_VL_7B,
+    TINY_DECODER,
+    DecoderConfig,
+)
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
+from fastdrive_jax.training.best import Best
+from fastdrive_jax.training.ema import check_decay
 from fastdrive_jax.training.optimizer import OptimizerConfig
 from fastdrive_jax.training.reconstruction import ReconConfig
+
+NUSCENES_FG = 240_942  # pictures of 40,157 key frames, six cameras each
+EPOCHS = 10  # published, as the learning rate, the cosine, 1596 x 1596 and the losses' weights
 
 
 @dataclass(frozen=True)
 class PrunerRun:
-    """A run that trains a ReconPruner on token features.
+    """A run that trains a ReconPruner.
 
     Attributes:
         recon: The modules and the loss.
         optimizer: Its `total_steps` is the length of the run.
-        loader: Order and size of batches.
+        encoder: Whose tokens are pruned, see `encoders.load_encoder`.
+        loader: How pictures are read; its batch size is that of an update, of all devices together.
+        accumulate: Parts that a batch is computed in, one after the other.
+        dtype: Of a Qwen2.5-VL's encoder and of all arithmetic but losses and updates.
+        data: Groups of devices, each with all parameters; -1 takes all devices that are left.
+        fsdp: Devices of a group that share its parameters.
+        tensor: Devices that share a layer.
+        ema_decay: Of an average of the parameters that is measured and exported in their place.
+        best: By which metric of the evaluations (loss, kept, recall_75, recall_50, recall_25) the
+            checkpoint to export is known; None exports the last.
+        evaluate_every: Steps between evaluations; 0 evaluates at the beginning and the end.
+        eval_pictures: Pictures of an evaluation, in whole batches.
         seed: Of the parameters and of the drawn budgets.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between records.
@@ -24,11 +48,59 @@ class PrunerRun:
 
     recon: ReconConfig
     optimizer: OptimizerConfig
-    loader: FeatureLoaderConfig = FeatureLoaderConfig()
+    encoder: EncoderName = "dinov2"
+    loader: LoaderConfig = LoaderConfig(8, resize="area")
+    accumulate: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    ema_decay: float | None = None
+    best: Best | None = None
+    evaluate_every: int = 0
+    eval_pictures: int = 256
     seed: int = 0
     checkpoint_every: int = 100
     log_every: int = 10
 
+    def __post_init__(self):
+        batch = self.loader.batch_size
+        if self.accumulate < 1 or batch % self.accumulate:
+            raise UserError(
+                f"loader.batch_size={batch} must be a multiple of accumulate={self.accumulate}, "
+                "which is at least 1."
+            )
+        if self.loader.group != "picture" or self.loader.num_epochs is not None:
+            raise UserError(
+                "A pruner is trained on single pictures without end: loader.group must be picture "
+                "and loader.num_epochs none; optimizer.total_steps is the length of the run."
+            )
+        if self.recon.needs_prior and self.loader.flip:
+            raise UserError(
+                "recon.mask_surprise reads the mean mask of pictures as they are; set loader.flip "
+                "to False, or mask_surprise to 0."
+            )
+        if self.evaluate_every < 0 or self.eval_pictures < 1:
+            raise UserError(
+                f"evaluate_every={self.evaluate_every} must not be negative, and eval_pictures="
+                f"{self.eval_pictures} be at least 1."
+            )
+        if self.ema_decay is not None:
+            check_decay(self.ema_decay)
+
+
+# What may change when a run goes on: it does not change what is trained on.
+MAY_CHANGE = (
+    "data",
+    "fsdp",
+    "tensor",
+    "evaluate_every",
+    "eval_pictures",
+    "checkpoint_every",
+    "log_every",
+    "loader.num_workers",
+    "loader.read_threads",
+)
 
 # A layer as wide as the tokens of DINOv2 ViT-S, of the same proportions as the 3B model's.
 DINO_LAYER = DecoderConfig(
@@ -56,6 +128,7 @@ FAITHFUL = PrunerRun(
         pruner=ReconPrunerConfig(layer=DINO_LAYER), decoder=SMALL_DECODER, target_pixels=14
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, total_steps=500),
+    loader=LoaderConfig(8, (364, 476), resize="area"),
 )
 CAMVID = replace(
     FAITHFUL,
@@ -80,6 +153,44 @@ TINY = PrunerRun(
         mask_share=0.05,
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, total_steps=400),
+    encoder="tiny_vla",
+    loader=LoaderConfig(8, (224, 392), resize="area"),
 )
 
-PRUNER_RUNS = {"faithful": FAITHFUL, "camvid": CAMVID, "tiny": TINY}
+
+def _published(text: DecoderConfig) -> PrunerRun:
+    """The paper's recipe; batch, optimizer, warm-up and what it does not say are ours."""
+    batch = 64
+    return PrunerRun(
+        recon=ReconConfig(
+            pruner=ReconPrunerConfig(layer=replace(text, num_layers=1)),
+            decoder=replace(text, num_layers=6),
+            remat="layer",
+        ),
+        encoder="qwen2_5_vl",
+        optimizer=OptimizerConfig(
+            learning_rate=2e-5,
+            warmup_steps=500,
+            total_steps=EPOCHS * NUSCENES_FG // batch,
+            weight_decay=0.01,
+        ),
+        loader=LoaderConfig(batch, (1596, 1596), flip=True),
+        dtype="bfloat16",
+        data=-1,
+        best=Best("recall_25", "max"),
+        evaluate_every=2000,
+        eval_pictures=1024,
+        checkpoint_every=500,
+    )
+
+
+FASTDRIVEVLA_3B = _published(QWEN2_5_VL_3B.text)
+FASTDRIVEVLA_7B = _published(QWEN2_5_VL_7B.text)
+
+PRUNER_RUNS = {
+    "tiny": TINY,
+    "camvid": CAMVID,
+    "faithful": FAITHFUL,
+    "fastdrivevla_3b": FASTDRIVEVLA_3B,
+    "fastdrivevla_7b": FASTDRIVEVLA_7B,
+}

@@ -43,11 +43,13 @@ class FitResult:
         state: after the last step.
         history: all records of the log, those of before a resume included.
         best_step: the step of the best checkpoint; None without `best` or any evaluation.
+        best_state: of that step; None where that is None.
     """
 
     state: TrainState
     history: list[Record]
     best_step: int | None = None
+    best_state: TrainState | None = None
 
 
 class StoppedBySignal(SystemExit):
@@ -194,7 +196,12 @@ def fit(
                 stop.share()
                 meter.follow(step + 1, metrics, items)
             history = list(log.history)
-        return FitResult(state, history, checkpoints.best_step() if best else None)
+        if best is None or (step := checkpoints.best_step()) is None:
+            return FitResult(state, history)
+        if step == total_steps:
+            return FitResult(state, history, step, state)
+        checkpoints.wait()
+        return FitResult(state, history, step, checkpoints.restore(abstract, batches, step))
 
 
 def _due(step: int, every: int, last: bool) -> bool:

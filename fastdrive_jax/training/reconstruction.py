@@ -218,7 +218,7 @@ def masked_targets(
     inside = mask.astype(jnp.float32)[..., None]
     fill = pictures.mean((1, 2), keepdims=True) if config.fill == "mean" else 0.0
     # Averaged before they are put together: the two targets share these sums.
-    fore, whole, share = (_shrink(x, config) for x in (inside * pictures, pictures, inside))
+    fore, whole, share = (shrink(x, config) for x in (inside * pictures, pictures, inside))
     return fore + (1 - share) * fill, whole - fore + share * fill
 
 
@@ -359,7 +359,7 @@ def _grid(batch: dict[str, Array]) -> tuple[int, int]:
     return grid
 
 
-def _shrink(pictures: Float[Array, "B H W C"], config: ReconConfig) -> Float[Array, "B h w C"]:
+def shrink(pictures: Float[Array, "B H W C"], config: ReconConfig) -> Float[Array, "B h w C"]:
     """Means over the squares that become a pixel; XLA's reduction takes four times as long."""
     factor = TOKEN // config.target_pixels
     if factor == 1:

@@ -1,7 +1,7 @@
 import pytest
 
-from experiments.compile_train import CompileTrainArgs, collective_bytes, trip_counts
-from experiments.configs.pictures import FASTDRIVEVLA_3B
+from experiments.compile_train import ENCODERS, CompileTrainArgs, collective_bytes, trip_counts
+from experiments.configs.pruner import FASTDRIVEVLA_3B
 from experiments.training_cost import step_flops
 from fastdrive_jax.errors import UserError
 
@@ -31,7 +31,7 @@ def test_the_published_run():
     """Ten epochs of 240,942 pictures; the count of FLOPs is that of the README."""
     assert FASTDRIVEVLA_3B.optimizer.total_steps == 10 * 240_942 // 64
     assert FASTDRIVEVLA_3B.optimizer.learning_rate == 2e-5
-    flops = step_flops(FASTDRIVEVLA_3B.recon, (1596, 1596), FASTDRIVEVLA_3B.encoder)
+    flops = step_flops(FASTDRIVEVLA_3B.recon, (1596, 1596), ENCODERS["fastdrivevla_3b"])
     assert flops == pytest.approx(43.3e12, rel=0.01)
 
 

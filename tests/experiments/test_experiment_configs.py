@@ -31,9 +31,9 @@ def test_a_driving_config_with_changed_values_comes_back():
 
 def test_none_in_an_optional_field_comes_back():
     plain = to_plain(PRUNER_RUNS["tiny"])
-    assert plain["loader"]["num_epochs"] is None
-    plain["loader"]["num_epochs"] = 3
-    assert from_plain(PrunerRun, plain).loader.num_epochs == 3
+    assert plain["ema_decay"] is None
+    plain["ema_decay"] = 0.99
+    assert from_plain(PrunerRun, plain).ema_decay == 0.99
 
 
 def test_unknown_and_missing_fields_are_named():

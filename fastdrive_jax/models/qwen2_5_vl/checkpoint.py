@@ -4,6 +4,7 @@ One tensor is read at a time, straight into its shards, so the host never holds 
 model.
 """
 
+import hashlib
 import json
 import shutil
 import struct
@@ -47,6 +48,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PARTS = ("visual", "language_model")  # of the parameters
 _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
+_SAMPLE = 1 << 12  # bytes at each end of a tensor that its digest covers
 _ROWS_AT_ONCE = 1 << 24  # bytes of a table that are compared at once
 
 
@@ -111,6 +113,30 @@ def load(
         )
         flat[place].block_until_ready()  # else many tensors wait on the host for their transfer
     return config, traverse_util.unflatten_dict(flat)
+
+
+def checkpoint_digest(checkpoint_dir: Path, parts: Collection[str] = PARTS) -> str:
+    """Tells checkpoints apart without reading them whole.
+
+    It covers the sizes and, of each tensor, name, shape, type, and both ends of its values.
+
+    Args:
+        checkpoint_dir: See `load`.
+        parts: See `load`; other tensors do not count.
+    """
+    config = read_config(Path(checkpoint_dir))
+    tensors = list_tensors(Path(checkpoint_dir))
+    places = fit_names({k: v.shape for k, v in tensors.items()}, config.vision, config.text)
+    digest = hashlib.sha256(repr(config).encode())
+    for name in sorted(name for name, place in places.items() if place[0] in parts):
+        tensor = tensors[name]
+        size = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
+        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
+        with tensor.path.open("rb") as file:
+            for start in (0, max(size - _SAMPLE, 0)):
+                file.seek(tensor.offset + start)
+                digest.update(file.read(min(size, _SAMPLE)))
+    return digest.hexdigest()
 
 
 def list_tensors(folder: Path) -> dict[str, Tensor]:

@@ -64,7 +64,8 @@ def encoder_params():
 
 
 def loss_of(config=CONFIG, dtype=jnp.float32):
-    return functools.partial(picture_loss, config=config, encoder=ENCODER, dtype=dtype)
+    encode = functools.partial(encode_pictures, config=ENCODER, dtype=dtype)
+    return functools.partial(picture_loss, config=config, encode=encode, dtype=dtype)
 
 
 def test_it_is_the_loss_of_the_encoders_tokens():

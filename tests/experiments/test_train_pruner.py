@@ -6,34 +6,42 @@ import cv2
 import jax
 import numpy as np
 import pytest
+import tyro
 from flax import traverse_util
 from tiny_checkpoint import CONFIG, write_checkpoint
 
 from data_pipelines.build import build_shards
 from data_pipelines.image_folder import read_image_folder
 from data_pipelines.loader import LoaderConfig
-from experiments.configs.pictures import FASTDRIVEVLA_3B, FASTDRIVEVLA_7B, PictureRun
-from experiments.train_pictures import TrainPicturesConfig, train_pictures
+from experiments import train_pruner as module
+from experiments.configs.pruner import FASTDRIVEVLA_3B, PRUNER_RUNS, PrunerRun
+from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.results import read_rows
 from fastdrive_jax.export.bundle import read_bundle_orbax
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
+from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.optimizer import OptimizerConfig
 from fastdrive_jax.training.reconstruction import ReconConfig
+from fastdrive_jax.training.watch import WatchConfig
 
 jax.config.update("jax_num_cpu_devices", 8)
-RUN = PictureRun(
+RUN = PrunerRun(
     recon=ReconConfig(
         pruner=ReconPrunerConfig(layer=replace(CONFIG.text, num_layers=1)),
         decoder=replace(CONFIG.text, num_layers=1),
         target_pixels=14,
         mask_mode="top_k",
     ),
-    encoder=CONFIG.vision,
+    encoder="qwen2_5_vl",
     optimizer=OptimizerConfig(learning_rate=1e-3, total_steps=6),
-    batch_size=8,
-    loader=LoaderConfig(1, (56, 84), fields=("image", "mask"), flip=True, read_threads=1),
-    dtype="float32",
+    loader=LoaderConfig(8, (56, 84), flip=True, read_threads=1),
+    data=-1,
     fsdp=2,
+    ema_decay=0.9,
+    best=Best("recall_25", "max"),
+    evaluate_every=3,
+    eval_pictures=8,
     checkpoint_every=2,
     log_every=1,
 )
@@ -62,7 +70,8 @@ def shards(tmp_path_factory):
 
 def train(shards, checkpoint, out, **changes):
     run = replace(RUN, **changes)
-    return train_pictures(TrainPicturesConfig(shards, checkpoint, out, run, quiet=True))
+    watch = WatchConfig(images_every=3)
+    return train_on_shards(TrainPrunerConfig(shards, out, run, checkpoint, watch=watch, quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +81,42 @@ def whole(shards, checkpoint, tmp_path_factory):
 
 
 def losses(result):
-    return [record["loss"] for record in result.history if "loss" in record]
+    return [record["loss"] for record in result.history if record["kind"] == "train"]
 
 
 def test_it_trains_and_exports(whole):
     result, out = whole
     assert len(losses(result)) == 6
     assert np.isfinite(losses(result)).all()
-    exported, described = read_bundle_orbax(out / "export")
-    assert described["kind"] == "pruner"
-    trained = traverse_util.flatten_dict(jax.device_get(result.state.params["pruner"]))
-    for path, value in traverse_util.flatten_dict(jax.device_get(exported["pruner"])).items():
-        np.testing.assert_array_equal(value, trained[path])
     kernel = result.state.params["decoder"]["head"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[0] == kernel.shape[0] // 2  # fsdp
+    assert sorted(path.name for path in (out / "images").iterdir())
+
+
+def test_the_average_of_the_best_step_is_exported(whole):
+    result, out = whole
+    evals = [record for record in result.history if record["kind"] == "eval"]
+    assert [record["step"] for record in evals] == [0, 3, 6]
+    best = max(evals, key=lambda record: (record["recall_25"], record["step"]))
+    assert result.best_step == best["step"]
+    exported, described = read_bundle_orbax(out / "export")
+    assert described["kind"] == "pruner"
+    mean = traverse_util.flatten_dict(jax.device_get(result.best_state.ema["pruner"]))
+    for path, value in traverse_util.flatten_dict(jax.device_get(exported["pruner"])).items():
+        np.testing.assert_array_equal(value, mean[path])
+
+
+def test_what_is_kept_is_measured_beside_the_controls(whole):
+    _, out = whole
+    rows, meta = read_rows(out / "results.json")
+    assert meta["run"]["encoder"] == "qwen2_5_vl"
+    assert {row.method for row in rows} >= {"reconpruner", "random", "uniform", "prior", "oracle"}
+    found = {
+        (row.method, row.keep_ratio): row.value for row in rows if row.metric == "foreground_recall"
+    }
+    assert found["reconpruner", 1.0] == pytest.approx(1)
+    assert found["oracle", 0.25] >= found["reconpruner", 0.25] > 0
+    assert {row.n for row in rows if row.method == "oracle"} == {2}
 
 
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 1, "tensor": 2}, {"data": 1, "fsdp": 1}])
@@ -99,8 +130,6 @@ def test_a_stopped_run_goes_on_with_other_devices(whole, shards, checkpoint, tmp
 
 def stop_after(step, shards, checkpoint, out, run):
     """A run that dies after some steps, as by Ctrl-C in the middle of one."""
-    from experiments import train_pictures as module
-
     loader = module.make_loader
 
     class Dying:
@@ -122,9 +151,14 @@ def stop_after(step, shards, checkpoint, out, run):
         def set_state(self, state):
             self.batches.set_state(state)
 
-    module.make_loader = lambda *args: Dying(iter(loader(*args)))
+    def dying(shards, split, config, *hosts):
+        made = loader(shards, split, config, *hosts)
+        trains = split == "train" and "image" in config.fields
+        return Dying(iter(made)) if trains else made
+
+    module.make_loader = dying
     try:
-        train_pictures(TrainPicturesConfig(shards, checkpoint, out, run, quiet=True))
+        train_on_shards(TrainPrunerConfig(shards, out, run, checkpoint, quiet=True))
     finally:
         module.make_loader = loader
 
@@ -132,24 +166,49 @@ def stop_after(step, shards, checkpoint, out, run):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"batch_size": 6}, "multiple of 8 parts"),
+        ({"loader": replace(RUN.loader, batch_size=6)}, "multiple of 8 parts"),
         ({"fsdp": 16}, "mesh of"),
-        ({"encoder": replace(CONFIG.vision, depth=1)}, "other sizes than run.encoder"),
+        ({"recon": FASTDRIVEVLA_3B.recon}, "hidden_size=2048 must be the size"),
     ],
 )
 def test_what_does_not_fit_is_refused(shards, checkpoint, tmp_path, changes, said):
     with pytest.raises(UserError, match=said):
         train(shards, checkpoint, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_encoder_or_setting_is_refused(whole, shards, checkpoint, tmp_path):
+    _, out = whole
+    with pytest.raises(UserError, match=r"run\.seed was 0 and is now 1"):
+        train(shards, checkpoint, out, seed=1)
+    other = write_checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="encoder was"):
+        train(shards, other, out)
+    with pytest.raises(UserError, match="--weights"):
+        train(shards, None, tmp_path / "run")
 
 
 def test_runs_that_contradict_themselves_are_refused():
     with pytest.raises(UserError, match="accumulate=3"):
         replace(FASTDRIVEVLA_3B, accumulate=3)
-    with pytest.raises(UserError, match="hidden_size=2048"):
-        replace(FASTDRIVEVLA_3B, encoder=FASTDRIVEVLA_7B.encoder)
+    with pytest.raises(UserError, match=r"loader\.num_epochs"):
+        replace(RUN, loader=replace(RUN.loader, num_epochs=2))
     with pytest.raises(UserError, match="mask_surprise"):
-        replace(
-            FASTDRIVEVLA_3B,
-            recon=replace(RUN.recon, mask_weight=1.0, mask_surprise=0.2),
-            encoder=RUN.encoder,
-        )
+        replace(RUN, recon=replace(RUN.recon, mask_weight=1.0, mask_surprise=0.2))
+    with pytest.raises(UserError, match="ema_decay"):
+        replace(RUN, ema_decay=1.0)
+
+
+def test_settings_are_chosen_by_name_on_the_command_line():
+    args = tyro.cli(
+        TrainPrunerConfig,
+        args=["--shards", "a", "--out", "b", "fastdrivevla-3b", "--fsdp", "8"],
+    )
+    assert args.run == replace(FASTDRIVEVLA_3B, fsdp=8)
+    assert set(PRUNER_RUNS) == {
+        "tiny",
+        "camvid",
+        "faithful",
+        "fastdrivevla_3b",
+        "fastdrivevla_7b",
+    }
