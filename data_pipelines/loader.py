@@ -27,6 +27,7 @@ from data_pipelines.examples import (
 )
 from data_pipelines.schema import CAMERAS
 from data_pipelines.shards import Shards, record_source
+from data_pipelines.token_cache import TokenCache
 from fastdrive_jax.errors import UserError
 
 
@@ -148,6 +149,7 @@ def make_loader(
     config: LoaderConfig,
     process_index: int = 0,
     process_count: int = 1,
+    tokens: TokenCache | None = None,
 ) -> Loader:
     """Batches of `split` as dicts of numpy arrays.
 
@@ -158,6 +160,7 @@ def make_loader(
     and index int64 [B], the item's number in the split. In sample mode: image [B, C, H, W, 3] and
     so on, speed float32 [B], command int32 [B], future float32 [B, 6, 2], future_valid bool [B, 6],
     scene; on demand what `schema.Record` holds beside them, the agents as [B, max_agents, ...].
+    With `tokens` also those of each picture in the cache's number type, [B, N, D] or [B, C, N, D].
 
     Args:
         shards: An opened data set.
@@ -165,11 +168,15 @@ def make_loader(
         config: How to make batches; `batch_size` is that of each process.
         process_index: This process.
         process_count: Processes that share the data; no example is left out or given twice.
+        tokens: The cached tokens of an encoder for the pictures of this split at this size.
 
     Raises:
         UserError: No such split or camera, too little data for a batch, a remainder that several
-            hosts cannot have, or flips with cameras that cannot be mirrored.
+            hosts cannot have, flips with cameras that cannot be mirrored, or tokens of other
+            pictures than the config makes.
     """
+    if tokens is not None:
+        _check_tokens(tokens, shards, split, config)
     cameras = _chosen_cameras(shards, config)
     swapped = mirrored_cameras(cameras) if config.flip and config.group == "sample" else None
     items = _Items(shards, split, cameras, config.group)
@@ -181,7 +188,7 @@ def make_loader(
     decoding = Decoding(
         config.image_size, config.resize, fields, config.group, cameras, config.max_agents
     )
-    data = data.map(partial(decode_example, shards=shards, decoding=decoding))
+    data = data.map(partial(_decode, shards=shards, decoding=decoding, tokens=tokens))
     if config.flip or config.jitter.active:
         data = data.random_map(partial(_augment, config=config, swapped=swapped))
     together = config.batch_size * process_count
@@ -207,7 +214,9 @@ def make_loader(
     return Loader(start, together)
 
 
-def identity(shards: Shards, split: str, config: LoaderConfig) -> dict[str, object]:
+def identity(
+    shards: Shards, split: str, config: LoaderConfig, tokens: TokenCache | None = None
+) -> dict[str, object]:
     """What the stream of examples depends on, as JSON values.
 
     A position is of this stream: keep it beside a checkpoint. Batch size, hosts, workers and
@@ -220,7 +229,44 @@ def identity(shards: Shards, split: str, config: LoaderConfig) -> dict[str, obje
         "data": shards.digest,
         "split": split,
         **{key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()},
+        **(
+            {"tokens": [tokens.identity.encoder, tokens.identity.dtype]}
+            if tokens is not None
+            else {}
+        ),
     }
+
+
+def _check_tokens(tokens: TokenCache, shards: Shards, split: str, config: LoaderConfig) -> None:
+    """Raises `UserError` unless the tokens are of the pictures that the loader gives."""
+    made = {"data": shards.digest, "split": split}
+    made |= {"image_size": tuple(config.image_size), "resize": config.resize}
+    for name, value in made.items():
+        if (stored := getattr(tokens.identity, name)) != value:
+            raise UserError(
+                f"The token cache {tokens.path} is of {name}={stored!r}, and batches of {value!r} "
+                "are asked for; make both the same."
+            )
+    if config.flip or config.jitter.active:
+        raise UserError(
+            f"The token cache {tokens.path} holds tokens of unchanged pictures; turn flip and "
+            "jitter off."
+        )
+
+
+def _decode(
+    item: tuple[int, list[int], list[dict]],
+    *,
+    shards: Shards,
+    decoding: Decoding,
+    tokens: TokenCache | None,
+) -> dict[str, np.ndarray]:
+    number, places, records = item
+    example = decode_example((number, records), shards=shards, decoding=decoding)
+    if tokens is not None:
+        each = [tokens[place] for place in places]
+        example["tokens"] = np.stack(each) if decoding.group == "sample" else each[0]
+    return example
 
 
 def _whole_batches(data: grain.MapDataset, size: int, remainder: str) -> grain.MapDataset:
@@ -265,7 +311,10 @@ def _start_worker(index: int, count: int) -> None:
 
 
 class _Items:
-    """Random access to an item's number and its records: one, or those of a sample's cameras."""
+    """Random access to an item's number, its records and their places in the split.
+
+    A picture has one record, a sample those of its cameras.
+    """
 
     def __init__(self, shards: Shards, split: str, cameras: tuple[str, ...], group: str):
         self._records = record_source(shards, split)
@@ -277,14 +326,14 @@ class _Items:
     def __len__(self) -> int:
         return self._samples * len(self._offsets) // self._per_item
 
-    def __getitem__(self, index) -> tuple[int, list[dict]]:
+    def __getitem__(self, index) -> tuple[int, list[int], list[dict]]:
         if self._per_item > 1:
             sample, chosen = int(index), self._offsets
         else:
             sample, place = divmod(int(index), len(self._offsets))
             chosen = [self._offsets[place]]
-        records = [self._records[sample * self._stride + offset] for offset in chosen]
-        return int(index), records
+        places = [sample * self._stride + offset for offset in chosen]
+        return int(index), places, [self._records[place] for place in places]
 
     def __repr__(self) -> str:
         return f"driving items ({len(self)})"
