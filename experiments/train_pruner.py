@@ -48,6 +48,7 @@ from fastdrive_jax.parallel.hosts import HostsConfig, connect
 from fastdrive_jax.parallel.mesh import batch_parts, make_mesh, replicated_sharding
 from fastdrive_jax.parallel.rules import tree_shardings
 from fastdrive_jax.pruning.position_prior import mean_fractions
+from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.loop import FitResult, fit
 from fastdrive_jax.training.metrics_log import Record
 from fastdrive_jax.training.optimizer import make_optimizer
@@ -202,6 +203,7 @@ def fit_pruner(
     evaluate = None
     if validation is not None:
         evaluate = make_evaluation(run, validation, frozen, encode, mesh)
+    best = run.best and Best(run.best, "min" if run.best == "loss" else "max")
     prefix = "run." if identity is not None else ""
     with jax.set_mesh(mesh):
         return fit(
@@ -215,7 +217,7 @@ def fit_pruner(
             mesh=mesh,
             state_shardings=tree_shardings(jax.eval_shape(init), mesh),
             checkpoint_every=run.checkpoint_every,
-            best=run.best if evaluate else None,
+            best=best if evaluate else None,
             log_every=run.log_every,
             evaluate=evaluate,
             evaluate_every=run.evaluate_every,

@@ -13,7 +13,6 @@ from fastdrive_jax.models.qwen2_5_vl.config import (
     DecoderConfig,
 )
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
-from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.ema import check_decay
 from fastdrive_jax.training.optimizer import OptimizerConfig
 from fastdrive_jax.training.reconstruction import ReconConfig
@@ -37,8 +36,8 @@ class PrunerRun:
         fsdp: Devices of a group that share its parameters.
         tensor: Devices that share a layer.
         ema_decay: Of an average of the parameters that is measured and exported in their place.
-        best: By which metric of the evaluations (loss, kept, recall_75, recall_50, recall_25) the
-            checkpoint to export is known; None exports the last.
+        best: By which metric of the evaluations the checkpoint to export is known, the least loss
+            or the greatest recall of foreground area; None exports the last.
         evaluate_every: Steps between evaluations; 0 evaluates at the beginning and the end.
         eval_pictures: Pictures of an evaluation, in whole batches.
         seed: Of the parameters and of the drawn budgets.
@@ -56,7 +55,7 @@ class PrunerRun:
     fsdp: int = 1
     tensor: int = 1
     ema_decay: float | None = None
-    best: Best | None = None
+    best: Literal["loss", "recall_75", "recall_50", "recall_25"] | None = None
     evaluate_every: int = 0
     eval_pictures: int = 256
     seed: int = 0
@@ -177,7 +176,7 @@ def _published(text: DecoderConfig) -> PrunerRun:
         loader=LoaderConfig(batch, (1596, 1596), flip=True),
         dtype="bfloat16",
         data=-1,
-        best=Best("recall_25", "max"),
+        best="recall_25",
         evaluate_every=2000,
         eval_pictures=1024,
         checkpoint_every=500,

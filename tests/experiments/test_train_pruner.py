@@ -20,7 +20,6 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import read_rows
 from fastdrive_jax.export.bundle import read_bundle_orbax
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
-from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.optimizer import OptimizerConfig
 from fastdrive_jax.training.reconstruction import ReconConfig
 from fastdrive_jax.training.watch import WatchConfig
@@ -39,7 +38,7 @@ RUN = PrunerRun(
     data=-1,
     fsdp=2,
     ema_decay=0.9,
-    best=Best("recall_25", "max"),
+    best="recall_25",
     evaluate_every=3,
     eval_pictures=8,
     checkpoint_every=2,
