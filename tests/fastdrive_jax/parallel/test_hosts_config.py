@@ -1,4 +1,6 @@
 import json
+import os
+import random
 import subprocess
 import sys
 
@@ -42,15 +44,30 @@ with socket.socket() as listener:
     listener.listen()
     print(json.dumps(said(HostsConfig(where, 1, 0))))
 """
+AUTO = """
+connect(HostsConfig(auto=True))
+print(json.dumps([jax.process_index(), jax.process_count(), jax.device_count()]))
+"""
 LATE = """
 jax.devices()
 connect(HostsConfig(where, 2, 0))
 """
 
 
-def run(program):
-    command = [sys.executable, "-c", START + program]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def begin(program, **environment):
+    command, pipe = [sys.executable, "-c", START + program], subprocess.PIPE
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment
+    )
+
+
+def end(process):
+    """Returns exit code, output and errors."""
+    try:
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(
@@ -96,17 +113,28 @@ def test_jax_is_told_what_was_given_and_nothing_if_nothing_was(monkeypatch, caps
 
 
 def test_a_process_joins_once():
-    done = run(JOIN)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    code, out, err = end(begin(JOIN))
+    assert code == 0, err
+    report = json.loads(out)
     assert "give coordinator, count and index" in report.pop("none")
     assert "host 0 of 1 already" in report.pop("other")
     assert report == {"alone": False, "joined": True, "again": None, "hosts": 1}
 
 
 def test_a_taken_port_is_a_sentence_and_a_late_call_a_fault():
-    taken, late = run(TAKEN), run(LATE)
-    assert taken.returncode == 0, taken.stderr
-    assert "choose a free one" in json.loads(taken.stdout)
-    assert late.returncode == 1
-    assert "RuntimeError" in late.stderr
+    code, out, err = end(begin(TAKEN))
+    assert code == 0, err
+    assert "choose a free one" in json.loads(out)
+    code, _, err = end(begin(LATE))
+    assert code == 1
+    assert "RuntimeError" in err
+
+
+def test_auto_joins_the_processes_of_a_slurm_job():
+    job = {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    job["SLURM_JOB_ID"] = str(random.randrange(4096))  # JAX makes the port of it
+    places = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    ends = [end(process) for process in [begin(AUTO, **job, **place) for place in places]]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    found = [json.loads(out.splitlines()[-1]) for _, out, _ in ends]
+    assert found == [[0, 2, 2], [1, 2, 2]]
