@@ -225,16 +225,14 @@ def identity(
     fields = asdict(config)
     for name in ("batch_size", "num_workers", "read_threads", "remainder"):
         del fields[name]
-    return {
+    stream = {
         "data": shards.digest,
         "split": split,
         **{key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()},
-        **(
-            {"tokens": [tokens.identity.encoder, tokens.identity.dtype]}
-            if tokens is not None
-            else {}
-        ),
     }
+    if tokens is not None:
+        stream["tokens"] = [tokens.identity.encoder, tokens.identity.dtype]
+    return stream
 
 
 def _check_tokens(tokens: TokenCache, shards: Shards, split: str, config: LoaderConfig) -> None:
