@@ -11,6 +11,7 @@ from experiments import study_variants
 from experiments.configs.pruner import CAMVID, FAITHFUL, PRUNER_RUNS, TINY
 from experiments.study_pruner import StudyPrunerArgs, study_table
 from experiments.study_variants import DECODER, VARIANTS, Variant, bases, changes, runs_of
+from experiments.train_pruner import train_pruner
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, read_rows, select
 from fastdrive_jax.training.reconstruction import ReconConfig
@@ -33,10 +34,22 @@ def squares(images):
     return parts.reshape(len(images), 6, -1)[..., :128].astype(np.float32) / 255
 
 
+class TrainOnce:
+    """One real training stands for all, whose trees are alike: compiling takes most of its time."""
+
+    params = None
+
+    def __call__(self, train, run, workdir, quiet):
+        if self.params is None:
+            self.params, _ = train_pruner(train, run, workdir, quiet)
+        return self.params, []
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "vla_encoder", lambda *_: TokenEncoder("squares", 128, squares))
+        patch.setattr(study, "train_pruner", TrainOnce())
+        patch.setattr(study, "vla_tokens", lambda: TokenEncoder("squares", 128, squares))
         patch.setattr(study_variants, "DECODER", replace(DECODER, num_layers=1))
         yield
 
@@ -79,7 +92,7 @@ def test_what_is_measured_is_not_trained_again(table, arguments, monkeypatch):
     before = table.read_bytes()
     monkeypatch.setattr(study, "train_pruner", None)
     assert study.study_pruner(arguments)[0].read_bytes() == before
-    with pytest.raises(UserError, match="another setting"):
+    with pytest.raises(UserError, match="another config"):
         study.study_pruner(replace(arguments, steps=3))
 
 
