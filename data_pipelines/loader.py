@@ -207,11 +207,36 @@ def make_loader(
         if config.num_epochs:
             rest = _whole_batches(rest, together, config.remainder)
         if process_count > 1:
-            rest = rest[process_index::process_count]
+            block = _HostBlocks(rest, config.batch_size, process_index, process_count)
+            rest = grain.MapDataset.source(block)
         batches = rest.batch(config.batch_size)
         return iter(_read(batches, config))
 
     return Loader(start, together)
+
+
+@dataclass(frozen=True)
+class _HostBlocks:
+    """One host's items: of each batch of all hosts a block, in the order that one host would have.
+
+    Attributes:
+        items: Of all hosts, whole batches.
+        size: Items of a host's batch.
+        host: Which host.
+        hosts: How many.
+    """
+
+    items: grain.MapDataset
+    size: int
+    host: int
+    hosts: int
+
+    def __len__(self) -> int:
+        return len(self.items) // (self.size * self.hosts) * self.size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch, place = divmod(index, self.size)
+        return self.items[(batch * self.hosts + self.host) * self.size + place]
 
 
 def identity(

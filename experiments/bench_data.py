@@ -26,18 +26,18 @@ import PIL
 from PIL import Image
 
 from data_pipelines.build import build_shards
-from data_pipelines.decode import check_size, decode_image, decode_labels, decode_mask
+from data_pipelines.decode import check_size, decode_image, decode_mask
 from data_pipelines.image_folder import PictureRef, read_image_folder
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.pictures import encode_mask, read_bytes
-from data_pipelines.schema import UNKNOWN_LABEL, Classes
 from data_pipelines.shards import Shards
+from experiments.training_cost import step_flops
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.training.reconstruction import ReconConfig
 
-KEYS = ("image", "mask", "labels")
+KEYS = ("image", "mask")
 BATCH = 4
 DRAWN = 25  # pictures drawn when none are given
 LEAST = 8
@@ -57,7 +57,7 @@ class BenchDataArgs:
         workers: Worker processes, or threads, of a loader; a core each.
         items: Pictures that a loader gives in a round.
         rounds: Timed rounds; the sides take turns.
-        images_per_second: What one accelerator trains on; none derives it (`training_flops`).
+        images_per_second: What one accelerator trains on; none derives it (`step_flops`).
     """
 
     out: Path = Path("runs/bench_data")
@@ -109,31 +109,6 @@ def bench_data(args: BenchDataArgs) -> Path:
     return write_rows(args.out / "data.json", rows, meta)
 
 
-def training_flops(size: tuple[int, int]) -> float:
-    """FLOPs of a training step of the published pruner for one picture, by count of products.
-
-    Vision encoder forward (frozen), pruner and, on foreground and background, the reconstruction
-    decoder forward and backward (three times forward):
-    vision + 3 (pruner layers + 2 decoder layers) layer, each 2 n weights + 4 n span D.
-    """
-    vision, recon = VisionConfig(), ReconConfig()
-    patches = size[0] * size[1] // vision.patch_size**2
-    tokens = patches // vision.spatial_merge_size**2
-    width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
-    weights = vision.depth * width * (4 * width + 3 * vision.intermediate_size)
-    whole = len(vision.fullatt_block_indexes)
-    window = (vision.window_size // vision.patch_size) ** 2
-    spans = whole * patches + (vision.depth - whole) * min(window, patches)
-    encoder = 2 * patches * weights + 4 * patches * spans * width
-    encoder += 2 * tokens * merged * (merged + vision.out_hidden_size)
-
-    text = recon.pruner.layer
-    heads = 2 + 2 * text.num_kv_heads / text.num_heads  # queries and output; keys and values
-    weights = text.hidden_size * (heads * text.hidden_size + 3 * text.intermediate_size)
-    layer = 2 * tokens * weights + 4 * tokens**2 * text.hidden_size
-    return encoder + 3 * (1 + 2 * recon.decoder.num_layers) * layer
-
-
 @dataclass(frozen=True)
 class PillowPictures:
     """A torch data set by the usual means: read, decode and resize with Pillow.
@@ -164,18 +139,16 @@ def pillow_item(jpeg: bytes, mask: bytes, size: tuple[int, int]) -> dict[str, np
     return {
         "image": np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)),
         "mask": (np.asarray(resized) > 0).astype(np.uint8),
-        "labels": np.full(size, UNKNOWN_LABEL, np.uint8),
     }
 
 
 def our_item(
     jpeg: bytes, mask: bytes, size: tuple[int, int], resize: str = "bicubic"
 ) -> dict[str, np.ndarray]:
-    """What the loader makes of a record without labels."""
+    """What the loader makes of a record."""
     return {
         "image": decode_image(jpeg, size, resize),
         "mask": decode_mask(mask, size),
-        "labels": decode_labels(b"", size, Classes()),
     }
 
 
@@ -286,7 +259,7 @@ def _report(rates: dict[str, list[float]], size: tuple[int, int], args: BenchDat
             f"times {reference} ({times.min():.2f} to {times.max():.2f} over {rounds} rounds)",
             flush=True,
         )
-    flops = training_flops(size)
+    flops = step_flops(ReconConfig(), size, VisionConfig())
     wanted = args.images_per_second or USED_SHARE * H100_FLOPS / flops
     origin = (
         "as given"

@@ -20,7 +20,7 @@ from fastdrive_jax.models.qwen2_5_vl.alignment import align_hidden, aligned_conf
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
 from fastdrive_jax.models.qwen2_5_vl.checkpoint import checkpoint_digest, load
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
-from fastdrive_jax.parallel.mesh import replicated_sharding
+from fastdrive_jax.parallel.mesh import batch_sharding, replicated_sharding
 from fastdrive_jax.parallel.rules import tree_shardings
 from fastdrive_jax.training.picture_loss import encode_pictures
 
@@ -43,9 +43,13 @@ class FrozenEncoder:
     apply: Callable[[Any, jax.Array], jax.Array]
     params: Any
 
-    def tokens(self) -> TokenEncoder:
-        """The same with its parameters, for caches of tokens."""
-        return TokenEncoder(self.digest, self.dim, partial(jax.jit(self.apply), self.params))
+    def tokens(self, mesh: Mesh | None = None) -> TokenEncoder:
+        """The same with its parameters, for caches of tokens; batches are split over a mesh."""
+        encode = partial(jax.jit(self.apply), self.params)
+        if mesh is None:
+            return TokenEncoder(self.digest, self.dim, encode)
+        place = batch_sharding(mesh)
+        return TokenEncoder(self.digest, self.dim, lambda x: encode(jax.device_put(x, place)))
 
 
 def load_encoder(

@@ -15,9 +15,10 @@ import numpy as np
 from data_pipelines.image_folder import read_image_folder
 from experiments.configs.pruner import CAMVID, PrunerRun
 from experiments.measure_pruner import evaluate_pruner
+from experiments.pruner_data import dino_features, train_prior
 from experiments.quickstart import _announcer, shards_of
 from experiments.report_images import ImageFindings, image_report
-from experiments.train_pruner import dino_features, train_prior, train_pruner
+from experiments.train_pruner import train_pruner
 from fastdrive_jax.configs import to_plain
 from fastdrive_jax.evaluation.report import write_report
 from fastdrive_jax.export.bundle import (

@@ -26,8 +26,9 @@ from experiments.configs.pruner import TINY, PrunerRun
 from experiments.encoders import frozen_vla
 from experiments.measure_pruner import evaluate_pruner, score_split
 from experiments.planning import PlanningSplit, planning_split, planning_table
+from experiments.pruner_data import train_prior
 from experiments.report_world import WorldFindings, world_report
-from experiments.train_pruner import train_prior, train_pruner
+from experiments.train_pruner import train_pruner
 from experiments.train_vla import TrainVLAConfig, train_vla
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.foreground import token_areas

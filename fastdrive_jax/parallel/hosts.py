@@ -82,6 +82,9 @@ def connect(config: HostsConfig) -> None:
     if jax.distributed.is_initialized():
         _check_same(config)
         return
+    # CPUs run programs that do not wait for each other at once, in an order of their own on each
+    # host; two that both talk to the other hosts then wait for each other for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     start = functools.partial(
         jax.distributed.initialize,
         initialization_timeout=config.start_seconds,

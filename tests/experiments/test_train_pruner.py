@@ -13,7 +13,7 @@ from tiny_checkpoint import CONFIG, write_checkpoint
 from data_pipelines.build import build_shards
 from data_pipelines.image_folder import read_image_folder
 from data_pipelines.loader import LoaderConfig
-from experiments import train_pruner as module
+from experiments import pruner_data as module
 from experiments.configs.pruner import FASTDRIVEVLA_3B, PRUNER_RUNS, PrunerRun
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from fastdrive_jax.errors import UserError
@@ -160,6 +160,24 @@ def stop_after(step, shards, checkpoint, out, run):
         train_on_shards(TrainPrunerConfig(shards, out, run, checkpoint, quiet=True))
     finally:
         module.make_loader = loader
+
+
+def test_tokens_may_be_cached(shards, checkpoint, tmp_path):
+    still = replace(RUN.loader, flip=False)
+    config = TrainPrunerConfig(
+        shards, tmp_path / "a", replace(RUN, loader=still), checkpoint, quiet=True
+    )
+    plain = losses(train_on_shards(config))
+    cache = tmp_path / "cache"
+    cached = losses(train_on_shards(replace(config, out=tmp_path / "b", cache=cache)))
+    assert plain != cached  # stored in half precision
+    np.testing.assert_allclose(cached, plain, atol=5e-3)
+    files = {path: path.stat().st_mtime_ns for path in cache.glob("*.array_record*")}
+    assert files
+    train_on_shards(replace(config, out=tmp_path / "c", cache=cache))
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    with pytest.raises(UserError, match="flip"):
+        train_on_shards(replace(config, run=RUN, out=tmp_path / "d", cache=cache))
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,13 @@ def pair(case: str):
         lambda params: jax.tree.map(np.zeros_like, params), lambda grads, _, __: (grads, grads)
     )
     optimizer = optax.chain(kept, make_optimizer(OPTIMIZER))
+    # Put on the device at once: the step is compiled for where its inputs lie.
     state = init_train_state(lambda key: drawn_params(config), optimizer, 0)
+    state, batch, given = jax.device_put((state, batch, PRIOR), jax.devices()[0])
     model = TorchRecon(config)
     load_params(model, state.params)
     theirs = TorchStep(model, OPTIMIZER)
-    tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in batch.items()}
     prior = torch.from_numpy(PRIOR)
 
     step, gradients = jax.jit(make_train_step(loss, optimizer)), {}
@@ -94,7 +96,7 @@ def pair(case: str):
         # The budgets that our step draws of its key; the sign mask draws none.
         ratio = jax.random.uniform(state.step_key(), (3, 1), minval=low, maxval=high)
         ratio = torch.from_numpy(np.array(ratio))
-        state, metrics = step(state, batch, PRIOR)
+        state, metrics = step(state, batch, given)
         losses["ours"].append(float(metrics["loss"]))
         if not losses["torch"]:
             gradients["ours"] = state.opt_state[0]
