@@ -5,7 +5,9 @@
 Trains one small ReconPruner for each variant of `experiments.study_variants` and each seed, on
 CamVid (DIR holds train/ and val/ with images/ and labels/) and on the synthetic world, and measures
 it on pictures that it was not trained on. What is measured already is not trained again. Writes
-OUT/camvid and OUT/synthetic, each with results.json and table.md. TIME
+OUT/camvid and OUT/synthetic, each with results.json and table.md.
+
+It takes about 70 minutes on one CPU core. docs/study_pruner.md has the figures to expect.
 """
 
 import shutil
