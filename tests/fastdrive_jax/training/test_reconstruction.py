@@ -99,8 +99,35 @@ def test_the_gradient_reaches_query_scorer_layer_and_decoder():
     parts = dict(grads["pruner"], decoder=grads["decoder"])
     for name in ("query", "scorer", "layer", "decoder"):
         norm = float(optax.tree.norm(parts[name]))
+        print(f"norm of the gradient of {name}: {norm:.3g}")
         assert np.isfinite(norm), name
         assert norm > 1e-8, name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gradient_of_the_decoder_equals_finite_differences(seed):
+    """Of the decoder alone: a straight-through mask has the slope of its surrogate, not its own."""
+    params, data = init_params(CONFIG, jax.random.key(0)), batch()
+
+    @jax.jit
+    def loss(decoder):
+        whole = {"pruner": params["pruner"], "decoder": decoder}
+        return recon_loss(whole, data, jax.random.key(1), config=CONFIG)[0]
+
+    gradient = jax.grad(loss)(params["decoder"])
+    leaves, tree = jax.tree.flatten(params["decoder"])
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    way = jax.tree.map(lambda x, g: x + 10 * jnp.sign(g), tree.unflatten(drawn), gradient)
+    step = 1e-2 / optax.tree.norm(way)  # mostly uphill: far above rounding
+    ends = (
+        float(loss(jax.tree.map(lambda x, d, s=sign: x + s * step * d, params["decoder"], way)))
+        for sign in (1, -1)
+    )
+    difference = (next(ends) - next(ends)) / (2 * float(step))
+    slope = float(optax.tree.vdot(gradient, way))
+    assert abs(slope) > 1e-3
+    assert difference == pytest.approx(slope, rel=1e-2)
 
 
 @pytest.mark.parametrize("kept", [0.0, 1.0])
