@@ -4,8 +4,7 @@
     fastdrive bench-train --config 3b --out runs/bench_train_3b  # on an accelerator
 
 On a CPU: float32, the same weights and batch on both sides, whose first losses must agree; all
-cores; the sides take turns. Needs the extra "parity". Takes about 5 minutes on 2 cores. There, to
-expect: EXPECT
+cores; the sides take turns. Needs the extra "parity". Takes about 5 minutes on 2 cores.
 
 The variable lets the C library ask for huge pages: XLA takes its memory anew each step, and with
 small pages a tenth to a fifth of a step goes into that. It does not change PyTorch's time.

@@ -58,7 +58,7 @@ MIDDLE_LAYER = DecoderConfig(  # of Qwen2.5-0.5B
 )
 PAPER = OptimizerConfig(learning_rate=2e-5, warmup_steps=100, total_steps=10_000)
 CASES = {
-    "tiny": TrainCase(TINY.recon, TINY.optimizer, TINY.loader.batch_size, spread=True),
+    "tiny": TrainCase(TINY.recon, TINY.optimizer, batch_size=32, spread=True),
     "100m": TrainCase(
         ReconConfig(
             pruner=ReconPrunerConfig(layer=replace(MIDDLE_LAYER, num_layers=1)),
