@@ -58,7 +58,7 @@ def evaluate_pruner(
     areas = token_areas(np.asarray(val.labels), classes.foreground, classes.objects, classes.ignore)
     scores = {
         name: score_split(pruner, weights, val, areas, jax.random.key(run.seed))
-        for name, (pruner, weights) in _methods(params, run, prior).items()
+        for name, (pruner, weights) in _methods(params["pruner"], run, prior).items()
     }
     return recall_rows(scores, areas, val.scene, run.seed, ratios)
 
@@ -118,7 +118,7 @@ def score_split(
 
 
 def evaluate_pictures(
-    params: Any,
+    pruner: Any,
     run: PrunerRun,
     batches: Iterable[dict[str, np.ndarray]],
     frozen: dict[str, Any],
@@ -130,7 +130,7 @@ def evaluate_pictures(
     """`evaluate_pruner` on pictures that are read once, over a mesh.
 
     Args:
-        params: Trained ones, on the mesh.
+        pruner: Trained parameters of the pruner, on the mesh.
         run: The setting.
         batches: Of `make_loader` with image (or tokens), labels, camera, scene and valid; this
             process's part of them.
@@ -140,7 +140,7 @@ def evaluate_pictures(
         classes: Which labels count.
         mesh: Of the training.
     """
-    methods = _methods(params, run, prior)
+    methods = _methods(pruner, run, prior)
     weights = {name: values for name, (_, values) in methods.items()}
     dtype = jnp.dtype(run.dtype)
 
@@ -150,8 +150,8 @@ def evaluate_pictures(
         inputs = _inputs(tokens, foreground, batch["camera"], grid)
         weights = {**weights, "reconpruner": cast_floats(weights["reconpruner"], dtype)}
         return {
-            name: pruner_scores(pruner, weights[name], inputs, key)
-            for name, (pruner, _) in methods.items()
+            name: pruner_scores(method, weights[name], inputs, key)
+            for name, (method, _) in methods.items()
         }
 
     whole = replicated_sharding(mesh)
@@ -254,9 +254,9 @@ def _sums(found: list) -> Any:
     return jax.tree.map(lambda *values: sum(values[1:], values[0]), *found)
 
 
-def _methods(params: Any, run: PrunerRun, prior: np.ndarray) -> dict[str, tuple[Pruner, Any]]:
+def _methods(pruner: Any, run: PrunerRun, prior: np.ndarray) -> dict[str, tuple[Pruner, Any]]:
     return {
-        "reconpruner": (make_pruner("reconpruner", config=run.recon.pruner), params["pruner"]),
+        "reconpruner": (make_pruner("reconpruner", config=run.recon.pruner), pruner),
         "random": (make_pruner("random"), None),
         "uniform": (make_pruner("uniform"), None),
         "prior": (make_pruner("prior"), jnp.asarray(prior)),

@@ -157,8 +157,8 @@ def train_on_shards(config: TrainPrunerConfig) -> FitResult:
         watch=config.watch,
         quiet=config.quiet,
     )
-    params = evaluation_params(result.best_state or result.state)
-    _write_results(config, params, result, shards, encoder, prior, mesh)
+    pruner = evaluation_params(result.best_state or result.state)["pruner"]
+    _write_results(config, pruner, result, shards, encoder, prior, mesh)
     return result
 
 
@@ -268,15 +268,15 @@ def train_pruner(
     return evaluation_params(result.state), result.history
 
 
-def _write_results(config, params, result, shards, encoder, prior, mesh) -> None:
+def _write_results(config, pruner, result, shards, encoder, prior, mesh) -> None:
     """The exported pruner and what it keeps, measured by all hosts, written by the first."""
     run, leads = config.run, jax.process_index() == 0
     frozen = {"encoder": encoder.params}
     with jax.set_mesh(mesh):
         whole = jax.jit(lambda tree: tree, out_shardings=replicated_sharding(mesh))
-        params = whole(params)
+        pruner = whole(pruner)
         rows = evaluate_pictures(
-            params,
+            pruner,
             run,
             measured_batches(shards, run, config.measure_pictures),
             frozen,
@@ -287,7 +287,7 @@ def _write_results(config, params, result, shards, encoder, prior, mesh) -> None
         )
     if leads:
         described = {"kind": "pruner", "pruner": to_plain(run.recon.pruner)}
-        write_bundle(config.out / "export", {"pruner": jax.device_get(params["pruner"])}, described)
+        write_bundle(config.out / "export", {"pruner": jax.device_get(pruner)}, described)
         step = int(result.state.step) if result.best_step is None else result.best_step
         meta = {"shards": str(config.shards), "run": to_plain(run), "step": step}
         write_rows(config.out / "results.json", rows, meta)
