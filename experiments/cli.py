@@ -25,6 +25,7 @@ from experiments.kill_data import KillDataArgs, kill_data
 from experiments.own_images import ImagesConfig, own_images
 from experiments.plot_metrics import PlotMetricsArgs, plot_metrics
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
+from experiments.study_pruner import StudyPrunerArgs, study_pruner
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig, train_vla
 from experiments.view_data import ViewArgs, view_data
@@ -80,6 +81,7 @@ Command = (
     | Annotated[ImagesConfig, tyro.conf.subcommand("images")]
     | Annotated[WorldArgs, tyro.conf.subcommand("world")]
     | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
+    | Annotated[StudyPrunerArgs, tyro.conf.subcommand("study-pruner")]
     | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
     | Annotated[AnswerArgs, tyro.conf.subcommand("answer")]
     | Annotated[DataArgs, tyro.conf.subcommand("data")]
@@ -116,6 +118,7 @@ RUN = {
     ImagesConfig: own_images,
     WorldArgs: write_world,
     TrainPrunerConfig: train_on_shards,
+    StudyPrunerArgs: study_pruner,
     TrainVLAArgs: train,
     AnswerArgs: answer,
     DataArgs: data,
