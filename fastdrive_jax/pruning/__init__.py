@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.pruning.cd_pruner import cd_pruner
+from fastdrive_jax.pruning.div_prune import div_prune
 from fastdrive_jax.pruning.ground_truth import ground_truth
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, keep_indices, pruner_scores
 from fastdrive_jax.pruning.position_prior import position_prior
+from fastdrive_jax.pruning.prune2drive import prune2drive
 from fastdrive_jax.pruning.random_tokens import random_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig, recon_pruner
 from fastdrive_jax.pruning.uniform_grid import uniform_grid
@@ -19,6 +22,9 @@ PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
         "uniform": uniform_grid,
         "prior": position_prior,
         "ground_truth": ground_truth,
+        "divprune": div_prune,
+        "cdpruner": cd_pruner,
+        "prune2drive": prune2drive,
     }
 )
 
