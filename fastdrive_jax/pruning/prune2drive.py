@@ -1,0 +1,107 @@
+"""Prune2Drive (arXiv 2508.13305, section 3): farthest-point sampling in each camera by itself.
+
+Of the n tokens of camera c, K_c are chosen by T-FPS, max-min over `d(i, j) = 1 - cos(v_i, v_j)`.
+The paper starts at a random token; each step needs the distances of one token only, and no n x n
+array is held. The paper searches a keep ratio alpha_c for each camera once, on a small validation
+set, for the reward of the task less lambda times the sum of the ratios, each in 0.1..1; published
+operating points: 25% and 10% of 6 x 729 tokens. Here those ratios are `weights`: K tokens in all
+are shared out in their proportion, since one keep ratio sets K for every method.
+
+The released code differs: it starts at the most isolated token, `argmax_i min_{j != i} d(i, j)`,
+and stands inside the language model, on the hidden states that enter a layer. `as_published` takes
+over the start, which needs distances [n, n] within each picture.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, real_tokens
+from fastdrive_jax.pruning.max_min import (
+    cosines,
+    farthest_first,
+    most_isolated,
+    pairwise_distances,
+    unit_tokens,
+)
+from fastdrive_jax.pruning.select import top_k
+
+
+def camera_budgets(k: int, n: int, weights: tuple[float, ...]) -> Int[np.ndarray, " C"]:
+    """K_c tokens of each camera: in proportion to the weights, K in all, none above n.
+
+    Tokens are given out one by one to the largest `w_c / (2 K_c + 1)` (Sainte-Lague), ties to the
+    first camera; equal weights differ by one token at most, and a larger K takes from no camera.
+    """
+    budgets = np.zeros(len(weights), np.int64)
+    for _ in range(k):
+        claims = np.where(budgets < n, np.asarray(weights) / (2 * budgets + 1), -1)
+        budgets[np.argmax(claims)] += 1
+    return budgets
+
+
+def prune2drive(weights: tuple[float, ...] | None = None, as_published: bool = False) -> Pruner:
+    """Prune2Drive as a method.
+
+    Its random start is drawn once for each camera, as a share of its tokens, for all samples of the
+    batch: so what a sample keeps does not depend on its row.
+
+    Padding may leave a camera fewer real tokens than its budget; the other cameras then go on, each
+    in its own order and in turn, until K tokens are chosen.
+
+    Args:
+        weights: Of each camera of a sample in their order; None means equal.
+        as_published: Start at the most isolated token of each picture; it needs no key.
+
+    Raises:
+        ValueError: A weight is negative or not finite, or none is above 0.
+    """
+    if weights is not None and not (
+        np.isfinite(weights).all() and min(weights) >= 0 < sum(weights)
+    ):
+        raise ValueError(f"weights must be at least 0 and not all 0, got {weights}")
+
+    def choose(params, inputs: PrunerInputs, key, k: int) -> Int[Array, "B K"]:
+        batch, length, dim = inputs.tokens.shape
+        n = inputs.grid[0] * inputs.grid[1]
+        cameras, rest = divmod(length, n)
+        if rest:
+            raise ValueError(f"{length} tokens are no whole number of grids {inputs.grid}")
+        if weights is not None and len(weights) != cameras:
+            raise ValueError(f"{len(weights)} weights for {cameras} cameras")
+        budgets = camera_budgets(k, n, weights or (1.0,) * cameras)
+        # Only padding can make a camera give more than its budget.
+        steps = int(budgets.max()) if inputs.count is None else min(n, k)
+        valid = real_tokens(inputs)
+        units = unit_tokens(inputs.tokens, valid).reshape(batch, cameras, n, dim)
+        draws = jnp.zeros(cameras) if as_published else jax.random.uniform(key, (cameras,))
+        rank = partial(_ranks, steps=steps, isolated=as_published)
+        ranks = jax.vmap(jax.vmap(rank), in_axes=(0, None, 0))(
+            units, draws, valid.reshape(batch, cameras, n)
+        )
+        beyond = jnp.maximum(ranks - jnp.asarray(budgets)[:, None] + 1, 0)
+        return top_k(-beyond.reshape(batch, length), k, valid)
+
+    needs = {"tokens", "grid"} if as_published else {"tokens", "grid", "key"}
+    return Pruner(name="prune2drive", choose=choose, needs=frozenset(needs))
+
+
+def _ranks(
+    units: Float[Array, "n D"],
+    draw: Float[Array, ""],
+    valid: Bool[Array, " n"],
+    steps: int,
+    isolated: bool,
+) -> Int[Array, " n"]:
+    """At which step each token of a picture is chosen; n for those that are not."""
+    n = len(valid)
+    if isolated:
+        start = most_isolated(pairwise_distances(units), valid)
+    else:
+        count = jnp.sum(valid)
+        start = jnp.minimum((draw * count).astype(jnp.int32), jnp.maximum(count - 1, 0))
+    order = farthest_first(lambda token: 1 - cosines(units, token), start, steps, valid)
+    return jnp.full(n, n).at[order].set(jnp.arange(steps))

@@ -1,0 +1,320 @@
+"""Methods that choose tokens together, beside slow NumPy forms of their formulas."""
+
+import math
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastdrive_jax.pruning import Pruner, PrunerInputs, keep_indices, make_pruner, pruner_scores
+from fastdrive_jax.pruning.max_min import farthest_first
+from fastdrive_jax.pruning.prune2drive import camera_budgets
+
+GRID, CAMERAS, DIM, BATCH = (2, 5), 3, 8, 4
+PICTURE = math.prod(GRID)
+LENGTH = CAMERAS * PICTURE
+KEY = jax.random.key(3)
+COUNTS = (30, 23, 17, 12)
+WEIGHTS = (3.0, 1.0, 0.5)
+METHODS = {
+    "divprune": make_pruner("divprune"),
+    "cdpruner": make_pruner("cdpruner"),
+    "prune2drive": make_pruner("prune2drive"),
+    "prune2drive weighted": make_pruner("prune2drive", weights=WEIGHTS),
+    "prune2drive as published": make_pruner("prune2drive", as_published=True),
+}
+# Determinants of "tied" tokens are equal in exact arithmetic only, so CDPruner has "axes" for ties.
+CASES = [(name, "continuous") for name in METHODS] + [
+    (name, "axes" if name == "cdpruner" else "tied") for name in METHODS
+]
+
+
+def drawn(kind, seed=0, counts=None):
+    """Four different samples; what pads them is no number, so that nothing may look at it.
+
+    "tied" tokens have four entries of ±1, "axes" one: their cosines are exact in float32, and many
+    are equal.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = rng.normal(size=(BATCH, LENGTH, DIM))
+    relevance = rng.normal(size=(BATCH, LENGTH))
+    if kind != "continuous":
+        entries = 4 if kind == "tied" else 1
+        places = np.argsort(tokens, axis=-1) < entries
+        tokens = places * rng.choice([-1.0, 1.0], tokens.shape)
+        relevance = rng.integers(0, 5, relevance.shape).astype(float)
+    if counts is not None:
+        padding = np.arange(LENGTH) >= np.array(counts)[:, None]
+        tokens[padding], relevance[padding] = np.nan, np.nan
+    return PrunerInputs(
+        tokens=jnp.asarray(tokens, jnp.float32),
+        relevance=jnp.asarray(relevance, jnp.float32),
+        count=None if counts is None else jnp.asarray(counts),
+        grid=GRID,
+    )
+
+
+compiled = jax.jit(keep_indices, static_argnames=("pruner", "keep_ratio"))
+
+
+def choose(pruner, inputs, k):
+    ratio = min(1.0, (k + 0.5) / LENGTH)  # the floor of which is K
+    return np.asarray(compiled(pruner, None, inputs, keep_ratio=ratio, key=KEY))
+
+
+def cosine_matrix(tokens):
+    units = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+    return units @ units.T
+
+
+def isolated(distances):
+    return int(np.argmax(np.min(distances + np.diag(np.full(len(distances), np.inf)), axis=1)))
+
+
+def max_min(distances, start, k):
+    kept = [start]
+    while len(kept) < k:
+        left = [j for j in range(len(distances)) if j not in kept]
+        kept.append(max(left, key=lambda j: (min(distances[i, j] for i in kept), -j)))
+    return kept
+
+
+def div_prune_oracle(tokens, relevance, k):
+    distances = 1 - cosine_matrix(tokens)
+    return max_min(distances, isolated(distances), k)
+
+
+def cd_pruner_oracle(tokens, relevance, k, extremes=None):
+    """Greedy det L_S by definition: j multiplies it by q_j^2 times its Schur complement in S."""
+    low, high = extremes or (relevance.min(), relevance.max())
+    quality = (relevance - low + 1e-6) / (high - low)
+    cosines = cosine_matrix(tokens)
+    kept = []
+    for _ in range(k):
+        gains = {}
+        for j in set(range(len(tokens))) - set(kept):
+            explained = 0.0
+            if kept:
+                inverse = np.linalg.pinv(cosines[np.ix_(kept, kept)], rcond=1e-10, hermitian=True)
+                explained = cosines[j, kept] @ inverse @ cosines[kept, j]
+            gains[j] = quality[j] ** 2 * (1 - explained) if explained < 1 - 1e-5 else 0.0
+        kept.append(max(gains, key=lambda j: (gains[j], -j)))
+    return kept
+
+
+def prune2drive_oracle(tokens, relevance, k, weights=(1.0,) * CAMERAS, as_published=False):
+    draws = np.asarray(jax.random.uniform(KEY, (CAMERAS,)))
+    budgets = camera_budgets(k, PICTURE, weights)
+    orders = []
+    for camera in range(CAMERAS):
+        picture = tokens[camera * PICTURE : (camera + 1) * PICTURE]
+        if not len(picture):
+            orders.append([])
+            continue
+        distances = 1 - cosine_matrix(picture)
+        start = isolated(distances) if as_published else int(draws[camera] * len(picture))
+        order = max_min(distances, start, len(picture))
+        orders.append([camera * PICTURE + place for place in order])
+    kept = [
+        token for order, budget in zip(orders, budgets, strict=True) for token in order[:budget]
+    ]
+    turns = range(PICTURE)
+    spare = [
+        o[b + t] for t in turns for o, b in zip(orders, budgets, strict=True) if b + t < len(o)
+    ]
+    return kept + spare[: k - len(kept)]
+
+
+ORACLES = {
+    "divprune": div_prune_oracle,
+    "cdpruner": cd_pruner_oracle,
+    "prune2drive": prune2drive_oracle,
+    "prune2drive weighted": partial(prune2drive_oracle, weights=WEIGHTS),
+    "prune2drive as published": partial(prune2drive_oracle, as_published=True),
+}
+
+
+def expected(name, inputs, k):
+    rows = []
+    for row in range(BATCH):
+        count = LENGTH if inputs.count is None else int(inputs.count[row])
+        tokens = np.asarray(inputs.tokens[row, :count], np.float64)
+        relevance = np.asarray(inputs.relevance[row, :count], np.float64)
+        rows.append(np.sort(ORACLES[name](tokens, relevance, k)))
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("k", [1, 4, 11, LENGTH])
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_the_formula_gives_the_same_tokens(name, kind, k):
+    for seed in range(3):
+        inputs = drawn(kind, seed)
+        np.testing.assert_array_equal(choose(METHODS[name], inputs, k), expected(name, inputs, k))
+
+
+@pytest.mark.parametrize("k", [1, 7, min(COUNTS)])
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_padding_is_neither_kept_nor_looked_at(name, kind, k):
+    inputs = drawn(kind, counts=COUNTS)
+    np.testing.assert_array_equal(choose(METHODS[name], inputs, k), expected(name, inputs, k))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_too_few_real_tokens_are_all_kept(name):
+    kept = choose(METHODS[name], drawn("continuous", counts=COUNTS), 20)
+    for row, count in zip(kept, COUNTS, strict=True):
+        assert len(set(row)) == 20
+        assert set(range(min(count, 20))) <= set(row) if count <= 20 else row.max() < count
+
+
+@pytest.mark.parametrize("counts", [None, COUNTS])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_is_pruned_as_its_samples_are(name, counts):
+    inputs = drawn("continuous", counts=counts)
+    together = choose(METHODS[name], inputs, 9)
+    for row in range(BATCH):
+        one = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], inputs)
+        np.testing.assert_array_equal(choose(METHODS[name], one, 9)[0], together[row])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_compilation_serves_all_pictures(name):
+    traces = []
+
+    @partial(jax.jit, static_argnames="ratio")
+    def run(inputs, key, ratio):
+        traces.append(ratio)
+        return keep_indices(METHODS[name], None, inputs, ratio, key)
+
+    for seed in range(3):
+        for ratio in (0.1, 0.5):
+            run(drawn("continuous", seed, counts=COUNTS), jax.random.key(seed), ratio)
+    assert sorted(traces) == [0.1, 0.5]
+
+
+def largest_array(pruner, rows, cameras, dim, k):
+    """Elements of the largest array in the compiled program."""
+    length = rows * rows * cameras
+    inputs = PrunerInputs(
+        tokens=jnp.zeros((1, length, dim)), relevance=jnp.zeros((1, length)), grid=(rows, rows)
+    )
+    run = jax.jit(lambda given, key: keep_indices(pruner, None, given, k / length, key))
+    text = run.lower(inputs, KEY).compile().as_text()
+    shapes = re.findall(r"\b(?:f|s|u|pred|bf)\d*\[([\d,]+)\]", text)
+    return max(math.prod(int(size) for size in shape.split(",")) for shape in shapes)
+
+
+def test_no_array_of_pairs_is_held():
+    pairs = 49**2
+    assert largest_array(make_pruner("prune2drive"), 7, 3, 4, 30) < pairs
+    assert largest_array(make_pruner("cdpruner"), 7, 1, 4, 10) < pairs
+    # The check would see one: these two are defined by it.
+    assert largest_array(make_pruner("prune2drive", as_published=True), 7, 3, 4, 30) >= pairs
+    assert largest_array(make_pruner("divprune"), 7, 1, 4, 10) >= pairs
+
+
+@pytest.mark.parametrize(
+    ("k", "weights", "want"),
+    [
+        (9, (1.0, 1.0, 1.0), (3, 3, 3)),
+        (8, (1.0, 1.0, 1.0), (3, 3, 2)),
+        (9, (6.0, 2.0, 1.0), (6, 2, 1)),
+        (17, (6.0, 2.0, 1.0), (10, 5, 2)),  # the first is full
+        (12, (1.0, 0.0, 0.0), (10, 2, 0)),
+        (30, (6.0, 2.0, 1.0), (10, 10, 10)),
+    ],
+)
+def test_budgets_follow_the_weights(k, weights, want):
+    np.testing.assert_array_equal(camera_budgets(k, 10, weights), want)
+
+
+def test_random_start_follows_the_key():
+    inputs = drawn("continuous")
+    runs = [
+        keep_indices(METHODS["prune2drive"], None, inputs, 0.1, jax.random.key(s)) for s in (0, 1)
+    ]
+    assert (runs[0] != runs[1]).any()
+
+
+def test_divprune_as_published_rounds():
+    inputs = drawn("continuous")
+    assert keep_indices(make_pruner("divprune"), None, inputs, 0.32).shape == (BATCH, 9)
+    published = make_pruner("divprune", as_published=True)
+    assert keep_indices(published, None, inputs, 0.32).shape == (BATCH, 10)
+    assert keep_indices(published, None, inputs, 0.01).shape == (BATCH, 1)
+
+
+def test_cdpruner_as_published_scales_relevance_by_the_batch():
+    inputs = drawn("continuous")
+    inputs = inputs.replace(relevance=inputs.relevance.at[0].multiply(10))
+    published = choose(make_pruner("cdpruner", as_published=True), inputs, 9)
+    relevance = np.asarray(inputs.relevance, np.float64)
+    extremes = relevance.min(), relevance.max()
+    for row, kept in enumerate(published):
+        tokens = np.asarray(inputs.tokens[row], np.float64)
+        want = cd_pruner_oracle(tokens, relevance[row], 9, extremes)
+        np.testing.assert_array_equal(kept, np.sort(want))
+    assert (published[1:] != choose(METHODS["cdpruner"], inputs, 9)[1:]).any()
+
+
+def test_cdpruner_with_equal_relevance_keeps_different_tokens():
+    tokens = jnp.asarray([[[1.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]])
+    given = PrunerInputs(tokens=tokens, relevance=jnp.ones((1, 4)))
+    kept = keep_indices(METHODS["cdpruner"], None, given, 0.5)
+    np.testing.assert_array_equal(kept, [[0, 3]])
+
+
+def test_a_pruner_either_scores_or_chooses():
+    def score(params, inputs, key):
+        return inputs.foreground
+
+    def last(params, inputs, key, k):
+        return jnp.broadcast_to(LENGTH - 1 - jnp.arange(k), (BATCH, k))
+
+    for given in ({}, {"score": score, "choose": last}):
+        with pytest.raises(ValueError, match="either score or choose"):
+            Pruner(name="odd", **given)
+    kept = choose(Pruner(name="last", choose=last), drawn("continuous"), 3)
+    np.testing.assert_array_equal(kept, [[27, 28, 29]] * BATCH)  # raster order
+    wrong = Pruner(
+        name="wrong", choose=lambda params, inputs, key, k: jnp.zeros((BATCH, k + 1), int)
+    )
+    with pytest.raises(ValueError, match=r"wrong.*chose"):
+        choose(wrong, drawn("continuous"), 3)
+
+
+def test_a_chooser_has_no_scores_and_gets_what_it_needs():
+    with pytest.raises(ValueError, match=r"divprune.*has no scores"):
+        pruner_scores(METHODS["divprune"], None, drawn("continuous"))
+    with pytest.raises(ValueError, match=r"cdpruner.*needs relevance"):
+        choose(METHODS["cdpruner"], drawn("continuous").replace(relevance=None), 3)
+    with pytest.raises(ValueError, match=r"prune2drive.*needs key"):
+        keep_indices(METHODS["prune2drive"], None, drawn("continuous"), 0.5)
+
+
+def test_scores_heed_padding_too():
+    rng = np.random.default_rng(0)
+    foreground = rng.random((BATCH, LENGTH))
+    foreground[np.arange(LENGTH) >= np.array(COUNTS)[:, None]] = 9.0
+    inputs = drawn("continuous").replace(
+        foreground=jnp.asarray(foreground), count=jnp.asarray(COUNTS)
+    )
+    kept = choose(make_pruner("ground_truth"), inputs, 12)
+    for row, count in enumerate(COUNTS):
+        want = np.sort(np.argsort(-foreground[row, :count])[:12])
+        np.testing.assert_array_equal(kept[row], want)
+
+
+def test_settings_that_make_no_sense_are_refused():
+    for weights in ((1.0, -1.0), (0.0, 0.0), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="weights must be"):
+            make_pruner("prune2drive", weights=weights)
+    with pytest.raises(ValueError, match="2 weights for 3 cameras"):
+        choose(make_pruner("prune2drive", weights=(1.0, 2.0)), drawn("continuous"), 3)
+    with pytest.raises(ValueError, match="whole number of grids"):
+        choose(METHODS["prune2drive"], drawn("continuous").replace(grid=(4, 4)), 3)
+    with pytest.raises(ValueError, match="k must be"):
+        farthest_first(lambda token: jnp.zeros(3), jnp.int32(0), 4, jnp.ones(3, bool))
