@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from fastdrive_jax.inference.generate import generate
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
-from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, pruner_scores
-from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens, num_keep, top_k
+from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, keep_indices, pruner_scores
+from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens, top_k
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,20 @@ def choose_tokens(
     tokens: Float[Array, "B N D"],
     key: jax.Array | None = None,
 ) -> Int[Array, "B K"]:
-    """Kept tokens of a sample; each picture is scored by itself, the budget is shared."""
+    """Kept tokens of a sample, of a budget that its pictures share.
+
+    Scores are made of each picture by itself; a method that chooses tokens together sees all.
+    """
     config = policy.model.config
     batch, count, dim = tokens.shape
     cameras = len(config.cameras)
     rows, columns = config.token_grid
     place = jnp.indices((rows, columns)).reshape(2, -1)
     ids = jnp.concatenate([jnp.zeros((1, rows * columns), place.dtype), place])
+    if policy.pruner.choose is not None:
+        camera = jnp.broadcast_to(jnp.arange(cameras), (batch, cameras))
+        whole = PrunerInputs(tokens=tokens, camera=camera, grid=config.token_grid)
+        return keep_indices(policy.pruner, pruner_params, whole, policy.keep_ratio, key)
     inputs = PrunerInputs(
         tokens=tokens.reshape(batch * cameras, rows * columns, dim),
         position_ids=jnp.broadcast_to(ids[:, None], (3, batch * cameras, rows * columns)),
@@ -61,7 +68,7 @@ def choose_tokens(
         grid=config.token_grid,
     )
     scores = pruner_scores(policy.pruner, pruner_params, inputs, key).reshape(batch, count)
-    return top_k(scores, num_keep(count, policy.keep_ratio))
+    return top_k(scores, policy.pruner.budget(count, policy.keep_ratio))
 
 
 def plan(

@@ -9,7 +9,7 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.generate import decode, generate, prefill
 from fastdrive_jax.inference.policy import DrivingPolicy, choose_tokens, plan
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, positions, visual_positions
-from fastdrive_jax.pruning import make_pruner
+from fastdrive_jax.pruning import PrunerInputs, keep_indices, make_pruner
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
 
 N = 10  # tokens of a 56 x 140 picture
@@ -49,6 +49,21 @@ def test_the_best_tokens_are_kept_in_raster_order(one_camera, small_pruner):
     scores = pruner_scores_of(params, small_pruner, encode(config, params, images))
     best = np.sort(np.argsort(-np.asarray(scores), axis=1)[:, :5], axis=1)
     np.testing.assert_array_equal(planned.keep_indices, best)
+
+
+@pytest.mark.parametrize("name", ["divprune", "prune2drive"])
+def test_methods_that_choose_together_see_all_cameras(two_cameras, name):
+    config, params = two_cameras
+    pruner, key = make_pruner(name), jax.random.key(3)
+    images, speed, command = inputs(2, cameras=2)
+    policy = DrivingPolicy(DrivingVLA(config), pruner, 0.3)
+    planned = RUN(policy, {**params, "pruner": None}, images, speed, command, key)
+    tokens = jnp.asarray(encode(config, params, images))
+    camera = jnp.tile(jnp.arange(2), (2, 1))
+    whole = PrunerInputs(tokens=tokens, camera=camera, grid=config.token_grid)
+    alone = jax.jit(lambda x: keep_indices(pruner, None, x, 0.3, key))(whole)
+    np.testing.assert_array_equal(planned.keep_indices, alone)
+    assert planned.keep_indices.shape == (2, 6)
 
 
 def test_kept_tokens_keep_their_own_positions(one_camera, small_pruner):
