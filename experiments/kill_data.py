@@ -234,9 +234,9 @@ def _read(shards_dir: Path, state: Path, rng: np.random.Generator) -> None:
         batches = [next(reader, None) for reader in readers]
         if batches[0] is None:
             return
-        # Hosts take turns in the stream: example i of the batch is host i % hosts' next one.
-        index = np.stack([one["index"] for one in batches], 1).ravel()
-        valid = np.stack([one["valid"] for one in batches], 1).ravel()
+        # Host after host, their parts are the next examples of the stream.
+        index = np.concatenate([one["index"] for one in batches])
+        valid = np.concatenate([one["valid"] for one in batches])
         kept["seen"] += index[valid].tolist()
         kept["position"] = readers[0].get_state()
         write_json(state, kept)
