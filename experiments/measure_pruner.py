@@ -26,7 +26,7 @@ from fastdrive_jax.pruning import Pruner, PrunerInputs, make_pruner, pruner_scor
 from fastdrive_jax.pruning.select import num_keep, top_k
 from fastdrive_jax.training.picture_loss import cast_floats, with_tokens
 from fastdrive_jax.training.recon_images import recon_sheet
-from fastdrive_jax.training.reconstruction import grid_position_ids, recon_loss
+from fastdrive_jax.training.reconstruction import grid_position_ids, mask_shares, recon_loss
 from fastdrive_jax.training.state import TrainState, evaluation_params
 
 RATIOS = (1.0, 0.75, 0.5, 0.25)
@@ -212,9 +212,7 @@ def make_evaluation(
             params, batch, jax.random.key(0), frozen.get("prior"), config=run.recon
         )
         height, width = (edge // TOKEN for edge in batch["mask"].shape[1:])
-        squares = batch["mask"].astype(jnp.float32)
-        squares = squares.reshape(-1, height, TOKEN, width, TOKEN).mean((2, 4))
-        inside = squares.reshape(len(squares), -1)
+        inside = mask_shares(batch["mask"])
         inputs = _inputs(batch["tokens"].astype(dtype), None, None, (height, width))
         scores = pruner_scores(pruner, params["pruner"], inputs)
         areas = {"all": inside.sum()}
@@ -228,7 +226,7 @@ def make_evaluation(
     def evaluate(state: TrainState) -> dict[str, float]:
         params = evaluation_params(state)
         found = [measure(params, shard_batch(batch, mesh), frozen) for batch in batches()]
-        means, areas = jax.device_get(found[0] if len(found) == 1 else _sums(found))
+        means, areas = jax.device_get(jax.tree.map(lambda *values: sum(values), *found))
         means = {name: float(value) / len(found) for name, value in means.items()}
         total = float(areas.pop("all"))
         return means | {k: float(v) / total if total else 1.0 for k, v in areas.items()}
@@ -248,10 +246,6 @@ def make_images(
 
     draw = jax.jit(draw, out_shardings=replicated_sharding(mesh))
     return lambda state, batch: {"reconstruction": np.asarray(draw(state, batch, frozen))}
-
-
-def _sums(found: list) -> Any:
-    return jax.tree.map(lambda *values: sum(values[1:], values[0]), *found)
 
 
 def _methods(pruner: Any, run: PrunerRun, prior: np.ndarray) -> dict[str, tuple[Pruner, Any]]:

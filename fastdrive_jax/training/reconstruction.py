@@ -307,7 +307,7 @@ def recon_loss(
         loss = loss + config.budget_weight * metrics["loss_budget"]
     if config.mask_weight:
         expected = prior[batch["camera"]] if config.needs_prior else jnp.zeros_like(scores)
-        metrics["loss_mask"] = mask_loss(scores, batch["mask"], grid, expected, config)
+        metrics["loss_mask"] = mask_loss(scores, batch["mask"], expected, config)
         loss = loss + config.mask_weight * metrics["loss_mask"]
     return loss, metrics | {"kept": keep.mean()}
 
@@ -315,7 +315,6 @@ def recon_loss(
 def mask_loss(
     scores: Float[Array, "B N"],
     mask: UInt8[Array, "B H W"],
-    grid: tuple[int, int],
     prior: Float[Array, "B N"],
     config: ReconConfig,
 ) -> Float[Array, ""]:
@@ -326,14 +325,19 @@ def mask_loss(
     Args:
         scores: S.
         mask: True masks.
-        grid: Token rows and columns.
         prior: Mean training mask at each token's place.
         config: Gives the share that counts and the surprise.
     """
-    squares = mask.astype(jnp.float32).reshape(-1, grid[0], TOKEN, grid[1], TOKEN)
-    inside = squares.mean((2, 4)).reshape(scores.shape) > config.mask_share
+    inside = mask_shares(mask) > config.mask_share
     target = inside * (1 - config.mask_surprise * prior)
     return optax.losses.sigmoid_binary_cross_entropy(scores, target).mean()
+
+
+def mask_shares(mask: UInt8[Array, "B H W"]) -> Float[Array, "B N"]:
+    """Share of each token's area that is foreground."""
+    batch, height, width = mask.shape
+    squares = mask.astype(jnp.float32).reshape(batch, height // TOKEN, TOKEN, width // TOKEN, TOKEN)
+    return squares.mean((2, 4)).reshape(batch, -1)
 
 
 def _half(prediction, target, config: ReconConfig) -> dict[str, Array]:

@@ -174,7 +174,7 @@ def test_mask_loss_is_the_cross_entropy_with_what_each_token_should_reach():
 
     def loss(prior=(0.0, 0.0), **fields):
         config = replace(CONFIG, mask_weight=1.0, **fields)
-        return float(mask_loss(scores, jnp.asarray(mask), (1, 2), jnp.array([prior]), config))
+        return float(mask_loss(scores, jnp.asarray(mask), jnp.array([prior]), config))
 
     yes, no = np.log1p(np.exp(-1.5)), np.log1p(np.exp(1.5))  # of the first token
     rest = np.log1p(np.exp(-0.5))
