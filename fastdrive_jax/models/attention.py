@@ -101,30 +101,6 @@ def _fused(kernel, query, key, value, *, causal, lengths):
     )
 
 
-def attention_rows(
-    query: Float[Array, "B R Q d"],
-    key: Float[Array, "B S G d"],
-    lengths: Int[Array, " B"] | None = None,
-) -> Float[Array, "B Q R S"]:
-    """Attention weights of the few rows that a pruner reads, in float32.
-
-    Args:
-        query: Those rows' queries.
-        key: All keys.
-        lengths: See `attention`.
-    """
-    batch, rows, heads, size = query.shape
-    groups = key.shape[2]
-    query = query.reshape(batch, rows, groups, heads // groups, size)
-    scores = jnp.einsum(
-        "brgqd,bsgd->bgqrs", query, key, preferred_element_type=jnp.float32
-    ) / math.sqrt(size)
-    if lengths is not None:
-        seen = jnp.arange(key.shape[1]) < lengths[:, None, None, None, None]
-        scores = jnp.where(seen, scores, _NOTHING)
-    return jax.nn.softmax(scores, axis=-1).reshape(batch, heads, rows, -1)
-
-
 def blockwise_attention(
     query: Float[Array, "B N Q d"],
     key: Float[Array, "B S G d"],

@@ -106,6 +106,9 @@ class Attention(nn.Module):
         value = heads("v_proj", config.num_kv_heads)
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
+        # What pruners score tokens by; kept only if a caller asks for it.
+        self.sow("intermediates", "query", query)
+        self.sow("intermediates", "key", key)
         if cache is not None:
             if count != 1:
                 raise ValueError(f"a cache takes one token at a time, not {count}")
@@ -194,10 +197,38 @@ class Decoder(nn.Module):
             caches: Decodes: one a layer.
             room: Prefills, if above 0: free slots of the caches that it makes.
         """
+        layers = 0, self.config.num_layers
+        x, filled = self.span(embeddings, position_ids, layers, caches, room)
+        return self.norm(x), filled if caches is not None or room else None
+
+    def span(
+        self,
+        x: Float[Array, "B N D"],
+        position_ids: Int[Array, "3 B N"],
+        layers: tuple[int, int],
+        caches: tuple[LayerCache, ...] | None = None,
+        room: int = 0,
+    ) -> tuple[Float[Array, "B N D"], tuple[LayerCache | None, ...]]:
+        """Some layers that follow each other, with one token count.
+
+        Args:
+            x: Hidden states that enter the first of them.
+            position_ids: M-RoPE positions.
+            layers: The first, and one past the last.
+            caches: Decodes: one for each of them.
+            room: See `__call__`.
+
+        Returns:
+            Hidden states that leave the last one, and a cache, or None, for each.
+        """
         angles = mrope_angles(self.config, position_ids)
-        x, filled = embeddings, []
-        for number, layer in enumerate(self.layers):
+        filled = []
+        for number, layer in enumerate(self.layers[slice(*layers)]):
             x, cache = layer(x, angles, None if caches is None else caches[number], room)
             filled.append(cache)
-            self.sow("intermediates", f"hidden_{number}", x)  # kept only if a caller asks for it
-        return self.norm(x), tuple(filled) if caches is not None or room else None
+            self.sow("intermediates", f"hidden_{layers[0] + number}", x)
+        return x, tuple(filled)
+
+    def finish(self, x: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
+        """Vocabulary logits of hidden states that left the last layer."""
+        return self.logits(self.norm(x))

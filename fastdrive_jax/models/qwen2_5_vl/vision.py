@@ -52,6 +52,9 @@ class VisionAttention(nn.Module):
             qkv[:, :, 2],
         )
         if self.full:
+            # What pruners score tokens by; kept only if a caller asks for it.
+            self.sow("intermediates", "query", query)
+            self.sow("intermediates", "key", key)
             lengths = layout.count
             if lengths is not None:
                 lengths = jnp.broadcast_to(lengths, (pictures,))

@@ -10,7 +10,6 @@ import pytest
 from fastdrive_jax.models.attention import (
     attention,
     attention_kernel,
-    attention_rows,
     blockwise_attention,
 )
 from fastdrive_jax.models.attention_splash import splash_attention
@@ -106,19 +105,6 @@ def test_all_scores_are_never_held(causal):
     for function in (run, grad):
         memory = function.lower(x, x, x).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 16384 * 16384 * 4 / 4
-
-
-def test_rows_of_weights_are_those_of_a_softmax():
-    query, key, _, _ = drawn(3, 10)
-    rows = attention_rows(query, key, jnp.array([10, 6]))
-    assert rows.shape == (2, 4, 3, 10)
-    np.testing.assert_allclose(rows.sum(-1), 1, atol=1e-5)
-    assert float(rows[1, ..., 6:].max()) == 0
-    scores = np.einsum("rd,sd->rs", query[1, :, 3], key[1, :6, 1]) / np.sqrt(8)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    np.testing.assert_allclose(
-        rows[1, 3, :, :6], weights / weights.sum(-1, keepdims=True), atol=1e-5
-    )
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def test_a_pruner_either_scores_or_chooses():
         return jnp.broadcast_to(LENGTH - 1 - jnp.arange(k), (BATCH, k))
 
     for given in ({}, {"score": score, "choose": last}):
-        with pytest.raises(ValueError, match="either score or choose"):
+        with pytest.raises(ValueError, match="one of score, choose and merge"):
             Pruner(name="odd", **given)
     kept = choose(Pruner(name="last", choose=last), drawn("continuous"), 3)
     np.testing.assert_array_equal(kept, [[27, 28, 29]] * BATCH)  # raster order
