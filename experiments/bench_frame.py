@@ -63,7 +63,7 @@ def frame_times(
         return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)[None, None]
 
     encode = jax.jit(lambda variables, images: model.apply(variables, images, method="encode"))
-    finish = jax.jit(lambda variables, logits, caches: decode(model, variables, logits, caches))
+    finish = jax.jit(lambda variables, prefilled: decode(model, variables, prefilled))
     start = jax.jit(lambda variables, *rest: prefill(model, variables, *rest))
     prompt = model.config.vocabulary.prompt(jnp.array([5.0]), jnp.array([1]))
     ids = visual_positions(model.config, 1)
@@ -92,8 +92,8 @@ def frame_times(
                 tokens, where = clock(choose, policy, pruner_params, tokens, ids)
             else:
                 times.append(0.0)
-            logits, caches = clock(start, variables, tokens, where, prompt)
-            clock(finish, variables, logits, caches)
+            prefilled = clock(start, variables, tokens, where, prompt)
+            clock(finish, variables, prefilled)
             if round_number == 0:
                 cost = start.lower(variables, tokens, where, prompt).compile().cost_analysis()
                 flops[ratio] = float(cost["flops"])

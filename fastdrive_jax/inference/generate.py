@@ -1,11 +1,30 @@
-"""Prefill and greedy decoding of a trajectory, one compiled program for one (N, K)."""
+"""Prefill and greedy decoding of a trajectory, one compiled program for one (N, K, method)."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fastdrive_jax.models.qwen2_5_vl.decoder import LayerCache
+from fastdrive_jax.inference import segments
+from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, positions
+from fastdrive_jax.pruning.interface import Pruner, PrunerInputs
+
+
+class Decoded(flax.struct.PyTreeNode):
+    """A trajectory in tokens.
+
+    Attributes:
+        ids: [B, 2 T].
+        action: Attention that each visual token got from the queries that gave them, mean over
+            queries, heads and the observed layers [B, N]; None if none was observed.
+    """
+
+    ids: Int[Array, "B 2T"]
+    action: Float[Array, "B N"] | None
 
 
 def prefill(
@@ -14,35 +33,93 @@ def prefill(
     tokens: Float[Array, "B K D"],
     visual_ids: Int[Array, "3 B K"],
     prompt: Int[Array, "B 3"],
-) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
-    """Logits of the first trajectory token, and caches with room for the whole trajectory."""
-    return model.apply(params, tokens, visual_ids, prompt, method="prefill")
+    pruner: Pruner | None = None,
+    pruner_params: Any = None,
+    keep_ratio: float = 1.0,
+    inputs: PrunerInputs | None = None,
+    key: jax.Array | None = None,
+    observe: Sequence[int] = (),
+) -> segments.Prefilled:
+    """Reads pictures and prompt, with caches that have room for the whole trajectory.
+
+    Args:
+        model: The VLA.
+        params: {"params": ...} of it.
+        tokens: Visual tokens in raster order.
+        visual_ids: Their M-RoPE ids.
+        prompt: From `DrivingVocabulary.prompt`.
+        pruner: Cuts further, see `segments.prefill`, as are the rest.
+        pruner_params: Its parameters.
+        keep_ratio: Of the method.
+        inputs: Of the method.
+        key: For methods that draw.
+        observe: Layers whose attention is wanted.
+    """
+    hidden, ids = model.apply(params, tokens, visual_ids, prompt, method="sequence")
+    batch, length = hidden.shape[:2]
+    count = tokens.shape[1]
+    text = jnp.concatenate([jnp.arange(2), jnp.arange(2 + count, length)])
+    live = segments.Live(
+        hidden=hidden,
+        position_ids=ids,
+        visual=jnp.broadcast_to(2 + jnp.arange(count), (batch, count)),
+        ids=jnp.broadcast_to(jnp.arange(count), (batch, count)),
+        text=jnp.broadcast_to(text, (batch, len(text))),
+        count=jnp.full(batch, count),
+        length=jnp.full(batch, length),
+    )
+    start = int(positions(model.config).after[0, 0]) + 4
+    return segments.prefill(
+        Decoder(model.config.text),
+        params["params"]["language_model"],
+        live,
+        jnp.full(batch, start),
+        model.config.vocabulary.plan_length,
+        pruner,
+        pruner_params,
+        keep_ratio,
+        inputs,
+        key,
+        observe,
+    )
 
 
 def decode(
-    model: DrivingVLA, params: dict, logits: Float[Array, "B V"], caches: tuple[LayerCache, ...]
-) -> Int[Array, "B 2T"]:
-    """The most likely trajectory tokens [B, 2 T], one after the other.
+    model: DrivingVLA,
+    params: dict,
+    prefilled: segments.Prefilled,
+    observe: Sequence[int] = (),
+) -> Decoded:
+    """The most likely trajectory tokens, one after the other.
 
     Only displacement ids compete, so that every answer is a trajectory.
+
+    Args:
+        model: The VLA.
+        params: {"params": ...} of it.
+        prefilled: Of `prefill`.
+        observe: The layers that were given there.
     """
     vocabulary = model.config.vocabulary
     first = vocabulary.first_displacement
-    start = int(positions(model.config).after[0, 0]) + 4
+    decoder, weights = Decoder(model.config.text), params["params"]["language_model"]
+    total = prefilled.action.shape[1] if observe else 0
 
     def choose(logits):
         plan = logits[:, first : first + vocabulary.displacement_bins]
         return first + jnp.argmax(plan, axis=-1).astype(jnp.int32)
 
-    def step(carry, offset):
-        ids, caches = carry
-        logits, caches = model.apply(params, ids, start + offset, caches, method="decode")
+    def step(carry, _):
+        ids, parts = carry
+        logits, parts, row = segments.decode_token(decoder, weights, ids, parts, observe, total)
         following = choose(logits)
-        return (following, caches), following
+        return (following, parts), (following, row)
 
-    ids = choose(logits)
-    _, rest = jax.lax.scan(step, (ids, caches), jnp.arange(vocabulary.plan_length - 1))
-    return jnp.concatenate([ids[:, None], rest.T], axis=1)
+    ids = choose(prefilled.logits)
+    steps = vocabulary.plan_length - 1
+    _, (rest, rows) = jax.lax.scan(step, (ids, prefilled.segments), length=steps)
+    action = (prefilled.action + rows.sum(axis=0)) / (steps + 1) if observe else None
+    return Decoded(jnp.concatenate([ids[:, None], rest.T], axis=1), action)
 
 
 def generate(
@@ -56,10 +133,10 @@ def generate(
 
     Args:
         model: The VLA.
-        params: Its parameters.
+        params: {"params": ...} of it.
         tokens: K kept visual tokens in raster order; K = 0 plans without a picture.
         visual_ids: Their M-RoPE ids.
         prompt: From `DrivingVocabulary.prompt`.
     """
-    logits, caches = prefill(model, params, tokens, visual_ids, prompt)
-    return model.config.vocabulary.decode(decode(model, params, logits, caches))
+    prefilled = prefill(model, params, tokens, visual_ids, prompt)
+    return model.config.vocabulary.decode(decode(model, params, prefilled).ids)

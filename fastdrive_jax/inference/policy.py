@@ -1,15 +1,27 @@
 """The driving policy: pictures in, pruned tokens, a trajectory out. One pure function."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from fastdrive_jax.inference.generate import generate
-from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
-from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, keep_indices, pruner_scores
+from fastdrive_jax.inference.generate import decode, prefill
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA, visual_positions
+from fastdrive_jax.models.qwen2_5_vl.patches import patch_rows
+from fastdrive_jax.pruning.budgets import split_pictures
+from fastdrive_jax.pruning.interface import (
+    Kept,
+    Need,
+    Pruner,
+    PrunerInputs,
+    Seen,
+    keep_tokens,
+    pruner_scores,
+)
+from fastdrive_jax.pruning.max_min import unit_tokens
 from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens, top_k
 
 
@@ -19,8 +31,7 @@ class DrivingPolicy:
 
     Attributes:
         model: The VLA.
-        pruner: Method of choosing tokens; one that needs no more than the picture and, where it
-            draws, a key.
+        pruner: Method of choosing tokens.
         keep_ratio: In (0, 1], of all cameras' tokens together.
     """
 
@@ -34,11 +45,13 @@ class Plan(flax.struct.PyTreeNode):
 
     Attributes:
         waypoints: [B, T, 2] metres, x forward, y left, every half second.
-        keep_indices: [B, K] tokens that the decoder saw, in raster order, camera after camera.
+        keep_indices: [B, K] tokens that the last layer saw, in raster order, camera after camera.
+        state: What a temporal method takes to the next frame; None of others.
     """
 
     waypoints: Float[Array, "B T 2"]
     keep_indices: Int[Array, "B K"]
+    state: Any = None
 
 
 def choose_tokens(
@@ -47,28 +60,142 @@ def choose_tokens(
     tokens: Float[Array, "B N D"],
     key: jax.Array | None = None,
 ) -> Int[Array, "B K"]:
-    """Kept tokens of a sample, of a budget that its pictures share.
+    """Kept tokens of a sample, by a method that stands before the language model."""
+    inputs = driving_inputs(policy.model.config, tokens)
+    return _keep(policy, pruner_params, inputs, key).indices
 
-    Scores are made of each picture by itself; a method that chooses tokens together sees all.
-    """
-    config = policy.model.config
-    batch, count, dim = tokens.shape
-    cameras = len(config.cameras)
+
+def driving_inputs(config: DrivingConfig, tokens: Float[Array, "B N D"]) -> PrunerInputs:
+    """What follows from the model's layout alone; position ids count within a picture."""
     rows, columns = config.token_grid
+    batch, cameras = len(tokens), len(config.cameras)
     place = jnp.indices((rows, columns)).reshape(2, -1)
     ids = jnp.concatenate([jnp.zeros((1, rows * columns), place.dtype), place])
-    if policy.pruner.choose is not None:
-        camera = jnp.broadcast_to(jnp.arange(cameras), (batch, cameras))
-        whole = PrunerInputs(tokens=tokens, camera=camera, grid=config.token_grid)
-        return keep_indices(policy.pruner, pruner_params, whole, policy.keep_ratio, key)
-    inputs = PrunerInputs(
-        tokens=tokens.reshape(batch * cameras, rows * columns, dim),
-        position_ids=jnp.broadcast_to(ids[:, None], (3, batch * cameras, rows * columns)),
-        camera=jnp.tile(jnp.arange(cameras), batch)[:, None],
+    ids = jnp.tile(ids, cameras)[:, None]
+    return PrunerInputs(
+        tokens=tokens,
+        position_ids=jnp.broadcast_to(ids, (3, batch, ids.shape[2])),
+        camera=jnp.broadcast_to(jnp.arange(cameras), (batch, cameras)),
         grid=config.token_grid,
     )
-    scores = pruner_scores(policy.pruner, pruner_params, inputs, key).reshape(batch, count)
-    return top_k(scores, policy.pruner.budget(count, policy.keep_ratio))
+
+
+def _keep(policy, pruner_params, inputs, key) -> Kept:
+    """Scores are made of each picture by itself, for one budget; other methods see all."""
+    pruner = policy.pruner
+    k = pruner.budget(inputs.tokens.shape[1], policy.keep_ratio)
+    if pruner.score is None:
+        return keep_tokens(pruner, pruner_params, inputs, k, key)
+    scores = pruner_scores(pruner, pruner_params, split_pictures(inputs), key)
+    kept = top_k(scores.reshape(inputs.tokens.shape[:2]), k)
+    return Kept(kept, gather_tokens(inputs.tokens, kept))
+
+
+def picture_inputs(
+    model: DrivingVLA,
+    params: dict,
+    images: Shaped[Array, "B C H W 3"],
+    needs: frozenset[Need] = frozenset(),
+) -> PrunerInputs:
+    """Visual tokens of uint8 pictures, and what else a method needs of the pictures.
+
+    Args:
+        model: The VLA.
+        params: {"params": ...} of it.
+        images: Of the model's cameras.
+        needs: Of the method.
+    """
+    config = model.config
+    inputs = driving_inputs(config, model.apply(params, images, method="encode"))
+    if "pixels" in needs:
+        flat = images.reshape(-1, *images.shape[2:])
+        pixels = patch_rows(flat, config.vision.token_pixels, 1).astype(jnp.float32)
+        inputs = inputs.replace(pixels=pixels.reshape(len(images), -1, pixels.shape[-1]))
+    return inputs
+
+
+def _prompt_relevance(model, params, tokens, prompt) -> Float[Array, "B N"]:
+    """Mean cosine to the prompt's embeddings: what stands in where there is no CLIP text tower."""
+    text = model.apply(params, prompt, method=lambda vla, ids: vla.language_model.embed(ids))
+    units = [unit_tokens(x, jnp.ones(x.shape[:2], bool)) for x in (tokens, text)]
+    return jnp.einsum("bnd,bld->bn", *units) / text.shape[1]
+
+
+def start_state(policy: DrivingPolicy, inputs: PrunerInputs) -> Any:
+    """What a temporal method knows before the first frame; None for others."""
+    return None if policy.pruner.temporal is None else policy.pruner.temporal.init(inputs)
+
+
+def reset_state(state: Any, start: Any, first: Bool[Array, " B"]) -> Any:
+    """The state with that of samples whose drive begins anew taken from `start`."""
+
+    def pick(old, new):
+        return jnp.where(first.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(pick, state, start)
+
+
+def plan_tokens(
+    policy: DrivingPolicy,
+    params: dict,
+    inputs: PrunerInputs,
+    speed: Float[Array, " B"],
+    command: Int[Array, " B"],
+    key: jax.Array | None = None,
+) -> Plan:
+    """Plans from visual tokens; see `plan`.
+
+    Args:
+        policy: Static.
+        params: {"vla": ..., "pruner": ...}.
+        inputs: All visual tokens, and what else the method needs of the pictures: see
+            `driving_inputs`. A temporal method's `state` is that of the last frame.
+        speed: Metres per second.
+        command: 0 left, 1 straight, 2 right.
+        key: For methods that draw.
+    """
+    model, pruner = policy.model, policy.pruner
+    variables = {"params": params["vla"]}
+    batch, total = inputs.tokens.shape[:2]
+    prompt = model.config.vocabulary.prompt(speed, command)
+    if "relevance" in pruner.needs and inputs.relevance is None:
+        inputs = inputs.replace(
+            relevance=_prompt_relevance(model, variables, inputs.tokens, prompt)
+        )
+    where, tokens = visual_positions(model.config, batch), inputs.tokens
+    whole = jnp.broadcast_to(jnp.arange(total), (batch, total))
+    observe = ()
+    if pruner.temporal is not None:
+        observe = pruner.temporal.layers(model.config.text.num_layers)
+    if pruner.cuts is None:
+        kept = _keep(policy, params["pruner"], inputs, key)
+        whole, tokens = kept.indices, kept.tokens
+        where = gather_position_ids(where, whole)
+        within: dict[str, Any] = {}
+    else:
+        within = {
+            "pruner": pruner,
+            "pruner_params": params["pruner"],
+            "keep_ratio": policy.keep_ratio,
+            "inputs": inputs,
+            "key": key,
+        }
+    read = prefill(model, variables, tokens, where, prompt, **within, observe=observe)
+    answer = decode(model, variables, read, observe)
+    last = read.segments[-1]
+    indices = jnp.take_along_axis(whole, last.ids, axis=1)
+    state = None
+    if pruner.temporal is not None:
+        rows = jnp.arange(batch)[:, None]
+        seen = Seen(
+            action=None
+            if answer.action is None
+            else jnp.zeros((batch, total)).at[rows, whole].set(answer.action),
+            kept=jnp.zeros((batch, total), bool).at[rows, indices].set(True),
+            pixels=inputs.pixels,
+        )
+        state = pruner.temporal.observe(inputs.state, seen)
+    return Plan(model.config.vocabulary.decode(answer.ids), indices, state)
 
 
 def plan(
@@ -78,6 +205,8 @@ def plan(
     speed: Float[Array, " B"],
     command: Int[Array, " B"],
     key: jax.Array | None = None,
+    state: Any = None,
+    first: Bool[Array, " B"] | None = None,
 ) -> Plan:
     """Plans from pictures; `jax.jit(plan, static_argnums=0)` compiles once.
 
@@ -88,11 +217,16 @@ def plan(
         speed: Metres per second.
         command: 0 left, 1 straight, 2 right.
         key: For methods that draw.
+        state: Of the last frame's plan, for temporal methods; None begins a drive.
+        first: Which samples begin a drive with this frame, whatever the state says; None: none.
     """
-    model = policy.model
     variables = {"params": params["vla"]}
-    tokens = model.apply(variables, images, method="encode")
-    kept = choose_tokens(policy, params["pruner"], tokens, key)
-    where = gather_position_ids(visual_positions(model.config, len(images)), kept)
-    prompt = model.config.vocabulary.prompt(speed, command)
-    return Plan(generate(model, variables, gather_tokens(tokens, kept), where, prompt), kept)
+    inputs = picture_inputs(policy.model, variables, images, policy.pruner.needs)
+    if policy.pruner.temporal is not None:
+        start = start_state(policy, inputs)
+        if state is None:
+            state = start
+        elif first is not None:
+            state = reset_state(state, start, first)
+        inputs = inputs.replace(state=state)
+    return plan_tokens(policy, params, inputs, speed, command, key)

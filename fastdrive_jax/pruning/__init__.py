@@ -14,6 +14,7 @@ from fastdrive_jax.pruning.prune2drive import prune2drive
 from fastdrive_jax.pruning.random_tokens import random_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig, recon_pruner
 from fastdrive_jax.pruning.uniform_grid import uniform_grid
+from fastdrive_jax.pruning.vla_pruner import vla_pruner
 
 PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
     {
@@ -25,6 +26,7 @@ PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
         "divprune": div_prune,
         "cdpruner": cd_pruner,
         "prune2drive": prune2drive,
+        "vlapruner": vla_pruner,
     }
 )
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from fastdrive_jax.pruning.budgets import camera_budgets, pictures_of
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, real_tokens
 from fastdrive_jax.pruning.max_min import (
     cosines,
@@ -28,19 +29,6 @@ from fastdrive_jax.pruning.max_min import (
     unit_tokens,
 )
 from fastdrive_jax.pruning.select import top_k
-
-
-def camera_budgets(k: int, n: int, weights: tuple[float, ...]) -> Int[np.ndarray, " C"]:
-    """K_c tokens of each camera: in proportion to the weights, K in all, none above n.
-
-    Tokens are given out one by one to the largest `w_c / (2 K_c + 1)` (Sainte-Lague), ties to the
-    first camera; equal weights differ by one token at most, and a larger K takes from no camera.
-    """
-    budgets = np.zeros(len(weights), np.int64)
-    for _ in range(k):
-        claims = np.where(budgets < n, np.asarray(weights) / (2 * budgets + 1), -1)
-        budgets[np.argmax(claims)] += 1
-    return budgets
 
 
 def prune2drive(weights: tuple[float, ...] | None = None, as_published: bool = False) -> Pruner:
@@ -66,10 +54,8 @@ def prune2drive(weights: tuple[float, ...] | None = None, as_published: bool = F
 
     def choose(params, inputs: PrunerInputs, key, k: int) -> Int[Array, "B K"]:
         batch, length, dim = inputs.tokens.shape
-        n = inputs.grid[0] * inputs.grid[1]
-        cameras, rest = divmod(length, n)
-        if rest:
-            raise ValueError(f"{length} tokens are no whole number of grids {inputs.grid}")
+        cameras = pictures_of(inputs)
+        n = length // cameras
         if weights is not None and len(weights) != cameras:
             raise ValueError(f"{len(weights)} weights for {cameras} cameras")
         budgets = camera_budgets(k, n, weights or (1.0,) * cameras)

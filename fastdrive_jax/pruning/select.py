@@ -29,6 +29,16 @@ def num_keep(n: int, keep_ratio: float) -> int:
     return max(1, int(n * Fraction(repr(float(keep_ratio)))))
 
 
+def rounded_keep(n: int, keep_ratio: float) -> int:
+    """K = round(N * keep_ratio), at least 1, as several released codes have it.
+
+    Raises:
+        UserError: The ratio is outside (0, 1].
+    """
+    num_keep(n, keep_ratio)
+    return max(1, round(n * keep_ratio))
+
+
 def top_k(
     scores: Float[Array, "B N"], k: int, valid: Bool[Array, "B N"] | None = None
 ) -> Int[Array, "B K"]:

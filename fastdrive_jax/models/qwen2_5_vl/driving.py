@@ -17,7 +17,7 @@ from fastdrive_jax.models.qwen2_5_vl.config import (
     DecoderConfig,
     VisionConfig,
 )
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder, LayerCache
+from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder
 from fastdrive_jax.models.trajectory_tokens import (
     BOS,
@@ -145,32 +145,6 @@ class DrivingVLA(nn.Module):
         ids = jnp.concatenate([prompt, plan[:, :-1]], axis=1)
         hidden, _ = self.language_model(*self.sequence(tokens, visual_ids, ids))
         return self.language_model.logits(hidden[:, -plan.shape[1] :])
-
-    def prefill(
-        self,
-        tokens: Float[Array, "B K D"],
-        visual_ids: Int[Array, "3 B K"],
-        prompt: Int[Array, "B 3"],
-    ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
-        """Logits of the first trajectory token, and caches with room for the whole trajectory."""
-        embeddings, ids = self.sequence(tokens, visual_ids, prompt)
-        room = self.config.vocabulary.plan_length
-        hidden, caches = self.language_model(embeddings, ids, room=room)
-        return self.language_model.logits(hidden[:, -1]), caches
-
-    def decode(
-        self, ids: Int[Array, " B"], position: Int[Array, ""], caches: tuple[LayerCache, ...]
-    ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
-        """Logits [B, V] after one more token.
-
-        Args:
-            ids: The token.
-            position: Its place in the unpruned sequence's numbering.
-            caches: What came before.
-        """
-        where = jnp.broadcast_to(position, (3, ids.shape[0], 1))
-        hidden, caches = self.language_model(self.language_model.embed(ids[:, None]), where, caches)
-        return self.language_model.logits(hidden[:, -1]), caches
 
     def __call__(
         self,

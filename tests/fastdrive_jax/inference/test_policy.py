@@ -78,7 +78,7 @@ def test_kept_tokens_keep_their_own_positions(one_camera, small_pruner):
     tokens = encode(config, params, images)
     rows = np.arange(2)[:, None]
     prompt = config.vocabulary.prompt(jnp.asarray(speed), jnp.asarray(command))
-    logits = jax.jit(lambda t, w: prefill(model, variables, t, w, prompt)[0])
+    logits = jax.jit(lambda t, w: prefill(model, variables, t, w, prompt).logits)
     own = np.stack([positions(config).visual[:, kept[b]] for b in range(2)], axis=1)
     closed_up = np.stack([positions(config).visual[:, : kept.shape[1]]] * 2, axis=1)
     assert np.abs(logits(tokens[rows, kept], own) - logits(tokens[rows, kept], closed_up)).max() > 0
@@ -177,8 +177,9 @@ def test_decoding_gives_displacement_ids_only(one_camera):
 
     @jax.jit
     def tempted(tokens):
-        logits, caches = prefill(model, variables, tokens, visual_positions(config, 2), prompt)
-        return decode(model, variables, logits.at[:, 0].set(1e6), caches)
+        prefilled = prefill(model, variables, tokens, visual_positions(config, 2), prompt)
+        tempting = prefilled.replace(logits=prefilled.logits.at[:, 0].set(1e6))
+        return decode(model, variables, tempting).ids
 
     ids = np.asarray(tempted(tokens))
     first = vocabulary.first_displacement

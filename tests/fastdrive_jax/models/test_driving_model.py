@@ -96,9 +96,9 @@ def test_cached_greedy_decoding_equals_teacher_forcing(model, teacher):
 
     @jax.jit
     def run(tokens):
-        logits, caches = prefill(vla, params, tokens, where, prompt)
+        prefilled = prefill(vla, params, tokens, where, prompt)
         waypoints = generate(vla, params, tokens, where, prompt)
-        return logits, decode(vla, params, logits, caches), waypoints
+        return prefilled.logits, decode(vla, params, prefilled).ids, waypoints
 
     first_logits, ids, waypoints = run(tokens)
     assert len(np.unique(ids)) > 3  # a plan that stands still would prove nothing

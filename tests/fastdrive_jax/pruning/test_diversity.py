@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fastdrive_jax.pruning import Pruner, PrunerInputs, keep_indices, make_pruner, pruner_scores
+from fastdrive_jax.pruning.budgets import camera_budgets
 from fastdrive_jax.pruning.max_min import farthest_first
-from fastdrive_jax.pruning.prune2drive import camera_budgets
 
 GRID, CAMERAS, DIM, BATCH = (2, 5), 3, 8, 4
 PICTURE = math.prod(GRID)

@@ -1,0 +1,371 @@
+"""The language model in segments: a token count, and a KV cache length, for each run of layers.
+
+A cut on entering a layer gathers what is left, visual tokens and text in their order, with their
+position ids; layers behind it never see the rest. What a method scores by is computed at its cuts
+alone, as rows beside the fused attention. All shapes are static.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from fastdrive_jax.models.attention_rows import attention_received, attention_rows
+from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder, LayerCache
+from fastdrive_jax.pruning.interface import Kept, Pruner, PrunerInputs, cut_plan, keep_tokens
+
+
+class Live(flax.struct.PyTreeNode):
+    """A batch of sequences on their way through the layers.
+
+    Attributes:
+        hidden: [B, n, D].
+        position_ids: [3, B, n].
+        visual: Places of the visual tokens in the sequence, ascending [B, N]; padding lies behind
+            `length`.
+        ids: Which of the visual tokens before all cuts these are [B, N].
+        text: Places of all others, ascending [B, L]; padding as above.
+        count: Real visual tokens [B].
+        length: Real tokens [B].
+    """
+
+    hidden: Float[Array, "B n D"]
+    position_ids: Int[Array, "3 B n"]
+    visual: Int[Array, "B N"]
+    ids: Int[Array, "B N"]
+    text: Int[Array, "B L"]
+    count: Int[Array, " B"]
+    length: Int[Array, " B"]
+
+
+class Segment(flax.struct.PyTreeNode):
+    """What decoding needs of some layers that follow each other.
+
+    Attributes:
+        caches: One a layer, with room for what will be decoded.
+        visual: Places of the visual tokens in them [B, K].
+        ids: Which visual tokens these are [B, K].
+        count: Real ones among them [B].
+        next_position: Position id of the next token [B].
+        layers: The first, and one past the last; static.
+    """
+
+    caches: tuple[LayerCache, ...]
+    visual: Int[Array, "B K"]
+    ids: Int[Array, "B K"]
+    count: Int[Array, " B"]
+    next_position: Int[Array, " B"]
+    layers: tuple[int, int] = flax.struct.field(pytree_node=False)
+
+
+class Prefilled(flax.struct.PyTreeNode):
+    """A prompt that was read.
+
+    Attributes:
+        logits: Behind each sample's last token [B, V].
+        segments: Of the layers, in their order.
+        action: Attention of the last token, which gives the first answer token, to each visual
+            token [B, N]; None if no layer was asked for.
+    """
+
+    logits: Float[Array, "B V"]
+    segments: tuple[Segment, ...]
+    action: Float[Array, "B N"] | None
+
+
+def live_sequence(
+    embeddings: Float[Array, "B n D"],
+    position_ids: Int[Array, "3 B n"],
+    is_visual: Bool[Array, "B n"],
+    lengths: Int[Array, " B"],
+    visual_tokens: int,
+    text_tokens: int,
+) -> Live:
+    """A padded batch in which visual tokens may stand anywhere.
+
+    Args:
+        embeddings: Of visual tokens and text in their order.
+        position_ids: M-RoPE ids.
+        is_visual: Which are visual tokens.
+        lengths: Real tokens of each sample, from the first.
+        visual_tokens: N, of the sample with most; static.
+        text_tokens: L, of the sample with most; static.
+    """
+    length = embeddings.shape[1]
+    place = jnp.arange(length)
+    real = place < lengths[:, None]
+
+    def places(chosen, most):
+        found = jnp.sort(jnp.where(chosen, place, length), axis=1)
+        short = max(0, most - length)
+        return jnp.pad(found, ((0, 0), (0, short)), constant_values=length)[:, :most]
+
+    visual = places(is_visual & real, visual_tokens)
+    return Live(
+        hidden=embeddings,
+        position_ids=position_ids,
+        visual=visual,
+        ids=jnp.broadcast_to(jnp.arange(visual_tokens), visual.shape),
+        text=places(~is_visual & real, text_tokens),
+        count=jnp.sum(is_visual & real, axis=1),
+        length=lengths,
+    )
+
+
+def keep_live(live: Live, kept: Kept, renumber: bool = False) -> Live:
+    """The sequence with the kept visual tokens and all text.
+
+    Args:
+        live: The sequence.
+        kept: Indices are of `live.visual`.
+        renumber: Positions from 0 on, in the order of the sequence, alike in all three rows.
+    """
+    batch, k = kept.indices.shape
+    places = jnp.take_along_axis(live.visual, kept.indices, axis=1)
+    rows = jnp.arange(batch)[:, None]
+    hidden = live.hidden.at[rows, places].set(kept.tokens, mode="drop")
+    both = jnp.concatenate([places, live.text], axis=1)
+    order = jnp.argsort(both, axis=1)
+    source = jnp.minimum(jnp.take_along_axis(both, order, axis=1), live.hidden.shape[1] - 1)
+    found = jnp.argsort(order, axis=1)  # where each of them stands now
+    position_ids = jnp.take_along_axis(live.position_ids, source[None], axis=2)
+    if renumber:
+        position_ids = jnp.broadcast_to(jnp.arange(source.shape[1]), position_ids.shape)
+    count = jnp.minimum(live.count, k)
+    return Live(
+        hidden=jnp.take_along_axis(hidden, source[..., None], axis=1),
+        position_ids=position_ids,
+        visual=found[:, :k],
+        ids=jnp.take_along_axis(live.ids, kept.indices, axis=1),
+        text=found[:, k:],
+        count=count,
+        length=live.length - live.count + count,
+    )
+
+
+def prefill(
+    decoder: Decoder,
+    params: dict,
+    live: Live,
+    next_position: Int[Array, " B"],
+    room: int,
+    pruner: Pruner | None = None,
+    pruner_params: Any = None,
+    keep_ratio: float = 1.0,
+    inputs: PrunerInputs | None = None,
+    key: jax.Array | None = None,
+    observe: Sequence[int] = (),
+) -> Prefilled:
+    """Reads a prompt, cutting visual tokens where the method says.
+
+    Args:
+        decoder: The language model.
+        params: Its parameters.
+        live: The embedded prompt.
+        next_position: Position id of the first answer token, before any renumbering.
+        room: Tokens that will be decoded.
+        pruner: A method; None, as a ratio of 1 for one within the model, prunes nothing.
+        pruner_params: Its parameters.
+        keep_ratio: In (0, 1].
+        inputs: What the method needs and this function does not fill from the sequence; its fields
+            of N tokens are those of `live.visual`.
+        key: For methods that draw.
+        observe: Layers whose last row goes into `Prefilled.action`.
+    """
+    config = decoder.config
+    total = live.visual.shape[1]
+    plan = () if pruner is None else cut_plan(pruner, total, keep_ratio, config.num_layers)
+    first = _visual(live, live.hidden)
+    start = PrunerInputs(first) if inputs is None else inputs.replace(tokens=first)
+    start = start.replace(embeddings=first, text=_text(live), text_valid=_instruction(live))
+    segments: list[Segment] = []
+    rows: list[Float[Array, "B N"]] = []
+    at = 0
+    for number, (layer, k) in enumerate((*plan, (config.num_layers, 0))):
+        if layer > at:
+            before, caches, sown = live, [], {}
+            # One layer at a time: the method may ask for the last one's queries and keys.
+            for step in range(at, layer):
+                before, found, cache = _run_layer(decoder, params, before, step, room)
+                sown[step] = found
+                caches.append(cache)
+            segments.append(_segment(live, tuple(caches), (at, layer), next_position))
+            rows += [_last_row(live, *sown[step]) for step in observe if at <= step < layer]
+            evidence_of = live, sown[layer - 1]
+            live, at = before, layer
+        if k:
+            if pruner.cuts is not None and pruner.cuts.own_rows:
+                evidence_of = live, _run_layer(decoder, params, live, layer, room)[1]
+            given = _inputs(start, live, pruner, number, total)
+            if pruner.cuts is not None:
+                given = given.replace(**_evidence(pruner, *evidence_of))
+            fold = None if key is None else jax.random.fold_in(key, number)
+            kept = keep_tokens(pruner, pruner_params, given, k, key if number == 0 else fold)
+            live = keep_live(live, kept, pruner.renumber)
+            if pruner.renumber:
+                next_position = live.length
+    last = jnp.take_along_axis(live.hidden, (live.length - 1)[:, None, None], axis=1)
+    logits = decoder.apply({"params": params}, last, method="finish")[:, 0]
+    action = None
+    if observe:
+        action = sum(
+            spread(row, segment, total) for row, segment in _owners(rows, segments, observe)
+        )
+        action = action / len(observe)
+    return Prefilled(logits, tuple(segments), action)
+
+
+def decode_token(
+    decoder: Decoder,
+    params: dict,
+    ids: Int[Array, " B"],
+    segments: tuple[Segment, ...],
+    observe: Sequence[int] = (),
+    total: int = 0,
+) -> tuple[Float[Array, "B V"], tuple[Segment, ...], Float[Array, "B N"] | None]:
+    """Logits after one more token, the segments with it, and its attention to visual tokens.
+
+    Args:
+        decoder: The language model.
+        params: Its parameters.
+        ids: The token of each sample.
+        segments: Of `prefill`, or of the last call.
+        observe: Layers whose row is wanted.
+        total: N, visual tokens before all cuts; needed with `observe`.
+    """
+    x = decoder.apply({"params": params}, ids[:, None], method="embed")
+    after, action = [], []
+    for segment in segments:
+        where = jnp.broadcast_to(segment.next_position[None, :, None], (3, len(ids), 1))
+        (x, caches), sown = decoder.apply(
+            {"params": params},
+            x,
+            where,
+            segment.layers,
+            segment.caches,
+            method="span",
+            mutable=["intermediates"],
+        )
+        for step in observe:
+            if segment.layers[0] <= step < segment.layers[1]:
+                query = sown["intermediates"][f"layers_{step}"]["self_attn"]["query"][0]
+                cache = caches[step - segment.layers[0]]
+                row = attention_rows(query, cache.key, cache.length[:, None]).mean(axis=(1, 2))
+                action.append(spread(_take(row, segment.visual), segment, total))
+        after.append(segment.replace(caches=caches, next_position=segment.next_position + 1))
+    logits = decoder.apply({"params": params}, x, method="finish")[:, 0]
+    return logits, tuple(after), sum(action) / len(observe) if observe else None
+
+
+def spread(values: Float[Array, "B K"], segment: Segment, total: int) -> Float[Array, "B N"]:
+    """Values of a segment's visual tokens at their places among all N; 0 for those that left."""
+    real = jnp.arange(values.shape[1]) < segment.count[:, None]
+    rows = jnp.arange(len(values))[:, None]
+    empty = jnp.zeros((len(values), total), values.dtype)
+    return empty.at[rows, segment.ids].add(jnp.where(real, values, 0))
+
+
+def _run_layer(decoder, params, live, layer, room):
+    """The sequence behind a layer, that layer's queries and keys, and its cache."""
+    (hidden, (cache,)), sown = decoder.apply(
+        {"params": params},
+        live.hidden,
+        live.position_ids,
+        (layer, layer + 1),
+        room=room,
+        method="span",
+        mutable=["intermediates"],
+    )
+    found = sown["intermediates"][f"layers_{layer}"]["self_attn"]
+    cache = cache.replace(length=live.length.astype(jnp.int32)) if room else None
+    return live.replace(hidden=hidden), (found["query"][0], found["key"][0]), cache
+
+
+def _segment(live, caches, layers, next_position):
+    return Segment(caches, live.visual, live.ids, live.count, next_position, layers)
+
+
+def _owners(rows, segments, observe):
+    """Each row with the segment of its layer."""
+    of = [s for s in segments for step in observe if s.layers[0] <= step < s.layers[1]]
+    return zip(rows, of, strict=True)
+
+
+def _take(values, places):
+    """Values [..., B, n] at places [B, K]; what lies past the end is clipped, and is padding."""
+    return jnp.take_along_axis(values, jnp.minimum(places, values.shape[-1] - 1), axis=-1)
+
+
+def _visual(live, hidden):
+    places = jnp.minimum(live.visual, hidden.shape[1] - 1)
+    return jnp.take_along_axis(hidden, places[..., None], axis=1)
+
+
+def _text(live):
+    places = jnp.minimum(live.text, live.hidden.shape[1] - 1)
+    return jnp.take_along_axis(live.hidden, places[..., None], axis=1)
+
+
+def _instruction(live):
+    """Which text tokens stand behind the last visual token."""
+    real = jnp.arange(live.visual.shape[1]) < live.count[:, None]
+    last = jnp.max(jnp.where(real, live.visual, -1), axis=1, keepdims=True)
+    return (live.text > last) & (live.text < live.length[:, None])
+
+
+def _last_row(live, query, key):
+    """Attention of the last token to the visual ones, mean over heads [B, N]."""
+    return _head_rows(live, query, key, live.length[:, None] - 1)[:, :, 0].mean(axis=1)
+
+
+def _head_rows(live, query, key, places):
+    """Attention of the tokens at some places to the visual ones [B, Q, R, N]."""
+    places = jnp.minimum(places, query.shape[1] - 1)
+    chosen = jnp.take_along_axis(query, places[..., None, None], axis=1)
+    rows = attention_rows(chosen, key, places + 1)
+    return _take(rows, live.visual[:, None, None])
+
+
+def _evidence(pruner, live, found):
+    """What the method reads of a layer's attention, of the tokens that the layer saw."""
+    query, key = found
+    out = {}
+    if "last_row" in pruner.needs:
+        out["last_row"] = _head_rows(live, query, key, live.length[:, None] - 1)[:, :, 0]
+    if "text_rows" in pruner.needs:
+        out["text_rows"] = _head_rows(live, query, key, live.text)
+    if "received" in pruner.needs:
+        received = attention_received(query, key, live.length, causal=True)
+        out["received"] = _take(received, live.visual)
+    return out
+
+
+def _inputs(start, live, pruner, number, total):
+    """What is known of the tokens that are still there."""
+    rows = {
+        name: value
+        for name in ("foreground", "relevance", "vision_received", "vision_keys", "pixels")
+        if (value := getattr(start, name)) is not None
+    }
+    rows["embeddings"] = start.embeddings
+    if live.visual.shape[1] < total:
+        rows = {
+            name: jnp.take_along_axis(
+                value, live.ids.reshape(*live.ids.shape, *[1] * (value.ndim - 2)), 1
+            )
+            for name, value in rows.items()
+        }
+    places = jnp.minimum(live.visual, live.hidden.shape[1] - 1)
+    position_ids = jnp.take_along_axis(live.position_ids, places[None], axis=2)
+    padded = start.count is not None
+    return start.replace(
+        tokens=_visual(live, live.hidden),
+        position_ids=position_ids,
+        ids=live.ids,
+        count=live.count if padded else None,
+        cut=number,
+        **rows,
+    )

@@ -1,0 +1,309 @@
+"""Cuts within the language model, beside the whole sequence with what was cut masked out."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastdrive_jax.inference.segments import decode_token, live_sequence, prefill
+from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
+from fastdrive_jax.pruning import Pruner, PrunerInputs
+from fastdrive_jax.pruning.interface import Cuts
+
+CONFIG = DecoderConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=64,
+    rope_theta=10_000.0,
+    mrope_section=(1, 1, 2),
+)
+DECODER = Decoder(CONFIG)
+BATCH, STEPS, ROOM = 4, 3, 4
+# Text in front, between two pictures and behind, never the same; the last two are padded.
+LAYOUTS = ("tvvvvvvttvvvvtt", "ttvvvvvtvvvvvtt", "vvvvvvvttt", "tvvvvttt")
+LENGTH = max(map(len, LAYOUTS))
+VISUAL = max(layout.count("v") for layout in LAYOUTS)
+TEXT = max(layout.count("t") for layout in LAYOUTS)
+
+
+def init(key):
+    def whole(decoder, ids):
+        hidden, _ = decoder(decoder.embed(ids), jnp.zeros((3, 1, 2), jnp.int32))
+        return decoder.logits(hidden)
+
+    return DECODER.init(key, jnp.zeros((1, 2), jnp.int32), method=whole)["params"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    drawn = init(jax.random.key(0))
+    # Larger queries and keys: attention that differs from token to token.
+    return jax.tree.map(
+        lambda leaf: 3 * leaf if leaf.ndim == 2 and leaf.shape[0] == 32 else leaf, drawn
+    )
+
+
+def sequences(layouts=LAYOUTS):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(BATCH, LENGTH, 32)).astype(np.float32)
+    where = np.sort(rng.integers(0, 40, (3, BATCH, LENGTH)), axis=2)
+    answer = rng.integers(0, 64, (BATCH, STEPS))
+    rows = [LAYOUTS.index(layout) for layout in layouts]
+    is_visual = np.array([[c == "v" for c in layout.ljust(LENGTH)] for layout in layouts])
+    lengths = np.array([len(layout) for layout in layouts])
+    return hidden[rows], where[:, rows], is_visual, lengths, answer[rows]
+
+
+def masked(params, sequence, keeps, monkeypatch, observe=()):
+    """Logits after each token, and observed attention, with all tokens in all layers.
+
+    What was cut stays in the sequence; from its layer on no key of it is in sight.
+
+    Args:
+        keeps: {layer: kept places of each sample}.
+    """
+    hidden, where, is_visual, lengths, answer = sequence
+    logits = []
+    seen_by = []
+    for sample in range(len(hidden)):
+        n = lengths[sample]
+        embedded = DECODER.apply({"params": params}, answer[sample : sample + 1], method="embed")
+        x = jnp.concatenate([hidden[sample : sample + 1, :n], embedded], axis=1)
+        next_position = 50
+        after = np.broadcast_to(next_position + np.arange(STEPS), (3, 1, STEPS))
+        ids = jnp.concatenate([where[:, sample : sample + 1, :n], after], axis=2)
+        visible = np.ones(n + STEPS, bool)
+        rows = []
+        for layer in range(CONFIG.num_layers):
+            if layer in keeps:
+                gone = set(np.flatnonzero(is_visual[sample, :n])) - set(keeps[layer][sample])
+                visible[list(gone)] = False
+            mask = np.tril(np.ones((n + STEPS, n + STEPS), bool)) & visible
+            mask |= np.eye(n + STEPS, dtype=bool)  # so that no row is empty
+            weights = []
+
+            def explicit(query, key, value, causal=True, mask=mask, weights=weights):
+                repeats = query.shape[2] // key.shape[2]
+                key, value = (jnp.repeat(y, repeats, axis=2) for y in (key, value))
+                scores = jnp.einsum("bnhd,bshd->bhns", query, key) / math.sqrt(query.shape[-1])
+                share = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+                weights.append(np.asarray(share[0]))
+                return jnp.einsum("bhns,bshd->bnhd", share, value)
+
+            with monkeypatch.context() as patch:
+                patch.setattr("fastdrive_jax.models.qwen2_5_vl.decoder.attention", explicit)
+                x, _ = DECODER.apply({"params": params}, x, ids, (layer, layer + 1), method="span")
+            if layer in observe:
+                found = np.zeros(VISUAL)
+                places = np.flatnonzero(is_visual[sample, :n])
+                live = visible[places]
+                gave = weights[0][:, n - 1 : n + STEPS].mean(axis=(0, 1))
+                found[: len(places)] = np.where(live, gave[places], 0)
+                rows.append(found)
+        logits.append(DECODER.apply({"params": params}, x, method="finish")[0, n - 1 :])
+        seen_by.append(np.mean(rows, axis=0) if rows else None)
+    return np.stack(logits), seen_by
+
+
+def run(params, sequence, pruner=None, ratio=1.0, observe=(), inputs=None, key=None):
+    hidden, where, is_visual, lengths, answer = sequence
+
+    @jax.jit
+    def whole(params, hidden, where, is_visual, lengths, answer):
+        live = live_sequence(hidden, where, is_visual, lengths, VISUAL, TEXT)
+        given = inputs or PrunerInputs(live.hidden)
+        given = given.replace(count=live.count)
+        start = jnp.full(len(hidden), 50)
+        read = prefill(DECODER, params, live, start, ROOM, pruner, None, ratio, given, key, observe)
+        logits, segments, action = [read.logits], read.segments, read.action
+        for step in range(STEPS):
+            more, segments, row = decode_token(
+                DECODER, params, answer[:, step], segments, observe, VISUAL
+            )
+            logits.append(more)
+            action = None if action is None else action + row
+        action = None if action is None else action / (STEPS + 1)
+        return jnp.stack(logits, axis=1), read, action
+
+    return whole(params, *map(jnp.asarray, (hidden, where, is_visual, lengths, answer)))
+
+
+def kept_places(segment, is_visual):
+    out = []
+    for sample, row in enumerate(is_visual):
+        places = np.flatnonzero(row)
+        out.append(places[np.asarray(segment.ids[sample, : int(segment.count[sample])])])
+    return out
+
+
+def by(need, *layers, own_rows=False, budgets=None):
+    """Keeps what gets most of one kind of attention."""
+
+    def score(params, inputs, key):
+        value = getattr(inputs, need)
+        return value.mean(axis=tuple(range(1, value.ndim - 1))) if value.ndim > 2 else value
+
+    cuts = Cuts(lambda num_layers: layers, budgets, own_rows)
+    return Pruner(name=need, score=score, needs=frozenset({need}), cuts=cuts)
+
+
+def test_without_a_method_it_is_the_model(params, monkeypatch):
+    sequence = sequences()
+    logits, read, _ = run(params, sequence)
+    np.testing.assert_allclose(logits, masked(params, sequence, {}, monkeypatch)[0], atol=1e-4)
+    assert len(read.segments) == 1
+    hidden, where, _, lengths, _ = sequence
+    x, _ = DECODER.apply({"params": params}, hidden, where)
+    last = DECODER.apply({"params": params}, x, method="logits")
+    np.testing.assert_allclose(logits[:, 0], last[np.arange(BATCH), lengths - 1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "budgets"), [((1,), (5,)), ((2,), (1,)), ((1, 3), (7, 3)), ((1, 2, 3), (8, 8, 2))]
+)
+def test_what_was_cut_might_as_well_be_masked_out(params, monkeypatch, layers, budgets):
+    sequence = sequences()
+    method = by("last_row", *layers, budgets=lambda n, ratio: budgets)
+    logits, read, action = run(params, sequence, method, 0.5, observe=(0, 2, 3))
+    spans = [segment.layers for segment in read.segments]
+    assert spans == list(zip((0, *layers), (*layers, 4), strict=True))
+    keeps = {}
+    for layer, segment, budget in zip(layers, read.segments[1:], budgets, strict=True):
+        keeps[layer] = kept_places(segment, sequence[2])
+        assert segment.ids.shape == (BATCH, budget)
+        text = sum(layout.count("t") for layout in LAYOUTS[:1])
+        assert segment.caches[0].key.shape[1] == budget + TEXT + ROOM
+        assert text <= TEXT
+    want, observed = masked(params, sequence, keeps, monkeypatch, observe=(0, 2, 3))
+    np.testing.assert_allclose(logits, want, atol=1e-4)
+    np.testing.assert_allclose(action, observed, atol=1e-5)
+
+
+@pytest.mark.parametrize("own_rows", [False, True])
+@pytest.mark.parametrize("need", ["last_row", "text_rows", "received"])
+def test_tokens_are_kept_by_the_attention_that_was_asked_for(params, monkeypatch, need, own_rows):
+    sequence = sequences()
+    hidden, where, is_visual, lengths, _ = sequence
+    _, read, _ = run(params, sequence, by(need, 2, own_rows=own_rows), 0.4)
+    layer = 2 if own_rows else 1
+    x, _ = DECODER.apply({"params": params}, hidden, where, (0, layer), method="span")
+    _, sown = DECODER.apply(
+        {"params": params}, x, where, (layer, layer + 1), method="span", mutable=["intermediates"]
+    )
+    found = sown["intermediates"][f"layers_{layer}"]["self_attn"]
+    query, key = (np.asarray(found[name][0], np.float64) for name in ("query", "key"))
+    for sample, n in enumerate(lengths):
+        keys = np.repeat(key[sample, :n], 2, axis=1)
+        scores = np.einsum("nhd,shd->hns", query[sample, :n], keys) / math.sqrt(8)
+        scores = np.where(np.tril(np.ones((n, n), bool)), scores, -np.inf)
+        share = np.exp(scores - scores.max(-1, keepdims=True))
+        share = (share / share.sum(-1, keepdims=True)).mean(axis=0)
+        text = np.flatnonzero(~is_visual[sample, :n])
+        # The mean over padded text rows too: a row of padding is the last place's.
+        rows = {"last_row": share[n - 1], "received": share.mean(0), "text_rows": None}[need]
+        if rows is None:
+            if n < LENGTH:
+                continue
+            rows = share[text].sum(0)
+        places = np.flatnonzero(is_visual[sample, :n])
+        k = min(int(0.4 * VISUAL), len(places))
+        best = np.sort(places[np.argsort(-rows[places], kind="stable")[:k]])
+        np.testing.assert_array_equal(kept_places(read.segments[-1], is_visual)[sample], best)
+
+
+def test_a_batch_is_cut_as_its_samples_are(params):
+    method = by("received", 1, 2, budgets=lambda n, ratio: (6, 3))
+    together, read, _ = run(params, sequences(), method, 0.5)
+    for row, layout in enumerate(LAYOUTS):
+        alone, own, _ = run(params, sequences((layout,)), method, 0.5)
+        np.testing.assert_allclose(alone[0], together[row], atol=1e-4)
+        real = int(own.segments[-1].count[0])
+        np.testing.assert_array_equal(
+            own.segments[-1].ids[0, :real], read.segments[-1].ids[row, :real]
+        )
+
+
+def test_all_tokens_kept_is_the_unpruned_model(params):
+    sequence = sequences()
+    plain, _, _ = run(params, sequence)
+    for method, ratio in (
+        (by("received", 2), 1.0),
+        (by("received", 2, budgets=lambda n, r: (n,)), 0.9),
+    ):
+        logits, _, _ = run(params, sequence, method, ratio)
+        np.testing.assert_allclose(logits, plain, atol=1e-4)
+
+
+def test_renumbered_positions_count_on_from_what_is_left(params, monkeypatch):
+    sequence = sequences()
+    method = dataclasses.replace(by("last_row", 2), renumber=True)
+    _, read, _ = run(params, sequence, method, 0.4)
+    np.testing.assert_array_equal(read.segments[0].next_position, 50)
+    left = [len(layout) - layout.count("v") + min(4, layout.count("v")) for layout in LAYOUTS]
+    np.testing.assert_array_equal(read.segments[1].next_position, left)
+    np.testing.assert_array_equal(read.segments[1].caches[0].length, left)
+
+
+def test_merged_tokens_take_the_place_of_their_representative(params):
+    """Merging nothing, by handing the tokens back, is choosing."""
+
+    def choose(params, inputs, key, k):
+        return jnp.broadcast_to(jnp.arange(k)[::-1], (BATCH, k))
+
+    def merge(params, inputs, key, k):
+        chosen = choose(params, inputs, key, k)
+        return chosen, jnp.take_along_axis(inputs.tokens, chosen[..., None], axis=1)
+
+    def doubled(params, inputs, key, k):
+        chosen, tokens = merge(params, inputs, key, k)
+        return chosen, 2 * tokens
+
+    cuts = Cuts(lambda num_layers: (2,))
+    runs = [
+        run(params, sequences(), Pruner(name="m", cuts=cuts, **how), 0.4)[0]
+        for how in ({"choose": choose}, {"merge": merge}, {"merge": doubled})
+    ]
+    np.testing.assert_allclose(runs[0], runs[1], atol=1e-5)
+    assert np.abs(runs[0] - runs[2]).max() > 1e-2
+
+
+def test_cuts_that_make_no_sense_are_refused(params):
+    for layers, budgets in (
+        ((0,), (3,)),
+        ((2, 2), (3, 3)),
+        ((4,), (3,)),
+        ((1, 2), (3, 4)),
+        ((1,), (3, 2)),
+    ):
+        method = by("last_row", *layers, budgets=lambda n, ratio, budgets=budgets: budgets)
+        with pytest.raises(ValueError, match="last_row.*cuts to"):
+            run(params, sequences(), method, 0.5)
+
+
+def test_no_array_of_pairs_is_compiled():
+    length = 1024
+    shapes = jax.eval_shape(init, jax.random.key(0))
+
+    def read(params, hidden, where, need):
+        is_visual = jnp.arange(length)[None] < length - 8
+        live = live_sequence(hidden, where, is_visual, jnp.array([length]), length - 8, 8)
+        return prefill(DECODER, params, live, jnp.array([9]), 2, by(need, 2), None, 0.25).logits
+
+    inputs = (
+        shapes,
+        jax.ShapeDtypeStruct((1, length, 32), jnp.float32),
+        jax.ShapeDtypeStruct((3, 1, length), jnp.int32),
+    )
+    for need in ("last_row", "text_rows", "received"):
+        text = jax.jit(read, static_argnums=3).lower(*inputs, need).compile().as_text()
+        sizes = re.findall(r"\b(?:f|s|u|pred|bf)\d*\[([\d,]+)\]", text)
+        # Blocks of rows of all four heads are held, never all rows.
+        assert max(math.prod(map(int, size.split(","))) for size in sizes) < 4 * length**2
