@@ -114,6 +114,9 @@ def per_camera(pruner: Pruner, cameras: int, weights: tuple[float, ...] | None =
         n = inputs.grid[0] * inputs.grid[1]
         # Behind an earlier cut of this method, its own budgets say where each camera begins.
         held = camera_budgets(count, n, weights)
+        if inputs.ids is None:
+            batch = len(inputs.tokens)
+            inputs = inputs.replace(ids=jnp.broadcast_to(jnp.arange(count), (batch, count)))
         found, start = [], 0
         for number, (own, budget) in enumerate(
             zip(held, camera_budgets(k, n, weights), strict=True)

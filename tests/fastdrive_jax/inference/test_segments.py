@@ -26,7 +26,7 @@ CONFIG = DecoderConfig(
     mrope_section=(1, 1, 2),
 )
 DECODER = Decoder(CONFIG)
-BATCH, STEPS, ROOM = 4, 3, 4
+BATCH, STEPS, ROOM = 4, 2, 4
 # Text in front, between two pictures and behind, never the same; the last two are padded.
 LAYOUTS = ("tvvvvvvttvvvvtt", "ttvvvvvtvvvvvtt", "vvvvvvvttt", "tvvvvttt")
 LENGTH = max(map(len, LAYOUTS))
@@ -71,66 +71,65 @@ def masked(params, sequence, keeps, monkeypatch, observe=()):
         keeps: {layer: kept places of each sample}.
     """
     hidden, where, is_visual, lengths, answer = sequence
-    logits = []
-    seen_by = []
-    for sample in range(len(hidden)):
-        n = lengths[sample]
-        embedded = DECODER.apply({"params": params}, answer[sample : sample + 1], method="embed")
-        x = jnp.concatenate([hidden[sample : sample + 1, :n], embedded], axis=1)
-        next_position = 50
-        after = np.broadcast_to(next_position + np.arange(STEPS), (3, 1, STEPS))
-        ids = jnp.concatenate([where[:, sample : sample + 1, :n], after], axis=2)
-        visible = np.ones(n + STEPS, bool)
-        rows = []
-        for layer in range(CONFIG.num_layers):
-            if layer in keeps:
-                gone = set(np.flatnonzero(is_visual[sample, :n])) - set(keeps[layer][sample])
-                visible[list(gone)] = False
-            mask = np.tril(np.ones((n + STEPS, n + STEPS), bool)) & visible
-            mask |= np.eye(n + STEPS, dtype=bool)  # so that no row is empty
-            weights = []
+    batch, whole = len(hidden), LENGTH + STEPS
+    x = jnp.concatenate([hidden, DECODER.apply({"params": params}, answer, method="embed")], 1)
+    after = np.broadcast_to(50 + np.arange(STEPS), (3, batch, STEPS))
+    ids = jnp.concatenate([where, after], axis=2)
+    place = np.arange(whole)
+    # The answer stands behind the padding, which nothing sees.
+    visible = (place < lengths[:, None]) | (place >= LENGTH)
+    is_visual = np.pad(is_visual, ((0, 0), (0, STEPS)))
+    weights = []
 
-            def explicit(query, key, value, causal=True, mask=mask, weights=weights):
-                repeats = query.shape[2] // key.shape[2]
-                key, value = (jnp.repeat(y, repeats, axis=2) for y in (key, value))
-                scores = jnp.einsum("bnhd,bshd->bhns", query, key) / math.sqrt(query.shape[-1])
-                share = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-                weights.append(np.asarray(share[0]))
-                return jnp.einsum("bhns,bshd->bnhd", share, value)
+    def explicit(query, key, value, causal=True):
+        mask = np.tril(np.ones((whole, whole), bool)) & visible[:, None]
+        mask |= np.eye(whole, dtype=bool)  # so that no row is empty
+        key, value = (jnp.repeat(y, query.shape[2] // key.shape[2], axis=2) for y in (key, value))
+        scores = jnp.einsum("bnhd,bshd->bhns", query, key) / math.sqrt(query.shape[-1])
+        share = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+        weights.append(np.asarray(share))
+        return jnp.einsum("bhns,bshd->bnhd", share, value)
 
-            with monkeypatch.context() as patch:
-                patch.setattr("fastdrive_jax.models.qwen2_5_vl.decoder.attention", explicit)
-                x, _ = DECODER.apply({"params": params}, x, ids, (layer, layer + 1), method="span")
-            if layer in observe:
-                found = np.zeros(VISUAL)
-                places = np.flatnonzero(is_visual[sample, :n])
-                live = visible[places]
-                gave = weights[0][:, n - 1 : n + STEPS].mean(axis=(0, 1))
-                found[: len(places)] = np.where(live, gave[places], 0)
-                rows.append(found)
-        logits.append(DECODER.apply({"params": params}, x, method="finish")[0, n - 1 :])
-        seen_by.append(np.mean(rows, axis=0) if rows else None)
-    return np.stack(logits), seen_by
+    found = []
+    for layer in range(CONFIG.num_layers):
+        if layer in keeps:
+            kept = np.zeros((batch, whole), bool)
+            for sample, places in enumerate(keeps[layer]):
+                kept[sample, places] = True
+            visible &= kept | ~is_visual
+        with monkeypatch.context() as patch:
+            patch.setattr("fastdrive_jax.models.qwen2_5_vl.decoder.attention", explicit)
+            x, _ = DECODER.apply({"params": params}, x, ids, (layer, layer + 1), method="span")
+        if layer in observe:
+            found.append(np.zeros((batch, VISUAL)))
+            for sample, n in enumerate(lengths):
+                gave = weights[-1][sample][:, [n - 1, *range(LENGTH, whole)]].mean(axis=(0, 1))
+                seen = np.where(visible[sample], gave, 0)[is_visual[sample]]
+                found[-1][sample, : len(seen)] = seen
+    logits = DECODER.apply({"params": params}, x, method="finish")
+    rows = np.stack([[n - 1, *range(LENGTH, whole)] for n in lengths])
+    return np.asarray(logits)[np.arange(batch)[:, None], rows], sum(found) / max(len(found), 1)
 
 
-def run(params, sequence, pruner=None, ratio=1.0, observe=(), inputs=None, key=None):
+def run(params, sequence, pruner=None, ratio=1.0, observe=(), steps=STEPS):
     hidden, where, is_visual, lengths, answer = sequence
 
     @jax.jit
     def whole(params, hidden, where, is_visual, lengths, answer):
         live = live_sequence(hidden, where, is_visual, lengths, VISUAL, TEXT)
-        given = inputs or PrunerInputs(live.hidden)
-        given = given.replace(count=live.count)
+        given = PrunerInputs(live.hidden, count=live.count)
         start = jnp.full(len(hidden), 50)
-        read = prefill(DECODER, params, live, start, ROOM, pruner, None, ratio, given, key, observe)
+        read = prefill(
+            DECODER, params, live, start, ROOM, pruner, None, ratio, given, None, observe
+        )
         logits, segments, action = [read.logits], read.segments, read.action
-        for step in range(STEPS):
+        for step in range(steps):
             more, segments, row = decode_token(
                 DECODER, params, answer[:, step], segments, observe, VISUAL
             )
             logits.append(more)
             action = None if action is None else action + row
-        action = None if action is None else action / (STEPS + 1)
+        action = None if action is None else action / (steps + 1)
         return jnp.stack(logits, axis=1), read, action
 
     return whole(params, *map(jnp.asarray, (hidden, where, is_visual, lengths, answer)))
@@ -158,12 +157,12 @@ def by(need, *layers, own_rows=False, budgets=None):
 def test_without_a_method_it_is_the_model(params, monkeypatch):
     sequence = sequences()
     logits, read, _ = run(params, sequence)
-    np.testing.assert_allclose(logits, masked(params, sequence, {}, monkeypatch)[0], atol=1e-4)
+    np.testing.assert_allclose(logits, masked(params, sequence, {}, monkeypatch)[0], atol=1e-5)
     assert len(read.segments) == 1
     hidden, where, _, lengths, _ = sequence
     x, _ = DECODER.apply({"params": params}, hidden, where)
     last = DECODER.apply({"params": params}, x, method="logits")
-    np.testing.assert_allclose(logits[:, 0], last[np.arange(BATCH), lengths - 1], atol=1e-4)
+    np.testing.assert_allclose(logits[:, 0], last[np.arange(BATCH), lengths - 1], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +182,7 @@ def test_what_was_cut_might_as_well_be_masked_out(params, monkeypatch, layers, b
         assert segment.caches[0].key.shape[1] == budget + TEXT + ROOM
         assert text <= TEXT
     want, observed = masked(params, sequence, keeps, monkeypatch, observe=(0, 2, 3))
-    np.testing.assert_allclose(logits, want, atol=1e-4)
+    np.testing.assert_allclose(logits, want, atol=1e-5)
     np.testing.assert_allclose(action, observed, atol=1e-5)
 
 
@@ -192,7 +191,7 @@ def test_what_was_cut_might_as_well_be_masked_out(params, monkeypatch, layers, b
 def test_tokens_are_kept_by_the_attention_that_was_asked_for(params, monkeypatch, need, own_rows):
     sequence = sequences()
     hidden, where, is_visual, lengths, _ = sequence
-    _, read, _ = run(params, sequence, by(need, 2, own_rows=own_rows), 0.4)
+    _, read, _ = run(params, sequence, by(need, 2, own_rows=own_rows), 0.4, steps=0)
     layer = 2 if own_rows else 1
     x, _ = DECODER.apply({"params": params}, hidden, where, (0, layer), method="span")
     _, sown = DECODER.apply(
@@ -222,9 +221,9 @@ def test_tokens_are_kept_by_the_attention_that_was_asked_for(params, monkeypatch
 def test_a_batch_is_cut_as_its_samples_are(params):
     method = by("received", 1, 2, budgets=lambda n, ratio: (6, 3))
     together, read, _ = run(params, sequences(), method, 0.5)
-    for row, layout in enumerate(LAYOUTS):
-        alone, own, _ = run(params, sequences((layout,)), method, 0.5)
-        np.testing.assert_allclose(alone[0], together[row], atol=1e-4)
+    for row in (0, 3):
+        alone, own, _ = run(params, sequences((LAYOUTS[row],)), method, 0.5)
+        np.testing.assert_allclose(alone[0], together[row], atol=1e-5)
         real = int(own.segments[-1].count[0])
         np.testing.assert_array_equal(
             own.segments[-1].ids[0, :real], read.segments[-1].ids[row, :real]
@@ -234,18 +233,15 @@ def test_a_batch_is_cut_as_its_samples_are(params):
 def test_all_tokens_kept_is_the_unpruned_model(params):
     sequence = sequences()
     plain, _, _ = run(params, sequence)
-    for method, ratio in (
-        (by("received", 2), 1.0),
-        (by("received", 2, budgets=lambda n, r: (n,)), 0.9),
-    ):
-        logits, _, _ = run(params, sequence, method, ratio)
-        np.testing.assert_allclose(logits, plain, atol=1e-4)
+    everything = by("received", 2, budgets=lambda n, ratio: (n,))
+    np.testing.assert_allclose(run(params, sequence, everything, 0.9)[0], plain, atol=1e-5)
+    assert len(run(params, sequence, by("received", 2), 1.0, steps=0)[1].segments) == 1
 
 
 def test_renumbered_positions_count_on_from_what_is_left(params, monkeypatch):
     sequence = sequences()
     method = dataclasses.replace(by("last_row", 2), renumber=True)
-    _, read, _ = run(params, sequence, method, 0.4)
+    _, read, _ = run(params, sequence, method, 0.4, steps=0)
     np.testing.assert_array_equal(read.segments[0].next_position, 50)
     left = [len(layout) - layout.count("v") + min(4, layout.count("v")) for layout in LAYOUTS]
     np.testing.assert_array_equal(read.segments[1].next_position, left)
@@ -268,7 +264,7 @@ def test_merged_tokens_take_the_place_of_their_representative(params):
 
     cuts = Cuts(lambda num_layers: (2,))
     runs = [
-        run(params, sequences(), Pruner(name="m", cuts=cuts, **how), 0.4)[0]
+        run(params, sequences(), Pruner(name="m", cuts=cuts, **how), 0.4, steps=0)[0]
         for how in ({"choose": choose}, {"merge": merge}, {"merge": doubled})
     ]
     np.testing.assert_allclose(runs[0], runs[1], atol=1e-5)
@@ -284,12 +280,12 @@ def test_cuts_that_make_no_sense_are_refused(params):
         ((1,), (3, 2)),
     ):
         method = by("last_row", *layers, budgets=lambda n, ratio, budgets=budgets: budgets)
-        with pytest.raises(ValueError, match="last_row.*cuts to"):
+        with pytest.raises(ValueError, match=r"last_row.*cuts to"):
             run(params, sequences(), method, 0.5)
 
 
 def test_no_array_of_pairs_is_compiled():
-    length = 1024
+    length = 2048
     shapes = jax.eval_shape(init, jax.random.key(0))
 
     def read(params, hidden, where, need):
