@@ -21,7 +21,7 @@ from fastdrive_jax.pruning.max_min import (
     pairwise_distances,
     unit_tokens,
 )
-from fastdrive_jax.pruning.select import num_keep
+from fastdrive_jax.pruning.select import num_keep, round_keep
 
 
 def div_prune(as_published: bool = False) -> Pruner:
@@ -34,7 +34,7 @@ def div_prune(as_published: bool = False) -> Pruner:
     def choose(params, inputs: PrunerInputs, key, k: int) -> Int[Array, "B K"]:
         return jax.vmap(partial(_diverse, k=k))(inputs.tokens, real_tokens(inputs))
 
-    budget = _rounded if as_published else num_keep
+    budget = round_keep if as_published else num_keep
     return Pruner(name="divprune", choose=choose, needs=frozenset({"tokens"}), budget=budget)
 
 
@@ -42,8 +42,3 @@ def _diverse(tokens: Float[Array, "N D"], valid: Bool[Array, " N"], k: int) -> I
     distances = pairwise_distances(unit_tokens(tokens, valid))
     start = most_isolated(distances, valid)
     return farthest_first(lambda token: distances[token], start, k, valid)
-
-
-def _rounded(n: int, keep_ratio: float) -> int:
-    num_keep(n, keep_ratio)  # refuses ratios outside (0, 1]
-    return max(1, round(n * keep_ratio))
