@@ -18,12 +18,12 @@ all-ones queries and keys under RoPE; that needs the text's positions and the mo
 which pruners do not see, and changes sign with distance: left out.
 
 The first version (`sparse_vlm_v1`) averages all heads and recycles: of the d tokens that a cut
-deletes, the best m = int(0.3 d) + 1 are clustered by DPC-kNN into c = int(m / 10) + 1, each of which
-leaves the mean of its tokens. K counts kept and recycled tokens, K = kept + c, where the released
-lists count kept ones: `as_published` adds c to them. A recycled token stands at its cluster's
-centre, where the released code puts all behind the kept ones; its noise against equal densities is
-replaced by order, the lower index first. It numbers positions anew after each cut, which
-`as_published` takes over. For padded samples m and c, which are shapes, follow N too.
+deletes, the best m = int(0.3 d) + 1 are clustered by DPC-KNN into c = int(m / 10) + 1, each of
+which leaves the mean of its tokens. K counts kept and recycled tokens, K = kept + c, where the
+released lists count kept ones: `as_published` adds c to them. A recycled token stands at its
+cluster's centre, where the released code puts all behind the kept ones; its noise against equal
+densities is replaced by order, the lower index first. It numbers positions anew after each cut,
+which `as_published` takes over. For padded samples m and c, which are shapes, follow N too.
 
 Raters are found at each cut from the visual tokens that are still there, where the released code
 keeps those of the first. Where no word is above the mean, all of the instruction rates.
@@ -94,7 +94,7 @@ def sparse_vlm_v1(as_published: bool = False) -> Pruner:
 
 
 def recycled_among(n: int, k: int) -> int:
-    """c such that K - c kept tokens and c clusters of the N - K + c others are K; most are kept.
+    """Clusters c among K: K - c tokens are kept, and the N - K + c others give c; the smallest c.
 
     At most half of K, which only budgets of a few percent run into; 0 if nothing is deleted.
     """
