@@ -9,8 +9,8 @@ attention of the layer just left:
 Published: cuts behind layers 2, 6 and 15 of 32, that is on entering 3, 7 and 16. Here the keep
 ratio r is what the last one leaves, and all leave the same share of what they find: N r^(1/3),
 N r^(2/3), N r. The paper sets the counts by the rank of A; the released code has fixed lists for
-576 tokens, named by the mean of live tokens over layers, 192, 128, 96 or 64. `as_published` takes
-the list whose name is nearest to N * keep_ratio, in proportion to N.
+576 tokens, named by about their mean over layers: 192, 128, 96 or 64. `as_published` takes
+the list whose name is nearest to 576 * keep_ratio, in proportion to N.
 
 The second version (`sparse_vlm`) averages only the heads with most attention from raters to the
 picture, 14 of 32, and keeps position ids. The released code first divides A by the product of
