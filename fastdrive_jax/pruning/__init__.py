@@ -7,12 +7,16 @@ from types import MappingProxyType
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.pruning.cd_pruner import cd_pruner
 from fastdrive_jax.pruning.div_prune import div_prune
+from fastdrive_jax.pruning.fast_v import fast_v
 from fastdrive_jax.pruning.ground_truth import ground_truth
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, keep_indices, pruner_scores
 from fastdrive_jax.pruning.position_prior import position_prior
 from fastdrive_jax.pruning.prune2drive import prune2drive
+from fastdrive_jax.pruning.pyramid_drop import pyramid_drop
 from fastdrive_jax.pruning.random_tokens import random_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig, recon_pruner
+from fastdrive_jax.pruning.sparse_vlm import sparse_vlm, sparse_vlm_v1
+from fastdrive_jax.pruning.spec_prune import spec_prune
 from fastdrive_jax.pruning.uniform_grid import uniform_grid
 from fastdrive_jax.pruning.vla_pruner import vla_pruner
 
@@ -26,6 +30,11 @@ PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
         "divprune": div_prune,
         "cdpruner": cd_pruner,
         "prune2drive": prune2drive,
+        "fastv": fast_v,
+        "sparsevlm": sparse_vlm,
+        "sparsevlm_v1": sparse_vlm_v1,
+        "pyramiddrop": pyramid_drop,
+        "specprune": spec_prune,
         "vlapruner": vla_pruner,
     }
 )

@@ -21,7 +21,7 @@ from fastdrive_jax.pruning.max_min import (
     pairwise_distances,
     unit_tokens,
 )
-from fastdrive_jax.pruning.select import num_keep, rounded_keep
+from fastdrive_jax.pruning.select import num_keep, round_keep
 
 
 def div_prune(as_published: bool = False) -> Pruner:
@@ -34,7 +34,7 @@ def div_prune(as_published: bool = False) -> Pruner:
     def choose(params, inputs: PrunerInputs, key, k: int) -> Int[Array, "B K"]:
         return jax.vmap(partial(_diverse, k=k))(inputs.tokens, real_tokens(inputs))
 
-    budget = rounded_keep if as_published else num_keep
+    budget = round_keep if as_published else num_keep
     return Pruner(name="divprune", choose=choose, needs=frozenset({"tokens"}), budget=budget)
 
 

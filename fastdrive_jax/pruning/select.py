@@ -29,14 +29,18 @@ def num_keep(n: int, keep_ratio: float) -> int:
     return max(1, int(n * Fraction(repr(float(keep_ratio)))))
 
 
-def rounded_keep(n: int, keep_ratio: float) -> int:
-    """K = round(N * keep_ratio), at least 1, as several released codes have it.
-
-    Raises:
-        UserError: The ratio is outside (0, 1].
-    """
-    num_keep(n, keep_ratio)
+def round_keep(n: int, keep_ratio: float) -> int:
+    """K = round(N * keep_ratio), at least 1, of methods whose released code rounds."""
+    num_keep(n, keep_ratio)  # refuses what it refuses
     return max(1, round(n * keep_ratio))
+
+
+def falling_keep(n: int, keep_ratio: float, cuts: int) -> tuple[int, ...]:
+    """K of each cut where all keep the same share of what they find, and the last leaves N r.
+
+    At r = 0.125 three cuts leave N/2, N/4 and N/8.
+    """
+    return tuple(num_keep(n, keep_ratio ** (cut / cuts)) for cut in range(1, cuts + 1))
 
 
 def top_k(

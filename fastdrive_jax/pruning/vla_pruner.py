@@ -43,7 +43,7 @@ from fastdrive_jax.pruning.max_min import (
     pairwise_distances,
     unit_tokens,
 )
-from fastdrive_jax.pruning.select import gather_tokens, num_keep, rounded_keep, top_k
+from fastdrive_jax.pruning.select import gather_tokens, num_keep, round_keep, top_k
 
 State = dict[str, Array]
 
@@ -87,7 +87,7 @@ def vla_pruner(
         name="vlapruner",
         choose=choose,
         needs=frozenset({"embeddings", "state", "last_row" if openvla else "received"}),
-        budget=rounded_keep if as_published else num_keep,
+        budget=round_keep if as_published else num_keep,
         cuts=Cuts(layers),
         temporal=action_history(window, attention),
     )
