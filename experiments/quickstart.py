@@ -100,41 +100,48 @@ class QuickstartConfig:
             )
 
 
+@dataclass(frozen=True)
+class WorldRun:
+    """What the measurements of a quick start are of.
+
+    Attributes:
+        root: The data set in the nuScenes layout.
+        shards: Of it.
+        planned: Shards of the scenes that are planned.
+        model: The driving VLA.
+        params: Its parameters.
+        train: Features of the training pictures.
+        val: Features of the pictures that were not trained on.
+        front: Features of the pictures that are planned from.
+        trained: Parameters of ReconPruner's training.
+        history: Of that training.
+        prior: Mean training mask [cameras, N].
+    """
+
+    root: Path
+    shards: Shards
+    planned: Shards
+    model: DrivingVLA
+    params: dict
+    train: SplitFeatures
+    val: SplitFeatures
+    front: SplitFeatures
+    trained: dict
+    history: list
+    prior: np.ndarray
+
+
 def quickstart(config: QuickstartConfig) -> Path:
     """Runs all stages and returns the path of report.html."""
     say = _announcer(config.quiet)
-    say("1/7", "driving pictures in the nuScenes layout")
-    root = generate(config.out / "world", config.world, progress=not config.quiet)
-    roads = generate(config.out / "planning_world", _planning_world(config), not config.quiet)
-    say("2/7", "shards")
-    shards = shards_of(read_nuscenes(root), config.out / "shards", config.quiet)
-    planned = shards_of(read_nuscenes(roads), config.out / "planning_shards", config.quiet)
-
-    say("3/7", "driving VLA and its visual tokens")
-    model, params = driving_vla(config)
-    encoder = frozen_vla(model, params).tokens()
-    features, planned_features = (
-        cache_features(
-            data,
-            encoder,
-            config.out / "features",
-            batch_size=24,
-            image_size=model.config.image_size,
-            progress=not config.quiet,
-        )
-        for data in (shards, planned)
-    )
-    train, val = features.splits["train"], features.splits["val"]
-    front = planned_features.splits["val"]
-
-    say("4/7", "train ReconPruner")
-    run = config.pruner
-    trained, history = train_pruner(train, run, config.out / "pruner", quiet=config.quiet)
-    prior = train_prior(train)
+    world = prepare(config, say)
+    root, shards, model, params = world.root, world.shards, world.model, world.params
+    run, trained, history, prior = config.pruner, world.trained, world.history, world.prior
+    val, front = world.val, world.front
 
     say("5/7", "measure what is kept, and the planning error")
     rows = evaluate_pruner(trained, run, val, prior, shards.classes)
-    data = planning_split(planned, "val", front, model.config.image_size)
+    data = planning_split(world.planned, "val", front, model.config.image_size)
     scores = front_scores(trained, run, front, prior, shards.classes)
     planning, plans = planning_table(model, params, data, scores, RATIOS, quiet=config.quiet)
     rows += planning
@@ -168,6 +175,48 @@ def quickstart(config: QuickstartConfig) -> Path:
     path = write_report(config.out, world_report(findings))
     say("done", f"open {path}")
     return path
+
+
+def prepare(config: QuickstartConfig, say: Callable[[str, str], None]) -> WorldRun:
+    """The first stages: the world, its shards and tokens, a trained ReconPruner."""
+    say("1/7", "driving pictures in the nuScenes layout")
+    root = generate(config.out / "world", config.world, progress=not config.quiet)
+    roads = generate(config.out / "planning_world", _planning_world(config), not config.quiet)
+    say("2/7", "shards")
+    shards = shards_of(read_nuscenes(root), config.out / "shards", config.quiet)
+    planned = shards_of(read_nuscenes(roads), config.out / "planning_shards", config.quiet)
+
+    say("3/7", "driving VLA and its visual tokens")
+    model, params = driving_vla(config)
+    encoder = frozen_vla(model, params).tokens()
+    features, planned_features = (
+        cache_features(
+            data,
+            encoder,
+            config.out / "features",
+            batch_size=24,
+            image_size=model.config.image_size,
+            progress=not config.quiet,
+        )
+        for data in (shards, planned)
+    )
+    train, val = features.splits["train"], features.splits["val"]
+
+    say("4/7", "train ReconPruner")
+    trained, history = train_pruner(train, config.pruner, config.out / "pruner", quiet=config.quiet)
+    return WorldRun(
+        root=root,
+        shards=shards,
+        planned=planned,
+        model=model,
+        params=params,
+        train=train,
+        val=val,
+        front=planned_features.splits["val"],
+        trained=trained,
+        history=history,
+        prior=train_prior(train),
+    )
 
 
 def _planning_world(config: QuickstartConfig) -> WorldConfig:

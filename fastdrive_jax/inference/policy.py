@@ -108,10 +108,15 @@ def picture_inputs(
     config = model.config
     inputs = driving_inputs(config, model.apply(params, images, method="encode"))
     if "pixels" in needs:
-        flat = images.reshape(-1, *images.shape[2:])
-        pixels = patch_rows(flat, config.vision.token_pixels, 1).astype(jnp.float32)
-        inputs = inputs.replace(pixels=pixels.reshape(len(images), -1, pixels.shape[-1]))
+        inputs = inputs.replace(pixels=_pixels(images, config))
     return inputs
+
+
+def _pixels(images, config):
+    """Each token's square of the picture, 0 for black [B, N, 3 * 28 * 28]."""
+    flat = images.reshape(-1, *images.shape[2:])
+    squares = patch_rows(flat, config.vision.token_pixels, 1).astype(jnp.float32)
+    return squares.reshape(len(images), -1, squares.shape[-1])
 
 
 def _prompt_relevance(model, params, tokens, prompt) -> Float[Array, "B N"]:
@@ -121,9 +126,18 @@ def _prompt_relevance(model, params, tokens, prompt) -> Float[Array, "B N"]:
     return jnp.einsum("bnd,bld->bn", *units) / text.shape[1]
 
 
-def start_state(policy: DrivingPolicy, inputs: PrunerInputs) -> Any:
-    """What a temporal method knows before the first frame; None for others."""
-    return None if policy.pruner.temporal is None else policy.pruner.temporal.init(inputs)
+def start_state(policy: DrivingPolicy, batch: int) -> Any:
+    """What a temporal method knows before the first frame of a drive; None for others."""
+    if policy.pruner.temporal is None:
+        return None
+    config = policy.model.config
+    images = jax.ShapeDtypeStruct((batch, len(config.cameras), *config.image_size, 3), jnp.uint8)
+    tokens = jnp.zeros((batch, config.visual_tokens, config.text.hidden_size))
+    inputs = driving_inputs(config, tokens)
+    if "pixels" in policy.pruner.needs:
+        shape = jax.eval_shape(lambda x: _pixels(x, config), images)
+        inputs = inputs.replace(pixels=jnp.zeros(shape.shape, shape.dtype))
+    return policy.pruner.temporal.init(inputs)
 
 
 def reset_state(state: Any, start: Any, first: Bool[Array, " B"]) -> Any:
@@ -217,16 +231,12 @@ def plan(
         speed: Metres per second.
         command: 0 left, 1 straight, 2 right.
         key: For methods that draw.
-        state: Of the last frame's plan, for temporal methods; None begins a drive.
+        state: For temporal methods: of `start_state`, or of the last frame's plan.
         first: Which samples begin a drive with this frame, whatever the state says; None: none.
     """
     variables = {"params": params["vla"]}
     inputs = picture_inputs(policy.model, variables, images, policy.pruner.needs)
-    if policy.pruner.temporal is not None:
-        start = start_state(policy, inputs)
-        if state is None:
-            state = start
-        elif first is not None:
-            state = reset_state(state, start, first)
-        inputs = inputs.replace(state=state)
+    if first is not None and state is not None:
+        state = reset_state(state, start_state(policy, len(images)), first)
+    inputs = inputs.replace(state=state)
     return plan_tokens(policy, params, inputs, speed, command, key)

@@ -1,0 +1,238 @@
+"""Every method at every ratio on the same drives: what it keeps, how it plans, what it costs.
+
+    fastdrive compare-pruners --out runs/compare --quickstart.out runs/quickstart
+
+The driving VLA that comes with the package plans unseen scenes of the synthetic world, frame after
+frame, so that temporal methods have a past. What a quick start left in its folder is taken, and
+made if it is not there. Writes OUT/compare.json and OUT/compare.md.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from experiments.planning import HEADLINE, PlanningSplit, mean_errors, planning_split
+from experiments.quickstart import RANDOM_DRAWS, RATIOS, QuickstartConfig, WorldRun, prepare
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.compare import difference_rows
+from fastdrive_jax.evaluation.files import write_text
+from fastdrive_jax.evaluation.foreground import Areas, foreground_rows, token_areas
+from fastdrive_jax.evaluation.planning import (
+    planning_errors,
+    planning_metrics,
+    planning_rows,
+)
+from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.inference.policy import (
+    DrivingPolicy,
+    Plan,
+    picture_inputs,
+    plan_tokens,
+    start_state,
+)
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
+from fastdrive_jax.pruning import PRUNERS, Pruner, make_pruner
+from fastdrive_jax.pruning.interface import cut_plan
+
+UNPRUNED = "unpruned"
+DRAWN = {"random", "prune2drive"}
+
+
+@dataclass(frozen=True)
+class ComparePrunersArgs:
+    """Compare methods on drives of the synthetic world.
+
+    Attributes:
+        out: Folder of the results.
+        quickstart: The world, and the ReconPruner that is trained on it.
+        methods: Names; all by default.
+        ratios: Keep ratios.
+        scenes: That are driven at once.
+        rounds: Of timing, in which all methods take turns.
+    """
+
+    out: Path = Path("runs/compare")
+    quickstart: QuickstartConfig = field(default_factory=QuickstartConfig)
+    methods: tuple[str, ...] = tuple(PRUNERS)
+    ratios: tuple[float, ...] = RATIOS
+    scenes: int = 60
+    rounds: int = 7
+
+    def __post_init__(self):
+        for name in self.methods:
+            if name not in PRUNERS:
+                make_pruner(name)  # says what there is
+        if self.scenes < 1 or self.rounds < 1:
+            raise UserError(f"scenes={self.scenes} and rounds={self.rounds} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Drives:
+    """Front pictures of scenes, frame after frame.
+
+    Attributes:
+        data: Of all samples.
+        areas: What their tokens show.
+        frames: Which sample each frame of each scene is [scenes, frames].
+    """
+
+    data: PlanningSplit
+    areas: Areas
+    frames: np.ndarray
+
+
+def compare_pruners(args: ComparePrunersArgs) -> Path:
+    """Drives, measures and writes; returns the path of the rows."""
+    config = args.quickstart
+    world = prepare(config, lambda stage, text: None if config.quiet else print(text, flush=True))
+    drives = drives_of(world)
+    rows = measure(world, drives, args)
+    meta = {
+        "device": str(jax.devices()[0]),
+        "scenes": len(drives.frames),
+        "frames": drives.frames.shape[1],
+        "visual_tokens": world.model.config.visual_tokens,
+        "layers": world.model.config.text.num_layers,
+        "frames_timed_at_once": min(args.scenes, len(drives.frames)),
+    }
+    write_text(args.out / "compare.md", markdown(rows, args))
+    return write_rows(args.out / "compare.json", rows, meta)
+
+
+def drives_of(world: WorldRun) -> Drives:
+    """The planned scenes of a quick start."""
+    data = planning_split(world.planned, "val", world.front, world.model.config.image_size)
+    classes = world.planned.classes
+    labels = np.asarray(world.front.labels)
+    areas = token_areas(labels, classes.foreground, classes.objects, classes.ignore)
+    return Drives(data, areas, scene_frames(data.scene))
+
+
+def scene_frames(scene: np.ndarray) -> np.ndarray:
+    """Samples of each scene in their order [scenes, frames].
+
+    Raises:
+        UserError: Scenes differ in length.
+    """
+    found = [np.flatnonzero(scene == number) for number in np.unique(scene)]
+    lengths = {len(samples) for samples in found}
+    if len(lengths) != 1:
+        raise UserError(f"Scenes have {sorted(lengths)} frames; they must have the same number.")
+    return np.stack(found)
+
+
+def method_of(name: str, world: WorldRun) -> tuple[Pruner, Any]:
+    """A method with what training gave it."""
+    if name == "reconpruner":
+        config = world.run.recon.pruner
+        return make_pruner(name, config=config), world.trained["pruner"]
+    if name == "prior":
+        return make_pruner(name), jnp.asarray(world.prior)
+    return make_pruner(name), None
+
+
+@partial(jax.jit, static_argnums=0)
+def step(policy, params, images, foreground, speed, command, key, state) -> Plan:
+    """One frame of some scenes; the truth is there for the control that needs it."""
+    variables = {"params": params["vla"]}
+    inputs = picture_inputs(policy.model, variables, images, policy.pruner.needs)
+    inputs = inputs.replace(foreground=foreground, state=state)
+    return plan_tokens(policy, params, inputs, speed, command, key)
+
+
+def drive(
+    policy: DrivingPolicy, params: dict, drives: Drives, scenes: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Waypoints [S, T, 2] and kept tokens [S, K] of all samples.
+
+    Args:
+        policy: The model with a method.
+        params: Of both.
+        drives: The scenes.
+        scenes: Driven at once.
+        seed: Of methods that draw.
+    """
+    data, count = drives.data, len(drives.frames)
+    waypoints: list = [None] * len(data.speed)
+    kept: list = [None] * len(data.speed)
+    scenes = min(scenes, count)
+    for start in range(0, count, scenes):
+        # One compiled shape: the last scenes are driven again where they do not come out even.
+        chosen = np.arange(start, start + scenes).clip(max=count - 1)
+        state = start_state(policy, scenes)
+        for frame in range(drives.frames.shape[1]):
+            rows = drives.frames[chosen, frame]
+            key = jax.random.fold_in(jax.random.key(seed), rows[0])
+            planned = step(policy, params, *_frame(drives, rows), key, state)
+            state = planned.state
+            for place, row in enumerate(rows):
+                waypoints[row] = np.asarray(planned.waypoints[place])
+                kept[row] = np.asarray(planned.keep_indices[place])
+    return np.stack(waypoints), np.stack(kept)
+
+
+def _frame(drives: Drives, rows: np.ndarray) -> tuple:
+    data = drives.data
+    foreground = drives.areas.foreground[rows].astype(np.float32)
+    return data.images[rows, None], foreground, data.speed[rows], data.command[rows]
+
+
+def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[Row]:
+    """Rows of all methods, and of the unpruned model, each compared with ReconPruner."""
+    data = drives.data
+    jobs = [(UNPRUNED, 1.0)] + [(name, ratio) for ratio in args.ratios for name in args.methods]
+    rows: list[Row] = []
+    samples, programs = {}, {}
+    for name, ratio in tqdm(jobs, desc="drives", unit="setting", disable=args.quickstart.quiet):
+        pruner, weights = method_of("uniform" if name == UNPRUNED else name, world)
+        policy = DrivingPolicy(world.model, pruner, ratio)
+        params = {"vla": world.params, "pruner": weights}
+        programs[name, ratio] = policy, params
+        draws = range(RANDOM_DRAWS if name in DRAWN else 1)
+        runs = [drive(policy, params, drives, args.scenes, seed) for seed in draws]
+        errors = [planning_errors(w, data.future, data.future_valid) for w, _ in runs]
+        used = data.scene[errors[0].used]
+        samples[name, ratio] = np.mean([planning_metrics(e)[HEADLINE] for e in errors], axis=0)
+        rows += planning_rows(name, ratio, mean_errors(errors), data.scene)
+        seed = 0 if name in DRAWN or name == "reconpruner" else None
+        rows += foreground_rows(name, ratio, drives.areas, runs[0][1], data.scene, seed)
+        rows += cost_rows(world.model, pruner, ratio, name)
+    for (name, ratio), values in samples.items():
+        ours = samples.get(("reconpruner", ratio))
+        if ours is not None and name != "reconpruner":
+            pair = "reconpruner", ours, name, values
+            rows += difference_rows(HEADLINE, ratio, *pair, used, unit="m")
+    return rows + timing_rows(programs, drives, args)
+
+
+def timing_rows(programs: dict, drives: Drives, args: ComparePrunersArgs) -> list[Row]:
+    """Median milliseconds a frame of the whole policy, all settings in turn, and beside unpruned."""
+    count = min(args.scenes, len(drives.frames))
+    given = [jnp.asarray(x) for x in _frame(drives, drives.frames[:count, 0])]
+    spent: dict = {name: [] for name in programs}
+    for number in range(args.rounds + 1):
+        for name, (policy, params) in programs.items():
+            state, key = start_state(policy, count), jax.random.key(0)
+            begin = time.perf_counter()
+            jax.block_until_ready(step(policy, params, *given, key, state))
+            if number:
+                spent[name].append(1e3 * (time.perf_counter() - begin) / count)
+    unpruned = np.array(spent[UNPRUNED, 1.0])
+    rows = []
+    for (name, ratio), values in spent.items():
+        for metric, found, unit in (
+            ("frame_ms", np.array(values), "ms"),
+            ("frame_share", np.array(values) / unpruned, ""),
+        ):
+            low, high = np.percentile(found, [25, 75])
+            value = float(np.median(found))
+            rows.append(Row(name, ratio, metric, value, low, high, args.rounds, None, unit))
+    return rows
