@@ -40,10 +40,13 @@ from fastdrive_jax.inference.policy import (
 )
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PRUNERS, Pruner, make_pruner
+from fastdrive_jax.pruning.accounting import frame_cost, recon_pruner_flops
 from fastdrive_jax.pruning.interface import cut_plan
 
 UNPRUNED = "unpruned"
 DRAWN = {"random", "prune2drive"}
+RECON = {"reconpruner"}  # methods that run its layer
+TEXT_TOKENS = 6  # around the picture: two marks before, one behind, and the prompt
 
 
 @dataclass(frozen=True)
@@ -236,3 +239,61 @@ def timing_rows(programs: dict, drives: Drives, args: ComparePrunersArgs) -> lis
             value = float(np.median(found))
             rows.append(Row(name, ratio, metric, value, low, high, args.rounds, None, unit))
     return rows
+
+
+def cost_rows(model: DrivingVLA, pruner: Pruner, ratio: float, name: str) -> list[Row]:
+    """Counts of a frame's prefill, the method's own work included where it has a count."""
+    config = model.config
+    n, text = config.visual_tokens, TEXT_TOKENS
+    plan = cut_plan(pruner, n, ratio, config.text.num_layers)
+    own = recon_pruner_flops(config.text, n) if name in RECON else 0
+    steps = config.vocabulary.plan_length
+    cost = frame_cost(config.text, n, text, plan, decode_steps=steps, method_flops=own)
+    found = {
+        "prefill_gflop": ((cost.prefill_flops + cost.method_flops) / 1e9, "GFLOP"),
+        "equivalent_tokens": (cost.equivalent_tokens, ""),
+        "kv_kib": (cost.kv_bytes / 1024, "KiB"),
+    }
+    return [
+        Row(name, ratio, metric, value, None, None, 1, None, unit)
+        for metric, (value, unit) in found.items()
+    ]
+
+
+COLUMNS = (
+    ("foreground_recall", "foreground recall, %", 100, 1),
+    ("object_recall", "object recall, %", 100, 1),
+    (HEADLINE, "L2, m", 1, 3),
+    (f"{HEADLINE}_difference", "ReconPruner minus it, m", 1, 3),
+    ("equivalent_tokens", "tokens, mean over layers", 1, 1),
+    ("prefill_gflop", "prefill, GFLOP", 1, 3),
+    ("frame_share", "frame time / unpruned", 1, 2),
+)
+
+
+def markdown(rows: Sequence[Row], args: ComparePrunersArgs) -> str:
+    """The table, methods of a ratio from the smallest planning error on."""
+    cells = {(row.method, row.keep_ratio, row.metric): row for row in rows}
+    head = " | ".join(label for _, label, _, _ in COLUMNS)
+    lines = [f"| kept | method | {head} |", "| --- " * (len(COLUMNS) + 2) + "|"]
+
+    def line(name: str, ratio: float) -> str:
+        found = []
+        for metric, _, scale, digits in COLUMNS:
+            method = f"reconpruner - {name}" if metric.endswith("_difference") else name
+            row = cells.get((method, ratio, metric))
+            found.append("" if row is None else _cell(row, scale, digits))
+        return f"| {100 * ratio:g}% | {name} | {' | '.join(found)} |"
+
+    lines.append(line(UNPRUNED, 1.0))
+    for ratio in args.ratios:
+        names = sorted(args.methods, key=lambda name, r=ratio: cells[name, r, HEADLINE].value)
+        lines += [line(name, ratio) for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row, scale: float, digits: int) -> str:
+    text = f"{scale * row.value:.{digits}f}"
+    if row.low is None or row.metric == "frame_share":
+        return text
+    return f"{text} [{scale * row.low:.{digits}f}, {scale * row.high:.{digits}f}]"

@@ -12,7 +12,12 @@ from data_pipelines.features import SplitFeatures
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.shards import Shards
 from fastdrive_jax.evaluation.compare import difference_rows
-from fastdrive_jax.evaluation.planning import planning_errors, planning_metrics, planning_rows
+from fastdrive_jax.evaluation.planning import (
+    PlanningErrors,
+    planning_errors,
+    planning_metrics,
+    planning_rows,
+)
 from fastdrive_jax.evaluation.results import Row
 from fastdrive_jax.inference.generate import generate
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
@@ -140,7 +145,7 @@ def planning_table(
         used = data.scene[errors[0].used]
         plans[name, ratio] = planned[0]
         samples[name, ratio] = np.mean([planning_metrics(e)[HEADLINE] for e in errors], axis=0)
-        mean = errors[0] if len(errors) == 1 else _mean_errors(errors)
+        mean = errors[0] if len(errors) == 1 else mean_errors(errors)
         rows += planning_rows(name, ratio, mean, data.scene)
     for ratio in ratios:
         for name in scores:
@@ -150,7 +155,8 @@ def planning_table(
     return rows, plans
 
 
-def _mean_errors(errors):
+def mean_errors(errors: Sequence[PlanningErrors]) -> PlanningErrors:
+    """The errors of several draws of one method, averaged sample by sample."""
     first = errors[0]
     names = ("temavg", "noavg", "ade", "fde")
     means = {name: np.mean([getattr(e, name) for e in errors], axis=0) for name in names}

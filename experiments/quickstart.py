@@ -116,6 +116,7 @@ class WorldRun:
         trained: Parameters of ReconPruner's training.
         history: Of that training.
         prior: Mean training mask [cameras, N].
+        run: Setting of ReconPruner's training.
     """
 
     root: Path
@@ -129,6 +130,7 @@ class WorldRun:
     trained: dict
     history: list
     prior: np.ndarray
+    run: PrunerRun
 
 
 def quickstart(config: QuickstartConfig) -> Path:
@@ -216,6 +218,7 @@ def prepare(config: QuickstartConfig, say: Callable[[str, str], None]) -> WorldR
         trained=trained,
         history=history,
         prior=train_prior(train),
+        run=config.pruner,
     )
 
 

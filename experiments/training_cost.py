@@ -5,13 +5,19 @@ import re
 import jax
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
+from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
+from fastdrive_jax.pruning.accounting import (
+    LAYER_FORMULA,
+    encoder_flops,
+    layer_flops,
+    recon_pruner_flops,
+)
 from fastdrive_jax.training.reconstruction import ReconConfig
 
 FORMULA = (
     "3 (pruner layer(N + 1) + 2 (decoder layers x layer(N) + head(N))) a picture; "
-    "layer(n) = 2 n (2 D^2 + 2 D G d + 3 D F) + 4 n^2 D, head(n) = 2 n D 3 p^2 (+ 2 n of the "
-    "projection in front, where sizes differ); SSIM, norms and the optimizer are not counted"
+    f"{LAYER_FORMULA}, head(n) = 2 n D 3 p^2 (+ 2 n of the projection in front, where sizes "
+    "differ); SSIM, norms and the optimizer are not counted"
 )
 ENCODER_FORMULA = "; + the frozen vision encoder once, forward"
 
@@ -51,35 +57,12 @@ def step_flops(
     """
     count = (size[0] // 28) * (size[1] // 28)
     width, decoder = config.pruner.layer.hidden_size, config.decoder
-    pruner = layer_flops(config.pruner.layer, count + 1) + 2 * count * width
+    pruner = recon_pruner_flops(config.pruner.layer, count)
     once = decoder.num_layers * layer_flops(decoder, count)
     once += 2 * count * decoder.hidden_size * 3 * config.target_pixels**2
     if width != decoder.hidden_size:
         once += 2 * count * width * decoder.hidden_size
     return 3 * (pruner + 2 * once) + (encoder_flops(encoder, size) if encoder else 0.0)
-
-
-def layer_flops(config: DecoderConfig, count: int) -> float:
-    """Forward FLOPs of one decoder layer over `count` tokens that all see each other."""
-    width = config.hidden_size
-    keys = config.num_kv_heads * config.head_dim
-    weights = 2 * width**2 + 2 * width * keys + 3 * width * config.intermediate_size
-    return 2 * count * weights + 4 * count**2 * width
-
-
-def encoder_flops(config: VisionConfig, size: tuple[int, int]) -> float:
-    """Forward FLOPs of the vision encoder for one picture."""
-    patches = size[0] * size[1] // config.patch_size**2
-    tokens = patches // config.spatial_merge_size**2
-    width = config.hidden_size
-    pixels = 3 * config.temporal_patch_size * config.patch_size**2
-    weights = pixels * width + config.depth * width * (4 * width + 3 * config.intermediate_size)
-    whole = len(config.fullatt_block_indexes)
-    window = (config.window_size // config.patch_size) ** 2
-    spans = whole * patches + (config.depth - whole) * min(window, patches)
-    merged = width * config.spatial_merge_size**2
-    merger = 2 * tokens * merged * (merged + config.out_hidden_size)
-    return 2 * patches * weights + 4 * patches * spans * width + merger
 
 
 def peak_flops(device: jax.Device, given: float | None = None) -> float:

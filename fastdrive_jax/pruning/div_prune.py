@@ -41,4 +41,4 @@ def div_prune(as_published: bool = False) -> Pruner:
 def _diverse(tokens: Float[Array, "N D"], valid: Bool[Array, " N"], k: int) -> Int[Array, " K"]:
     distances = pairwise_distances(unit_tokens(tokens, valid))
     start = most_isolated(distances, valid)
-    return farthest_first(lambda token: distances[token], start, k, valid)
+    return farthest_first(distances, start, k, valid)

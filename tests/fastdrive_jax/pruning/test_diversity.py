@@ -11,7 +11,12 @@ import pytest
 
 from fastdrive_jax.pruning import Pruner, PrunerInputs, keep_indices, make_pruner, pruner_scores
 from fastdrive_jax.pruning.budgets import camera_budgets
-from fastdrive_jax.pruning.max_min import farthest_first
+from fastdrive_jax.pruning.max_min import (
+    LOWEST,
+    farthest_first,
+    pairwise_distances,
+    unit_tokens,
+)
 
 GRID, CAMERAS, DIM, BATCH = (2, 5), 3, 8, 4
 PICTURE = math.prod(GRID)
@@ -207,13 +212,67 @@ def largest_array(pruner, rows, cameras, dim, k):
     return max(math.prod(int(size) for size in shape.split(",")) for shape in shapes)
 
 
-def test_no_array_of_pairs_is_held():
+def test_no_needless_array_of_pairs_is_held():
     pairs = 49**2
-    assert largest_array(make_pruner("prune2drive"), 7, 3, 4, 30) < pairs
     assert largest_array(make_pruner("cdpruner"), 7, 1, 4, 10) < pairs
-    # The check would see one: these two are defined by it.
-    assert largest_array(make_pruner("prune2drive", as_published=True), 7, 3, 4, 30) >= pairs
+    assert largest_array(make_pruner("prune2drive"), 7, 3, 4, 30) == 3 * pairs  # of each picture
+    # The check would see one: this is defined by it.
     assert largest_array(make_pruner("divprune"), 7, 1, 4, 10) >= pairs
+
+
+def one_by_one(distances, start, k, valid):
+    """`farthest_first` as it is defined, on the same numbers."""
+    nearest = np.where(valid, np.inf, np.float32(LOWEST))
+    order = [start]
+    for _ in range(k - 1):
+        nearest = np.minimum(nearest, distances[order[-1]])
+        nearest[order] = -np.inf
+        order.append(int(np.argmax(nearest)))
+    return order
+
+
+def scattered(kind, seed, count=150, dim=16):
+    """Tokens [3, N, D] and which are real, all of them in the first sample."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.normal(size=(3, count, dim))
+    if kind == "clustered":
+        tokens = tokens[:, rng.integers(0, 12, count)] + 0.1 * tokens
+    if kind == "repeated":
+        tokens = tokens[:, rng.integers(0, 20, count)]
+    if kind == "tied":
+        tokens = (np.argsort(tokens, axis=-1) < 4) * rng.choice([-1.0, 1.0], tokens.shape)
+    return tokens.astype(np.float32), np.arange(count) < np.array([[count], [90], [7]])
+
+
+@pytest.mark.parametrize("k", [1, 2, 40, 150])
+@pytest.mark.parametrize("kind", ["random", "clustered", "repeated", "tied"])
+def test_rounds_choose_what_single_steps_choose(kind, k):
+    run = jax.jit(jax.vmap(farthest_first, in_axes=(0, 0, None, 0)), static_argnums=2)
+    for seed in range(5):
+        tokens, valid = scattered(kind, seed)
+        distances = jax.vmap(pairwise_distances)(unit_tokens(tokens, valid))
+        start = np.array([3, 89, 0])
+        got = run(distances, start, k, valid)
+        for row in range(3):
+            want = one_by_one(np.asarray(distances[row]), start[row], k, valid[row])
+            np.testing.assert_array_equal(got[row], want)
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered"])
+def test_rounds_are_few(monkeypatch, kind):
+    rounds = []
+
+    def loop(unfinished, body, carry):
+        while unfinished(carry):
+            rounds.append(carry)
+            carry = body(carry)
+        return carry
+
+    monkeypatch.setattr(jax.lax, "while_loop", loop)
+    tokens, valid = scattered(kind, 0, count=600)
+    distances = pairwise_distances(unit_tokens(tokens[0], valid[0]))
+    assert len(farthest_first(distances, jnp.int32(0), 150, valid[0])) == 150
+    assert len(rounds) < 150 / 4
 
 
 @pytest.mark.parametrize(
@@ -317,4 +376,4 @@ def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="whole number of grids"):
         choose(METHODS["prune2drive"], drawn("continuous").replace(grid=(4, 4)), 3)
     with pytest.raises(ValueError, match="k must be"):
-        farthest_first(lambda token: jnp.zeros(3), jnp.int32(0), 4, jnp.ones(3, bool))
+        farthest_first(jnp.zeros((3, 3)), jnp.int32(0), 4, jnp.ones(3, bool))
