@@ -217,7 +217,7 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
 
 
 def timing_rows(programs: dict, drives: Drives, args: ComparePrunersArgs) -> list[Row]:
-    """Median milliseconds a frame of the whole policy, all settings in turn, and beside unpruned."""
+    """Median milliseconds a frame of the whole policy, all settings in turn, beside unpruned."""
     count = min(args.scenes, len(drives.frames))
     given = [jnp.asarray(x) for x in _frame(drives, drives.frames[:count, 0])]
     spent: dict = {name: [] for name in programs}
