@@ -13,7 +13,10 @@ from fastdrive_jax.pruning.position_prior import position_prior
 from fastdrive_jax.pruning.prune2drive import prune2drive
 from fastdrive_jax.pruning.random_tokens import random_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig, recon_pruner
+from fastdrive_jax.pruning.tome import tome
 from fastdrive_jax.pruning.uniform_grid import uniform_grid
+from fastdrive_jax.pruning.vis_pruner import vis_pruner
+from fastdrive_jax.pruning.vision_zip import vision_zip
 
 PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
     {
@@ -25,6 +28,9 @@ PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
         "divprune": div_prune,
         "cdpruner": cd_pruner,
         "prune2drive": prune2drive,
+        "vispruner": vis_pruner,
+        "visionzip": vision_zip,
+        "tome": tome,
     }
 )
 
