@@ -29,6 +29,15 @@ from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, real_tokens
 from fastdrive_jax.pruning.max_min import pairwise_cosines, unit_tokens
 
 
+def num_rounds(live: int, k: int, per_round: int) -> int:
+    """Rounds that thin `live` tokens out to k."""
+    rounds = 0
+    while live > k:
+        live -= min(live - k, per_round, (live + 1) // 2)
+        rounds += 1
+    return rounds
+
+
 def vis_pruner(
     important_ratio: float = 0.5, per_round: int = 8, as_published: bool = False
 ) -> Pruner:
@@ -87,13 +96,5 @@ def _thin_out(
         return order[turn], live - leave
 
     # A sample with padding is done earlier; no token leaves it in the rounds that are left.
-    rounds = _num_rounds(length, k, per_round)
+    rounds = num_rounds(length, k, per_round)
     return jax.lax.fori_loop(0, rounds, thin, (place, live))[0][:k]
-
-
-def _num_rounds(live: int, k: int, per_round: int) -> int:
-    rounds = 0
-    while live > k:
-        live -= min(live - k, per_round, (live + 1) // 2)
-        rounds += 1
-    return rounds

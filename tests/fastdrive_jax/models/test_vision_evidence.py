@@ -92,13 +92,19 @@ def test_rows_in_merge_blocks_give_the_same_evidence(encoded):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
 
 
-def test_no_array_of_pairs_of_patches_is_held():
-    shape = jax.ShapeDtypeStruct((1, 64 * 64, 2, 8), jnp.float32)
-    sown = {"blocks_1": {"attn": {"query": (shape,), "key": (shape,)}}}
-    run = jax.jit(lambda given: vision_evidence(given, VISION, (64, 64)))
-    text = run.lower(sown).compile().as_text()
-    sizes = re.findall(r"\bf32\[([\d,]+)\]", text)
-    assert max(math.prod(map(int, size.split(","))) for size in sizes) < 4096**2
+def test_no_array_of_pairs_of_patches_is_held(encoded):
+    model = DrivingVLA(dataclasses.replace(CONFIG, image_size=(896, 896)))
+
+    @jax.jit
+    def run(params, images):
+        given = {"params": params}
+        tokens, kept = model.apply(given, images, method="encode", mutable=["intermediates"])
+        return tokens, vision_evidence(kept["intermediates"]["visual"], VISION, (64, 64))
+
+    images = jax.ShapeDtypeStruct((1, 1, 896, 896, 3), jnp.uint8)
+    text = run.lower(encoded[0], images).compile().as_text()
+    shapes = re.findall(r"\b(?:f|s|u|pred|bf)\d*\[([\d,]+)\]", text)
+    assert max(math.prod(map(int, shape.split(","))) for shape in shapes) < 4096**2
 
 
 def test_an_encoder_of_windows_only_has_no_evidence():
