@@ -42,7 +42,8 @@ def encoded():
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (2, 2, *SIZE, 3)), jnp.uint8)
     model = DrivingVLA(CONFIG)
-    params = model.init(jax.random.key(1), images, method="encode")["params"]
+    init = jax.jit(lambda key: model.init(key, images, method="encode")["params"])
+    params = init(jax.random.key(1))
     # Initial weights give almost even attention, which would prove little.
     params = jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim == 2 else leaf, params)
     _, kept = model.apply({"params": params}, images, method="encode", mutable=["intermediates"])
