@@ -10,6 +10,7 @@ from fastdrive_jax.pruning.div_prune import div_prune
 from fastdrive_jax.pruning.fast_v import fast_v
 from fastdrive_jax.pruning.ground_truth import ground_truth
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, keep_indices, pruner_scores
+from fastdrive_jax.pruning.joint_pruner import joint_pruner
 from fastdrive_jax.pruning.position_prior import position_prior
 from fastdrive_jax.pruning.prune2drive import prune2drive
 from fastdrive_jax.pruning.pyramid_drop import pyramid_drop
@@ -17,12 +18,16 @@ from fastdrive_jax.pruning.random_tokens import random_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig, recon_pruner
 from fastdrive_jax.pruning.sparse_vlm import sparse_vlm, sparse_vlm_v1
 from fastdrive_jax.pruning.spec_prune import spec_prune
+from fastdrive_jax.pruning.tome import tome
 from fastdrive_jax.pruning.uniform_grid import uniform_grid
+from fastdrive_jax.pruning.vis_pruner import vis_pruner
+from fastdrive_jax.pruning.vision_zip import vision_zip
 from fastdrive_jax.pruning.vla_pruner import vla_pruner
 
 PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
     {
         "reconpruner": recon_pruner,
+        "jointpruner": joint_pruner,
         "random": random_tokens,
         "uniform": uniform_grid,
         "prior": position_prior,
@@ -36,6 +41,9 @@ PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
         "pyramiddrop": pyramid_drop,
         "specprune": spec_prune,
         "vlapruner": vla_pruner,
+        "vispruner": vis_pruner,
+        "visionzip": vision_zip,
+        "tome": tome,
     }
 )
 
