@@ -17,6 +17,7 @@ from experiments.answer import AnswerArgs, answer
 from experiments.bench_data import BenchDataArgs, bench_data
 from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.bench_model import BenchModelArgs, bench_model
+from experiments.bench_pruners import BenchPrunersArgs, bench_pruners
 from experiments.bench_train import BenchTrainArgs, bench_train
 from experiments.compile_model import CompileModelArgs, compile_model
 from experiments.compile_train import CompileTrainArgs, compile_train
@@ -89,6 +90,7 @@ Command = (
     | Annotated[KillDataArgs, tyro.conf.subcommand("kill-data")]
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
     | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
+    | Annotated[BenchPrunersArgs, tyro.conf.subcommand("bench-pruners")]
     | Annotated[CompileTrainArgs, tyro.conf.subcommand("compile-train")]
     | Annotated[BenchTrainArgs, tyro.conf.subcommand("bench-train")]
     | Annotated[PlotMetricsArgs, tyro.conf.subcommand("plot-metrics")]
@@ -126,6 +128,7 @@ RUN = {
     KillDataArgs: kill_data,
     BenchFrameArgs: bench_frame,
     BenchModelArgs: bench_model,
+    BenchPrunersArgs: bench_pruners,
     BenchTrainArgs: bench_train,
     PlotMetricsArgs: plot_metrics,
     CompileModelArgs: compile_model,
