@@ -39,13 +39,12 @@ from fastdrive_jax.inference.policy import (
     start_state,
 )
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
-from fastdrive_jax.pruning import PRUNERS, Pruner, make_pruner
+from fastdrive_jax.pruning import PRUNERS, TRAINED, Pruner, make_pruner
 from fastdrive_jax.pruning.accounting import frame_cost, recon_pruner_flops
 from fastdrive_jax.pruning.interface import cut_plan
 
 UNPRUNED = "unpruned"
 DRAWN = {"random", "prune2drive"}
-RECON = {"reconpruner"}  # methods that run its layer
 TEXT_TOKENS = 6  # around the picture: two marks before, one behind, and the prompt
 
 
@@ -134,7 +133,7 @@ def scene_frames(scene: np.ndarray) -> np.ndarray:
 
 def method_of(name: str, world: WorldRun) -> tuple[Pruner, Any]:
     """A method with what training gave it."""
-    if name == "reconpruner":
+    if name in TRAINED:
         config = world.run.recon.pruner
         return make_pruner(name, config=config), world.trained["pruner"]
     if name == "prior":
@@ -205,7 +204,7 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
         used = data.scene[errors[0].used]
         samples[name, ratio] = np.mean([planning_metrics(e)[HEADLINE] for e in errors], axis=0)
         rows += planning_rows(name, ratio, mean_errors(errors), data.scene)
-        seed = 0 if name in DRAWN or name == "reconpruner" else None
+        seed = 0 if name in DRAWN or name in TRAINED else None
         rows += foreground_rows(name, ratio, drives.areas, runs[0][1], data.scene, seed)
         rows += cost_rows(world.model, pruner, ratio, name)
     for (name, ratio), values in samples.items():
@@ -246,7 +245,7 @@ def cost_rows(model: DrivingVLA, pruner: Pruner, ratio: float, name: str) -> lis
     config = model.config
     n, text = config.visual_tokens, TEXT_TOKENS
     plan = cut_plan(pruner, n, ratio, config.text.num_layers)
-    own = recon_pruner_flops(config.text, n) if name in RECON else 0
+    own = recon_pruner_flops(config.text, n) if name in TRAINED else 0
     steps = config.vocabulary.plan_length
     cost = frame_cost(config.text, n, text, plan, decode_steps=steps, method_flops=own)
     found = {

@@ -47,9 +47,12 @@ PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
     }
 )
 
+# Made with `config=` of a trained ReconPruner, whose params are theirs.
+TRAINED = frozenset({"reconpruner", "jointpruner"})
+
 
 def make_pruner(name: str, **settings) -> Pruner:
-    """The method called `name`, made with its settings (`config=` for "reconpruner").
+    """The method called `name`, made with its settings (`config=` for those in `TRAINED`).
 
     Raises:
         UserError: There is no such method.
@@ -63,6 +66,7 @@ def make_pruner(name: str, **settings) -> Pruner:
 
 __all__ = [
     "PRUNERS",
+    "TRAINED",
     "Pruner",
     "PrunerInputs",
     "ReconPruner",
