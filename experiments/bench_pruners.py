@@ -52,7 +52,7 @@ class BenchPrunersArgs:
 
     Attributes:
         out: Folder for pruners.json.
-        methods: Names; the default is all that are registered.
+        methods: Names, or FILE.py:FUNCTION; the default is all that come with the library.
         batch: Batch sizes.
         n: Visual tokens N of a sample.
         dim: D; another than 2,048 scales the whole decoder's widths.

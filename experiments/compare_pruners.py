@@ -42,6 +42,7 @@ from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PRUNERS, TRAINED, Pruner, make_pruner
 from fastdrive_jax.pruning.accounting import frame_cost, recon_pruner_flops
 from fastdrive_jax.pruning.interface import cut_plan
+from fastdrive_jax.pruning.select import num_keep
 
 UNPRUNED = "unpruned"
 DRAWN = {"random", "prune2drive"}
@@ -55,7 +56,8 @@ class ComparePrunersArgs:
     Attributes:
         out: Folder of the results.
         quickstart: The world, and the ReconPruner that is trained on it.
-        methods: Names; all by default.
+        methods: Names, or FILE.py:FUNCTION for one of your own; by default all that come with the
+            library.
         ratios: Keep ratios.
         scenes: That are driven at once.
         rounds: Of timing, in which all methods take turns.
@@ -72,6 +74,8 @@ class ComparePrunersArgs:
         for name in self.methods:
             if name not in PRUNERS:
                 make_pruner(name)  # says what there is
+        for ratio in self.ratios:
+            num_keep(1000, ratio)
         if self.scenes < 1 or self.rounds < 1:
             raise UserError(f"scenes={self.scenes} and rounds={self.rounds} must be at least 1.")
 
@@ -129,6 +133,11 @@ def scene_frames(scene: np.ndarray) -> np.ndarray:
     if len(lengths) != 1:
         raise UserError(f"Scenes have {sorted(lengths)} frames; they must have the same number.")
     return np.stack(found)
+
+
+def label(name: str) -> str:
+    """A method's name in tables."""
+    return name.rpartition(":")[2]
 
 
 def method_of(name: str, world: WorldRun) -> tuple[Pruner, Any]:
@@ -197,15 +206,17 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
         pruner, weights = method_of("uniform" if name == UNPRUNED else name, world)
         policy = DrivingPolicy(world.model, pruner, ratio)
         params = {"vla": world.params, "pruner": weights}
-        programs[name, ratio] = policy, params
+        programs[label(name), ratio] = policy, params
         draws = range(RANDOM_DRAWS if name in DRAWN else 1)
         runs = [drive(policy, params, drives, args.scenes, seed) for seed in draws]
         errors = [planning_errors(w, data.future, data.future_valid) for w, _ in runs]
         used = data.scene[errors[0].used]
-        samples[name, ratio] = np.mean([planning_metrics(e)[HEADLINE] for e in errors], axis=0)
-        rows += planning_rows(name, ratio, mean_errors(errors), data.scene)
+        samples[label(name), ratio] = np.mean(
+            [planning_metrics(e)[HEADLINE] for e in errors], axis=0
+        )
+        rows += planning_rows(label(name), ratio, mean_errors(errors), data.scene)
         seed = 0 if name in DRAWN or name in TRAINED else None
-        rows += foreground_rows(name, ratio, drives.areas, runs[0][1], data.scene, seed)
+        rows += foreground_rows(label(name), ratio, drives.areas, runs[0][1], data.scene, seed)
         rows += cost_rows(world.model, pruner, ratio, name)
     for (name, ratio), values in samples.items():
         ours = samples.get(("reconpruner", ratio))
@@ -254,7 +265,7 @@ def cost_rows(model: DrivingVLA, pruner: Pruner, ratio: float, name: str) -> lis
         "kv_kib": (cost.kv_bytes / 1024, "KiB"),
     }
     return [
-        Row(name, ratio, metric, value, None, None, 1, None, unit)
+        Row(label(name), ratio, metric, value, None, None, 1, None, unit)
         for metric, (value, unit) in found.items()
     ]
 
@@ -286,7 +297,9 @@ def markdown(rows: Sequence[Row], args: ComparePrunersArgs) -> str:
 
     lines.append(line(UNPRUNED, 1.0))
     for ratio in args.ratios:
-        names = sorted(args.methods, key=lambda name, r=ratio: cells[name, r, HEADLINE].value)
+        names = sorted(
+            map(label, args.methods), key=lambda name, r=ratio: cells[name, r, HEADLINE].value
+        )
         lines += [line(name, ratio) for name in names]
     return "\n".join(lines) + "\n"
 

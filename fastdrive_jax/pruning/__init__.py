@@ -1,7 +1,9 @@
 """Token pruners: one file per method, one interface, and the list of them by name."""
 
 import difflib
+import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from fastdrive_jax.errors import UserError
@@ -52,16 +54,34 @@ TRAINED = frozenset({"reconpruner", "jointpruner"})
 
 
 def make_pruner(name: str, **settings) -> Pruner:
-    """The method called `name`, made with its settings (`config=` for those in `TRAINED`).
+    """A method made with its settings (`config=` for those in `TRAINED`).
+
+    Args:
+        name: Of `PRUNERS`, or "FILE.py:FUNCTION", a function of your own that returns a `Pruner`.
+        settings: Of the method.
 
     Raises:
         UserError: There is no such method.
     """
-    if name not in PRUNERS:
-        close = difflib.get_close_matches(name, PRUNERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PRUNERS)}."
-        raise UserError(f"There is no pruner {name!r}: {hint}")
-    return PRUNERS[name](**settings)
+    if name in PRUNERS:
+        return PRUNERS[name](**settings)
+    if ".py:" in name:
+        return _from_file(name)(**settings)
+    close = difflib.get_close_matches(name, PRUNERS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PRUNERS)}."
+    raise UserError(f"There is no pruner {name!r}: {hint}")
+
+
+def _from_file(name: str) -> Callable[..., Pruner]:
+    file, _, function = name.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"There is no file {file} to take the pruner {function!r} from.")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise UserError(f"{file} has no function {function!r} that makes a pruner.")
+    return getattr(module, function)
 
 
 __all__ = [

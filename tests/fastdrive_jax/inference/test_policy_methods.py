@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastdrive_jax.inference.policy import DrivingPolicy, picture_inputs, plan_tokens, start_state
+from fastdrive_jax.inference.policy import (
+    DrivingPolicy,
+    picture_inputs,
+    plan,
+    plan_tokens,
+    start_state,
+)
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PRUNERS, TRAINED, make_pruner
 from fastdrive_jax.pruning.interface import cut_plan
@@ -73,3 +79,35 @@ def test_every_method_drives(deep, small_pruner, name):
     blind = {"random", "uniform", "prior"}  # whatever the picture shows
     changed = (plans[0].keep_indices != plans[1].keep_indices).any()
     assert changed != (name in blind)
+
+
+def test_a_drive_that_begins_anew_forgets(deep):
+    """Sample 0 begins a drive with the third frame: it plans as after no frame."""
+    config, params = deep
+    policy = DrivingPolicy(DrivingVLA(config), make_pruner("vlapruner"), 0.3)
+    given = {"vla": params["vla"], "pruner": None}
+
+    @jax.jit
+    def step(images, speed, command, state, first):
+        return plan(policy, given, images, speed, command, None, state, first)
+
+    def drive(seeds, firsts):
+        state = start_state(policy, BATCH)
+        for seed, first in zip(seeds, firsts, strict=True):
+            images, _, speed, command = frame(seed)
+            planned = step(images, speed, command, state, jnp.asarray(first))
+            state = planned.state
+        return planned
+
+    no = [False, False]
+    went_on = drive((0, 1, 2), (no, no, no))
+    restarted = drive((0, 1, 2), (no, no, [True, False]))
+    fresh = drive((2,), (no,))
+    np.testing.assert_array_equal(restarted.state["frames"], [1, 3])
+    np.testing.assert_allclose(restarted.state["rows"][0], fresh.state["rows"][0], atol=1e-6)
+    np.testing.assert_array_equal(restarted.keep_indices[0], fresh.keep_indices[0])
+    np.testing.assert_allclose(restarted.state["rows"][1], went_on.state["rows"][1], atol=1e-6)
+    # What was kept got attention, what was not got none.
+    newest = np.asarray(went_on.state["rows"][:, 0])
+    for row, kept in zip(newest, np.asarray(went_on.keep_indices), strict=True):
+        np.testing.assert_array_equal(np.flatnonzero(row), kept)
