@@ -312,7 +312,7 @@ def _text(live):
 def _instruction(live):
     """Which text tokens stand behind the last visual token."""
     real = jnp.arange(live.visual.shape[1]) < live.count[:, None]
-    last = jnp.max(jnp.where(real, live.visual, -1), axis=1, keepdims=True)
+    last = jnp.max(jnp.where(real, live.visual, -1), axis=1, keepdims=True, initial=-1)
     return (live.text > last) & (live.text < live.length[:, None])
 
 

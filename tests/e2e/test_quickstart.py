@@ -24,6 +24,7 @@ SMALL = [
     "--world.cameras",
     "CAM_FRONT",
     "--world.workers=1",
+    "--planning-scenes=4",
     "--pruner.optimizer.warmup-steps=1",
     "--pruner.loader.batch-size=2",
     "--pruner.checkpoint-every=4",
@@ -179,6 +180,42 @@ def test_a_killed_run_ends_with_the_same_weights(run, environment, whole, tmp_pa
     assert done.returncode == 0, done.stderr[-3000:]
     assert weights_digest(out) == weights_digest(whole)
     assert timeless(rows_of(out)) == timeless(rows_of(whole))
+
+
+def test_methods_are_compared_on_the_drives_of_a_quick_start(environment, whole, tmp_path):
+    arguments = [part.replace("--", "--quickstart.", 1) for part in SMALL]
+    code = "import sys; from experiments.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", code, "compare-pruners", f"--out={tmp_path}"),
+            f"--quickstart.out={whole}",
+            *arguments,
+            f"--quickstart.pruner.optimizer.total-steps={STEPS}",
+            *("--methods", "reconpruner", "random", "vlapruner", "--ratios", "0.5", "--rounds=1"),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    found = {(row["method"], row["keep_ratio"], row["metric"]): row["value"] for row in rows}
+    report = {
+        (row["method"], row["keep_ratio"], row["metric"]): row["value"] for row in rows_of(whole)
+    }
+    # The same plans as the quick start's, whose tokens were kept as float16.
+    for method, ratio in (("unpruned", 1.0), ("reconpruner", 0.5)):
+        cell = method, ratio, "ade"
+        assert found[cell] == pytest.approx(report[cell], abs=0.05)
+    for metric in ("object_recall", "prefill_gflop", "equivalent_tokens", "frame_ms"):
+        assert ("vlapruner", 0.5, metric) in found
+    assert found["vlapruner", 0.5, "equivalent_tokens"] == pytest.approx((112 + 4 * 56) / 5)
+    assert ("reconpruner - vlapruner", 0.5, "ade_difference") in found
+    table = (tmp_path / "compare.md").read_text().splitlines()
+    assert [line.split(" | ")[1] for line in table[2:3]] == ["unpruned"]
+    assert len(table) == 2 + 1 + 3
 
 
 @pytest.mark.parametrize(

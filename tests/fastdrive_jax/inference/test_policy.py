@@ -168,6 +168,19 @@ def test_a_ratio_out_of_range_is_refused(one_camera, small_pruner, ratio):
         RUN(policy_of(config, small_pruner, ratio), params, *inputs(1))
 
 
+def test_without_a_picture_it_plans_from_the_prompt(one_camera):
+    config, params = one_camera
+    model, variables = DrivingVLA(config), {"params": params["vla"]}
+    prompt = config.vocabulary.prompt(jnp.array([1.0, 9.0]), jnp.array([0, 2]))
+    tokens, where = jnp.zeros((2, 0, 32)), jnp.zeros((3, 2, 0), jnp.int32)
+    prefilled = jax.jit(lambda t, w: prefill(model, variables, t, w, prompt))(tokens, where)
+    hidden, ids = model.apply(variables, tokens, where, prompt, method="sequence")
+    assert hidden.shape == (2, 6, 32)
+    whole = model.apply(variables, hidden, ids, method=lambda vla, *x: vla.language_model(*x))[0]
+    logits = model.apply(variables, whole, method=lambda vla, x: vla.language_model.logits(x))
+    np.testing.assert_allclose(prefilled.logits, logits[:, -1], atol=1e-5)
+
+
 def test_decoding_gives_displacement_ids_only(one_camera):
     config, params = one_camera
     model, variables = DrivingVLA(config), {"params": params["vla"]}

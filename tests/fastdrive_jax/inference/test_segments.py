@@ -47,7 +47,7 @@ def params():
     drawn = init(jax.random.key(0))
     # Larger queries and keys: attention that differs from token to token.
     return jax.tree.map(
-        lambda leaf: 3 * leaf if leaf.ndim == 2 and leaf.shape[0] == 32 else leaf, drawn
+        lambda leaf: 2 * leaf if leaf.ndim == 2 and leaf.shape[0] == 32 else leaf, drawn
     )
 
 
@@ -184,6 +184,18 @@ def test_what_was_cut_might_as_well_be_masked_out(params, monkeypatch, layers, b
     want, observed = masked(params, sequence, keeps, monkeypatch, observe=(0, 2, 3))
     np.testing.assert_allclose(logits, want, atol=1e-5)
     np.testing.assert_allclose(action, observed, atol=1e-5)
+
+
+def test_tokens_cut_before_the_model_might_as_well_be_masked_out(params, monkeypatch):
+    def score(params, inputs, key):
+        return inputs.tokens[..., 0]
+
+    sequence = sequences()
+    logits, read, _ = run(params, sequence, Pruner(name="input", score=score), 0.4)
+    assert [segment.layers for segment in read.segments] == [(0, 4)]
+    keeps = {0: kept_places(read.segments[0], sequence[2])}
+    want, _ = masked(params, sequence, keeps, monkeypatch)
+    np.testing.assert_allclose(logits, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("own_rows", [False, True])
