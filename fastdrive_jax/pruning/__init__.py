@@ -18,6 +18,7 @@ from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig, r
 from fastdrive_jax.pruning.sparse_vlm import sparse_vlm, sparse_vlm_v1
 from fastdrive_jax.pruning.spec_prune import spec_prune
 from fastdrive_jax.pruning.uniform_grid import uniform_grid
+from fastdrive_jax.pruning.vla_cache import vla_cache
 from fastdrive_jax.pruning.vla_pruner import vla_pruner
 
 PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
@@ -36,6 +37,7 @@ PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
         "pyramiddrop": pyramid_drop,
         "specprune": spec_prune,
         "vlapruner": vla_pruner,
+        "vlacache": vla_cache,
     }
 )
 
