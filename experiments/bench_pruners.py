@@ -198,6 +198,7 @@ def method_program(
         action=jax.random.uniform(jax.random.key(0), (batch, args.n)),
         kept=jnp.arange(args.n) < jnp.full((batch, 1), args.k),
         pixels=jnp.zeros((batch, args.n, PIXELS)),
+        text=jax.random.uniform(jax.random.key(0), (batch, args.n)),
     )
 
     @jax.jit
