@@ -11,7 +11,9 @@ A method's overhead is one compiled program: the evidence that it declares, made
 and keys of the language model or the vision encoder, the choice of tokens at each of its cuts, and
 what it remembers of a frame. Left out are the projections to queries and keys, which the model
 computes anyway (but twice, where a method reads the rows of the layer that it stands before), and
-a temporal method's rows of decoded tokens.
+a temporal method's rows of decoded tokens. What it saves is told beside, by count.
+
+On 2 cores `--batch 1 --repeats 2` takes a few minutes; the default is for an accelerator.
 """
 
 import math
@@ -32,7 +34,9 @@ from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.models.attention_rows import attention_received, attention_rows
 from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B, DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
-from fastdrive_jax.pruning import PRUNERS, Pruner, PrunerInputs, make_pruner
+from fastdrive_jax.models.qwen2_5_vl.vision_evidence import MOST_ROWS
+from fastdrive_jax.pruning import PRUNERS, TRAINED, Pruner, PrunerInputs, make_pruner
+from fastdrive_jax.pruning.accounting import FORMULA, frame_cost
 from fastdrive_jax.pruning.interface import ATTENTION, VISION, Seen, cut_plan, keep_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 
@@ -48,7 +52,7 @@ class BenchPrunersArgs:
 
     Attributes:
         out: Folder for pruners.json.
-        methods: Names; the default is all that are registered.
+        methods: Names, or FILE.py:FUNCTION; the default is all that come with the library.
         batch: Batch sizes.
         n: Visual tokens N of a sample.
         dim: D; another than 2,048 scales the whole decoder's widths.
@@ -109,23 +113,34 @@ def bench_pruners(args: BenchPrunersArgs) -> Path:
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     config = scaled_config(args.dim)
     layers = config.num_layers if args.whole else 1
+    methods = {name: method(name, config) for name in args.methods}
+    plans = {
+        name: cut_plan(pruner, args.n, args.keep_ratio, config.num_layers)
+        for name, pruner in methods.items()
+    }
     rows = []
+
+    def add(name, ratio, metric, value, unit="", n=args.repeats):
+        rows.append(Row(name, ratio, metric, value, None, None, n, 0, unit))
+
+    for name, plan in plans.items():
+        left, whole = (
+            frame_cost(config, args.n, TEXT, cuts, decode_steps=0).prefill_flops
+            for cuts in (plan, ())
+        )
+        add(name, args.k / args.n, "prefill_flops_share", left / whole, n=1)
     for batch in args.batch:
         programs = {"prefill": prefill_program(config, layers, batch, args.n, dtype)}
-        for name in args.methods:
-            programs[name] = method_program(name, config, batch, args, dtype)
+        for name, pruner in methods.items():
+            programs[name] = method_program(pruner, plans[name], config, batch, args.n, dtype)
         spent = interleaved(programs, args.repeats)
         prefill = spent.pop("prefill") * config.num_layers / layers
-
-        def row(method, ratio, metric, value, unit=""):
-            return Row(method, ratio, metric, value, None, None, args.repeats, 0, unit)
-
-        rows.append(row("unpruned", 1.0, f"prefill_batch_{batch}_ms", prefill, "ms"))
+        add("unpruned", 1.0, f"prefill_batch_{batch}_ms", prefill, "ms")
         print(f"batch {batch}: prefill {prefill:.1f} ms", flush=True)
         for name, value in spent.items():
             ratio, share = args.k / args.n, value / prefill
-            rows.append(row(name, ratio, f"overhead_batch_{batch}_ms", value, "ms"))
-            rows.append(row(name, ratio, f"overhead_batch_{batch}_share", share))
+            add(name, ratio, f"overhead_batch_{batch}_ms", value, "ms")
+            add(name, ratio, f"overhead_batch_{batch}_share", share)
             print(f"batch {batch}, {name}: {value:.2f} ms, {share:.2%} of it", flush=True)
     meta = {
         "device": str(jax.devices()[0]),
@@ -135,6 +150,7 @@ def bench_pruners(args: BenchPrunersArgs) -> Path:
         "text_tokens": TEXT,
         "kept": args.k,
         "layers_timed": layers,
+        "prefill_flops": FORMULA,
     }
     return write_rows(args.out / "pruners.json", rows, meta)
 
@@ -179,26 +195,34 @@ def prefill_program(
     return lambda: run(variables, x)
 
 
+def method(name: str, config: DecoderConfig) -> Pruner:
+    """The method called `name`; ReconPruner's layer is one of the decoder's size."""
+    settings = {"config": ReconPrunerConfig(config)} if name in TRAINED else {}
+    return make_pruner(name, **settings)
+
+
 def method_program(
-    name: str, config: DecoderConfig, batch: int, args: BenchPrunersArgs, dtype: jnp.dtype
+    pruner: Pruner,
+    plan: tuple[tuple[int, int], ...],
+    config: DecoderConfig,
+    batch: int,
+    n: int,
+    dtype: jnp.dtype,
 ) -> Callable[[], Any]:
-    """All that the method called `name` adds to a frame."""
-    settings = {"config": ReconPrunerConfig(config)} if name == "reconpruner" else {}
-    pruner = make_pruner(name, **settings)
-    plan = cut_plan(pruner, args.n, args.keep_ratio, config.num_layers)
-    found = [args.n, *(k for _, k in plan[:-1])]
+    """All that a method adds to a frame."""
+    found = [n, *(k for _, k in plan[:-1])]
     cuts = [example_cut(pruner, config, batch, found[: i + 1], dtype) for i in range(len(found))]
     params = None
-    if name == "reconpruner":
-        module = ReconPruner(settings["config"])
+    if pruner.name in TRAINED:
+        module = ReconPruner(ReconPrunerConfig(config))
         params = _initialised(module, dtype, cuts[0].inputs.tokens[:, :1])["params"]
-    elif name == "prior":
-        params = jax.random.uniform(jax.random.key(0), (1, args.n))
+    elif pruner.name == "prior":
+        params = jax.random.uniform(jax.random.key(0), (1, n))
     seen = Seen(
-        action=jax.random.uniform(jax.random.key(0), (batch, args.n)),
-        kept=jnp.arange(args.n) < jnp.full((batch, 1), args.k),
-        pixels=jnp.zeros((batch, args.n, PIXELS)),
-        text=jax.random.uniform(jax.random.key(0), (batch, args.n)),
+        action=jax.random.uniform(jax.random.key(0), (batch, n)),
+        kept=jnp.arange(n) < jnp.full((batch, 1), plan[-1][1]),
+        pixels=jnp.zeros((batch, n, PIXELS)),
+        text=jax.random.uniform(jax.random.key(0), (batch, n)),
     )
 
     @jax.jit
@@ -294,7 +318,8 @@ def with_evidence(pruner: Pruner, cut: Cut) -> PrunerInputs:
         return attention_received(cut.model.query, cut.model.key, causal=True)[:, :n]
 
     def vision_received():
-        received = attention_received(cut.vision.query, cut.vision.key)
+        every = math.ceil(cut.vision.key.shape[1] / MOST_ROWS)
+        received = attention_received(cut.vision.query, cut.vision.key, every=every)
         return jnp.sum(received.reshape(batch, n, -1), axis=-1)
 
     def vision_keys():

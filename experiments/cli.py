@@ -19,6 +19,7 @@ from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.bench_model import BenchModelArgs, bench_model
 from experiments.bench_pruners import BenchPrunersArgs, bench_pruners
 from experiments.bench_train import BenchTrainArgs, bench_train
+from experiments.compare_pruners import ComparePrunersArgs, compare_pruners
 from experiments.compile_model import CompileModelArgs, compile_model
 from experiments.compile_train import CompileTrainArgs, compile_train
 from experiments.data_commands import BuildArgs, MaskArgs, VerifyArgs, build, mask, verify
@@ -91,6 +92,7 @@ Command = (
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
     | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
     | Annotated[BenchPrunersArgs, tyro.conf.subcommand("bench-pruners")]
+    | Annotated[ComparePrunersArgs, tyro.conf.subcommand("compare-pruners")]
     | Annotated[CompileTrainArgs, tyro.conf.subcommand("compile-train")]
     | Annotated[BenchTrainArgs, tyro.conf.subcommand("bench-train")]
     | Annotated[PlotMetricsArgs, tyro.conf.subcommand("plot-metrics")]
@@ -129,6 +131,7 @@ RUN = {
     BenchFrameArgs: bench_frame,
     BenchModelArgs: bench_model,
     BenchPrunersArgs: bench_pruners,
+    ComparePrunersArgs: compare_pruners,
     BenchTrainArgs: bench_train,
     PlotMetricsArgs: plot_metrics,
     CompileModelArgs: compile_model,

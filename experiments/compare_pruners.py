@@ -39,13 +39,13 @@ from fastdrive_jax.inference.policy import (
     start_state,
 )
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
-from fastdrive_jax.pruning import PRUNERS, Pruner, make_pruner
+from fastdrive_jax.pruning import PRUNERS, TRAINED, Pruner, make_pruner
 from fastdrive_jax.pruning.accounting import frame_cost, recon_pruner_flops
 from fastdrive_jax.pruning.interface import cut_plan
+from fastdrive_jax.pruning.select import num_keep
 
 UNPRUNED = "unpruned"
 DRAWN = {"random", "prune2drive"}
-RECON = {"reconpruner"}  # methods that run its layer
 TEXT_TOKENS = 6  # around the picture: two marks before, one behind, and the prompt
 
 
@@ -56,7 +56,8 @@ class ComparePrunersArgs:
     Attributes:
         out: Folder of the results.
         quickstart: The world, and the ReconPruner that is trained on it.
-        methods: Names; all by default.
+        methods: Names, or FILE.py:FUNCTION for one of your own; by default all that come with the
+            library.
         ratios: Keep ratios.
         scenes: That are driven at once.
         rounds: Of timing, in which all methods take turns.
@@ -73,6 +74,8 @@ class ComparePrunersArgs:
         for name in self.methods:
             if name not in PRUNERS:
                 make_pruner(name)  # says what there is
+        for ratio in self.ratios:
+            num_keep(1000, ratio)
         if self.scenes < 1 or self.rounds < 1:
             raise UserError(f"scenes={self.scenes} and rounds={self.rounds} must be at least 1.")
 
@@ -132,9 +135,14 @@ def scene_frames(scene: np.ndarray) -> np.ndarray:
     return np.stack(found)
 
 
+def label(name: str) -> str:
+    """A method's name in tables."""
+    return name.rpartition(":")[2]
+
+
 def method_of(name: str, world: WorldRun) -> tuple[Pruner, Any]:
     """A method with what training gave it."""
-    if name == "reconpruner":
+    if name in TRAINED:
         config = world.run.recon.pruner
         return make_pruner(name, config=config), world.trained["pruner"]
     if name == "prior":
@@ -198,15 +206,17 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
         pruner, weights = method_of("uniform" if name == UNPRUNED else name, world)
         policy = DrivingPolicy(world.model, pruner, ratio)
         params = {"vla": world.params, "pruner": weights}
-        programs[name, ratio] = policy, params
+        programs[label(name), ratio] = policy, params
         draws = range(RANDOM_DRAWS if name in DRAWN else 1)
         runs = [drive(policy, params, drives, args.scenes, seed) for seed in draws]
         errors = [planning_errors(w, data.future, data.future_valid) for w, _ in runs]
         used = data.scene[errors[0].used]
-        samples[name, ratio] = np.mean([planning_metrics(e)[HEADLINE] for e in errors], axis=0)
-        rows += planning_rows(name, ratio, mean_errors(errors), data.scene)
-        seed = 0 if name in DRAWN or name == "reconpruner" else None
-        rows += foreground_rows(name, ratio, drives.areas, runs[0][1], data.scene, seed)
+        samples[label(name), ratio] = np.mean(
+            [planning_metrics(e)[HEADLINE] for e in errors], axis=0
+        )
+        rows += planning_rows(label(name), ratio, mean_errors(errors), data.scene)
+        seed = 0 if name in DRAWN or name in TRAINED else None
+        rows += foreground_rows(label(name), ratio, drives.areas, runs[0][1], data.scene, seed)
         rows += cost_rows(world.model, pruner, ratio, name)
     for (name, ratio), values in samples.items():
         ours = samples.get(("reconpruner", ratio))
@@ -217,7 +227,7 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
 
 
 def timing_rows(programs: dict, drives: Drives, args: ComparePrunersArgs) -> list[Row]:
-    """Median milliseconds a frame of the whole policy, all settings in turn, and beside unpruned."""
+    """Median milliseconds a frame of the whole policy, all settings in turn, beside unpruned."""
     count = min(args.scenes, len(drives.frames))
     given = [jnp.asarray(x) for x in _frame(drives, drives.frames[:count, 0])]
     spent: dict = {name: [] for name in programs}
@@ -246,7 +256,7 @@ def cost_rows(model: DrivingVLA, pruner: Pruner, ratio: float, name: str) -> lis
     config = model.config
     n, text = config.visual_tokens, TEXT_TOKENS
     plan = cut_plan(pruner, n, ratio, config.text.num_layers)
-    own = recon_pruner_flops(config.text, n) if name in RECON else 0
+    own = recon_pruner_flops(config.text, n) if name in TRAINED else 0
     steps = config.vocabulary.plan_length
     cost = frame_cost(config.text, n, text, plan, decode_steps=steps, method_flops=own)
     found = {
@@ -255,7 +265,7 @@ def cost_rows(model: DrivingVLA, pruner: Pruner, ratio: float, name: str) -> lis
         "kv_kib": (cost.kv_bytes / 1024, "KiB"),
     }
     return [
-        Row(name, ratio, metric, value, None, None, 1, None, unit)
+        Row(label(name), ratio, metric, value, None, None, 1, None, unit)
         for metric, (value, unit) in found.items()
     ]
 
@@ -287,7 +297,9 @@ def markdown(rows: Sequence[Row], args: ComparePrunersArgs) -> str:
 
     lines.append(line(UNPRUNED, 1.0))
     for ratio in args.ratios:
-        names = sorted(args.methods, key=lambda name, r=ratio: cells[name, r, HEADLINE].value)
+        names = sorted(
+            map(label, args.methods), key=lambda name, r=ratio: cells[name, r, HEADLINE].value
+        )
         lines += [line(name, ratio) for name in names]
     return "\n".join(lines) + "\n"
 

@@ -16,9 +16,11 @@ from fastdrive_jax.models.qwen2_5_vl.driving import (
     positions,
     visual_positions,
 )
-from fastdrive_jax.models.qwen2_5_vl.patches import patch_rows
+from fastdrive_jax.models.qwen2_5_vl.patches import patch_grid, patch_rows
+from fastdrive_jax.models.qwen2_5_vl.vision_evidence import vision_evidence
 from fastdrive_jax.pruning.budgets import split_pictures
 from fastdrive_jax.pruning.interface import (
+    VISION,
     Kept,
     Need,
     Pruner,
@@ -114,7 +116,20 @@ def picture_inputs(
         needs: Of the method.
     """
     config = model.config
-    inputs = driving_inputs(config, model.apply(params, images, method="encode"))
+    batch, cameras = images.shape[:2]
+    wanted = ["intermediates"] if needs & VISION else False
+    tokens = model.apply(params, images, method="encode", mutable=wanted)
+    if wanted:
+        tokens, kept = tokens
+    inputs = driving_inputs(config, tokens)
+    if wanted:
+        grid = patch_grid(*config.image_size, config.vision)
+        found = vision_evidence(kept["intermediates"]["visual"], config.vision, grid)
+        inputs = inputs.replace(
+            # A sample's tokens share 1, whatever the number of its cameras.
+            vision_received=found.received.reshape(batch, -1) / cameras,
+            vision_keys=found.keys.reshape(batch, -1, found.keys.shape[-1]),
+        )
     if "pixels" in needs:
         inputs = inputs.replace(pixels=_pixels(images, config))
     return inputs

@@ -74,6 +74,7 @@ def attention_received(
     key: Float[Array, "B N G d"],
     lengths: Int[Array, " B"] | None = None,
     causal: bool = False,
+    every: int = 1,
 ) -> Float[Array, "B N"]:
     """Attention that each token receives, mean over heads and over the rows of real tokens.
 
@@ -82,16 +83,18 @@ def attention_received(
         key: [B, N, G, d].
         lengths: Real tokens of each sample; None means all.
         causal: Whether row i sees keys 0 to i only.
+        every: Rows 0, `every`, 2 `every` and so on stand for all; 1 takes all.
     """
     batch, count, heads, _ = query.shape
     lengths = jnp.full(batch, count) if lengths is None else lengths
+    query = query[:, ::every]
     most = max(8, _BLOCK_BYTES // (4 * batch * heads * count))
-    blocks = math.ceil(count / most)
-    size = math.ceil(count / blocks)
-    query = jnp.pad(query, ((0, 0), (0, blocks * size - count), (0, 0), (0, 0)))
+    blocks = math.ceil(query.shape[1] / most)
+    size = math.ceil(query.shape[1] / blocks)
+    query = jnp.pad(query, ((0, 0), (0, blocks * size - query.shape[1]), (0, 0), (0, 0)))
 
     def add(total, start):
-        rows = start + jnp.arange(size)
+        rows = every * (start + jnp.arange(size))
         real = rows < lengths[:, None]
         seen = jnp.minimum(rows + 1, lengths[:, None]) if causal else lengths[:, None]
         part = jax.lax.dynamic_slice_in_dim(query, start, size, axis=1)
@@ -103,4 +106,5 @@ def attention_received(
         total, _ = add(total, 0)
     else:
         total, _ = jax.lax.scan(add, total, size * jnp.arange(blocks))
-    return total / (heads * lengths[:, None])
+    rows = (lengths + every - 1) // every
+    return total / (heads * rows[:, None])

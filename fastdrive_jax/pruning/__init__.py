@@ -1,7 +1,9 @@
 """Token pruners: one file per method, one interface, and the list of them by name."""
 
 import difflib
+import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from fastdrive_jax.errors import UserError
@@ -10,6 +12,7 @@ from fastdrive_jax.pruning.div_prune import div_prune
 from fastdrive_jax.pruning.fast_v import fast_v
 from fastdrive_jax.pruning.ground_truth import ground_truth
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, keep_indices, pruner_scores
+from fastdrive_jax.pruning.joint_pruner import joint_pruner
 from fastdrive_jax.pruning.position_prior import position_prior
 from fastdrive_jax.pruning.prune2drive import prune2drive
 from fastdrive_jax.pruning.pyramid_drop import pyramid_drop
@@ -17,13 +20,17 @@ from fastdrive_jax.pruning.random_tokens import random_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig, recon_pruner
 from fastdrive_jax.pruning.sparse_vlm import sparse_vlm, sparse_vlm_v1
 from fastdrive_jax.pruning.spec_prune import spec_prune
+from fastdrive_jax.pruning.tome import tome
 from fastdrive_jax.pruning.uniform_grid import uniform_grid
+from fastdrive_jax.pruning.vis_pruner import vis_pruner
+from fastdrive_jax.pruning.vision_zip import vision_zip
 from fastdrive_jax.pruning.vla_cache import vla_cache
 from fastdrive_jax.pruning.vla_pruner import vla_pruner
 
 PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
     {
         "reconpruner": recon_pruner,
+        "jointpruner": joint_pruner,
         "random": random_tokens,
         "uniform": uniform_grid,
         "prior": position_prior,
@@ -38,25 +45,50 @@ PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
         "specprune": spec_prune,
         "vlapruner": vla_pruner,
         "vlacache": vla_cache,
+        "vispruner": vis_pruner,
+        "visionzip": vision_zip,
+        "tome": tome,
     }
 )
 
+# Made with `config=` of a trained ReconPruner, whose params are theirs.
+TRAINED = frozenset({"reconpruner", "jointpruner"})
+
 
 def make_pruner(name: str, **settings) -> Pruner:
-    """The method called `name`, made with its settings (`config=` for "reconpruner").
+    """A method made with its settings (`config=` for those in `TRAINED`).
+
+    Args:
+        name: Of `PRUNERS`, or "FILE.py:FUNCTION", a function of your own that returns a `Pruner`.
+        settings: Of the method.
 
     Raises:
         UserError: There is no such method.
     """
-    if name not in PRUNERS:
-        close = difflib.get_close_matches(name, PRUNERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PRUNERS)}."
-        raise UserError(f"There is no pruner {name!r}: {hint}")
-    return PRUNERS[name](**settings)
+    if name in PRUNERS:
+        return PRUNERS[name](**settings)
+    if ".py:" in name:
+        return _from_file(name)(**settings)
+    close = difflib.get_close_matches(name, PRUNERS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PRUNERS)}."
+    raise UserError(f"There is no pruner {name!r}: {hint}")
+
+
+def _from_file(name: str) -> Callable[..., Pruner]:
+    file, _, function = name.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"There is no file {file} to take the pruner {function!r} from.")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise UserError(f"{file} has no function {function!r} that makes a pruner.")
+    return getattr(module, function)
 
 
 __all__ = [
     "PRUNERS",
+    "TRAINED",
     "Pruner",
     "PrunerInputs",
     "ReconPruner",

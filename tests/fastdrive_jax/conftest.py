@@ -60,3 +60,9 @@ def two_cameras() -> tuple[DrivingConfig, dict]:
 @pytest.fixture(scope="session")
 def small_pruner() -> ReconPrunerConfig:
     return PRUNER
+
+
+@pytest.fixture(scope="session")
+def small_init():
+    """Random params of a config; see `small_params`."""
+    return small_params

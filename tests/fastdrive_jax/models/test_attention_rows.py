@@ -53,20 +53,22 @@ def test_rows_anywhere_attend_to_what_they_see(monkeypatch, block_bytes):
         np.testing.assert_allclose(got[sample], want, atol=1e-5)
 
 
+@pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("block_bytes", [1 << 24, 2000])
-def test_what_tokens_receive_is_the_mean_over_real_rows(monkeypatch, causal, block_bytes):
+def test_what_tokens_receive_is_the_mean_over_real_rows(monkeypatch, causal, block_bytes, every):
     monkeypatch.setattr("fastdrive_jax.models.attention_rows._BLOCK_BYTES", block_bytes)
     query, key = drawn(21, 21)
     lengths = np.array([21, 13])
-    got = attention_received(query, key, jnp.asarray(lengths), causal)
+    got = attention_received(query, key, jnp.asarray(lengths), causal, every)
     for sample, length in enumerate(lengths):
-        rows, keys = np.asarray(query[sample, :length]), np.asarray(key[sample])
-        seen = np.arange(1, length + 1) if causal else np.full(length, length)
+        rows, keys = np.asarray(query[sample, :length:every]), np.asarray(key[sample])
+        seen = np.arange(1, length + 1, every) if causal else np.full(len(rows), length)
         want = softmax_rows(rows, keys, seen).mean(axis=(0, 1))
         np.testing.assert_allclose(got[sample], want, atol=1e-5)
         np.testing.assert_allclose(got[sample].sum(), 1, atol=1e-5)
-    np.testing.assert_allclose(attention_received(query, key, None, causal)[0], got[0], atol=1e-6)
+    whole = attention_received(query, key, None, causal, every)
+    np.testing.assert_allclose(whole[0], got[0], atol=1e-6)
 
 
 def test_no_array_of_pairs_is_held():

@@ -1,0 +1,137 @@
+"""JointPruner, of this library: foreground, what actions looked at, and no two tokens alike.
+
+FastDriveVLA asks what of a picture is foreground, VLA-Pruner what the last actions looked at, the
+diversity methods what a token adds to the others. Here one relevance joins the first two, the third
+corrects it, and all cameras compete for one budget. It stands before the language model, so that no
+layer sees more than K tokens, and it has no loop over tokens.
+
+    f = rank in 0..1 of ReconPruner's score, of all tokens of the sample
+    a = rank in 0..1 of the action attention, of the tokens that were kept in the last frames
+    r = f + w c (a - f),   c = g^(frames since it was last kept), 0 for one that never was
+
+A token that was kept and not looked at falls behind, one that was not kept is judged by its looks;
+with time a token is forgotten. Action attention is an exponential mean over the frames in which a
+token was kept, `(1 - e) old + e new`. Then, of the best `candidates` K tokens,
+
+    s_j = r_j - m max(0, max_{i : r_i > r_j} cos(v_i, v_j))
+
+and the best K stay. The defaults were chosen on training scenes of the synthetic world
+(docs/compare_pruners.md).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from fastdrive_jax.pruning.budgets import split_pictures
+from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, Seen, Temporal, real_tokens
+from fastdrive_jax.pruning.max_min import pairwise_distances, unit_tokens
+from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig, recon_pruner
+from fastdrive_jax.pruning.select import gather_tokens, top_k
+
+State = dict[str, Array]
+
+
+def joint_pruner(
+    config: ReconPrunerConfig,
+    action_weight: float = 0.5,
+    forget: float = 0.8,
+    newest: float = 0.5,
+    redundancy: float = 0.1,
+    candidates: float = 1.5,
+    layers=None,
+) -> Pruner:
+    """JointPruner as a method; its params are those of a trained ReconPruner.
+
+    Args:
+        config: Of that ReconPruner.
+        action_weight: w, in 0..1; 0 looks at the picture alone.
+        forget: g, in 0..1, a frame.
+        newest: e, in (0, 1].
+        redundancy: m, at least 0.
+        candidates: Of K, at least 1.
+        layers: Number of layers to those whose action attention counts; None is the latter half.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+    if not (
+        0 <= action_weight <= 1
+        and 0 <= forget <= 1
+        and 0 < newest <= 1
+        and redundancy >= 0
+        and candidates >= 1
+    ):
+        raise ValueError(
+            f"action_weight={action_weight} and forget={forget} must be in 0..1, newest={newest} "
+            f"above 0 and at most 1, redundancy={redundancy} at least 0, candidates={candidates} "
+            "at least 1"
+        )
+    scorer = recon_pruner(config)
+
+    def choose(params, inputs: PrunerInputs, key, k: int) -> Int[Array, "B K"]:
+        valid = real_tokens(inputs)
+        pictures = inputs.replace(state=None, count=None)
+        scores = scorer.score(params, split_pictures(pictures), key).reshape(valid.shape)
+        relevance = share_below(scores, valid)
+        known = inputs.state["trust"] > 0
+        action = share_below(inputs.state["action"], valid & known)
+        relevance += action_weight * inputs.state["trust"] * (action - relevance)
+        some = min(round(candidates * k), valid.shape[1])
+        best = top_k(relevance, some, valid)
+        return jax.vmap(partial(_differing, weight=redundancy, k=k))(
+            inputs.tokens, relevance, best, valid
+        )
+
+    def init(inputs: PrunerInputs) -> State:
+        zeros = jnp.zeros(inputs.tokens.shape[:2])
+        return {"action": zeros, "trust": zeros}
+
+    def observe(state: State, seen: Seen) -> State:
+        share = jnp.where(state["trust"] > 0, newest, 1)
+        mean = state["action"] + share * (seen.action - state["action"])
+        return {
+            "action": jnp.where(seen.kept, mean, state["action"]),
+            "trust": jnp.where(seen.kept, 1, forget * state["trust"]),
+        }
+
+    def latter_half(num_layers: int) -> tuple[int, ...]:
+        return tuple(range(num_layers // 2, num_layers))
+
+    return Pruner(
+        name="jointpruner",
+        choose=choose,
+        needs=scorer.needs | {"grid", "state"},
+        temporal=Temporal(init, observe, layers or latter_half),
+    )
+
+
+def share_below(values: Float[Array, "B N"], among: Bool[Array, "B N"]) -> Float[Array, "B N"]:
+    """Rank of each value from 0, the lowest of those in question, to 1; 0 for all others.
+
+    Of equal values the lower index ranks higher.
+    """
+    values = jnp.where(among, values.astype(jnp.float32), -jnp.inf)
+    order = jnp.argsort(-values, axis=1)  # stable: highest first, then the lower index
+    place = jnp.argsort(order, axis=1)
+    count = jnp.sum(among, axis=1, keepdims=True)
+    share = (count - 1 - place) / jnp.maximum(count - 1, 1)
+    return jnp.where(among, share, 0)
+
+
+def _differing(
+    tokens: Float[Array, "N D"],
+    relevance: Float[Array, " N"],
+    best: Int[Array, " M"],
+    valid: Bool[Array, " N"],
+    weight: float,
+    k: int,
+) -> Int[Array, " K"]:
+    real = valid[best]
+    own = relevance[best]
+    alike = 1 - pairwise_distances(unit_tokens(gather_tokens(tokens[None], best[None])[0], real))
+    ahead = (own[:, None] < own) & real
+    likeness = jnp.max(jnp.where(ahead, alike, 0), axis=1)
+    return best[top_k((own - weight * likeness)[None], k, real[None])[0]]

@@ -1,0 +1,113 @@
+"""Every method drives: two frames of two cameras, one compiled program, its state handed on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastdrive_jax.inference.policy import (
+    DrivingPolicy,
+    picture_inputs,
+    plan,
+    plan_tokens,
+    start_state,
+)
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
+from fastdrive_jax.pruning import PRUNERS, TRAINED, make_pruner
+from fastdrive_jax.pruning.interface import cut_plan
+
+CAMERAS, N, LAYERS, BATCH = 2, 20, 4, 2
+
+
+@pytest.fixture(scope="module")
+def deep(two_cameras, small_init):
+    """The small VLA with four layers, so that methods with three cuts fit in."""
+    config, _ = two_cameras
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=LAYERS))
+    return config, small_init(config)
+
+
+def method(name, small_pruner, params):
+    if name in TRAINED:
+        return make_pruner(name, config=small_pruner), params["pruner"]
+    weights = jnp.linspace(0, 1, N).reshape(CAMERAS, -1) if name == "prior" else None
+    return make_pruner(name), weights
+
+
+def frame(seed, batch=BATCH):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (batch, CAMERAS, 56, 140, 3), np.uint8)
+    speed = rng.uniform(0, 15, batch).astype(np.float32)
+    foreground = rng.random((batch, N)).astype(np.float32)
+    return images, foreground, speed, rng.integers(0, 3, batch).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_every_method_drives(deep, small_pruner, name):
+    config, params = deep
+    pruner, weights = method(name, small_pruner, params)
+    policy = DrivingPolicy(DrivingVLA(config), pruner, 0.4)
+    given = {"vla": params["vla"], "pruner": weights}
+    traces = []
+
+    @jax.jit
+    def step(given, images, foreground, speed, command, state):
+        traces.append(1)
+        variables = {"params": given["vla"]}
+        inputs = picture_inputs(policy.model, variables, images, pruner.needs)
+        inputs = inputs.replace(foreground=foreground, state=state)
+        return plan_tokens(policy, given, inputs, speed, command, jax.random.key(0))
+
+    state = start_state(policy, BATCH)
+    assert (state is None) == (pruner.temporal is None)
+    plans = []
+    for seed in (0, 1, 1):
+        planned = step(given, *frame(seed), state)
+        assert jax.tree.structure(planned.state) == jax.tree.structure(state)
+        state = planned.state
+        plans.append(planned)
+        k = cut_plan(pruner, N, 0.4, LAYERS)[-1][1]
+        kept = np.asarray(planned.keep_indices)
+        assert kept.shape == (BATCH, k)
+        assert (np.diff(kept, axis=1) > 0).all()
+        assert kept.min() >= 0
+        assert kept.max() < N
+        assert np.isfinite(planned.waypoints).all()
+    assert len(traces) == 1
+    blind = {"random", "uniform", "prior"}  # whatever the picture shows
+    changed = (plans[0].keep_indices != plans[1].keep_indices).any()
+    assert changed != (name in blind)
+
+
+def test_a_drive_that_begins_anew_forgets(deep):
+    """Sample 0 begins a drive with the third frame: it plans as after no frame."""
+    config, params = deep
+    policy = DrivingPolicy(DrivingVLA(config), make_pruner("vlapruner"), 0.3)
+    given = {"vla": params["vla"], "pruner": None}
+
+    @jax.jit
+    def step(images, speed, command, state, first):
+        return plan(policy, given, images, speed, command, None, state, first)
+
+    def drive(seeds, firsts):
+        state = start_state(policy, BATCH)
+        for seed, first in zip(seeds, firsts, strict=True):
+            images, _, speed, command = frame(seed)
+            planned = step(images, speed, command, state, jnp.asarray(first))
+            state = planned.state
+        return planned
+
+    no = [False, False]
+    went_on = drive((0, 1, 2), (no, no, no))
+    restarted = drive((0, 1, 2), (no, no, [True, False]))
+    fresh = drive((2,), (no,))
+    np.testing.assert_array_equal(restarted.state["frames"], [1, 3])
+    np.testing.assert_allclose(restarted.state["rows"][0], fresh.state["rows"][0], atol=1e-6)
+    np.testing.assert_array_equal(restarted.keep_indices[0], fresh.keep_indices[0])
+    np.testing.assert_allclose(restarted.state["rows"][1], went_on.state["rows"][1], atol=1e-6)
+    # What was kept got attention, what was not got none.
+    newest = np.asarray(went_on.state["rows"][:, 0])
+    for row, kept in zip(newest, np.asarray(went_on.keep_indices), strict=True):
+        np.testing.assert_array_equal(np.flatnonzero(row), kept)

@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastdrive_jax.pruning import Pruner, PrunerInputs, make_pruner
+from fastdrive_jax.pruning.budgets import (
+    camera_budgets,
+    per_camera,
+    pictures_of,
+    slice_tokens,
+    split_pictures,
+)
+from fastdrive_jax.pruning.interface import keep_tokens
+
+GRID, CAMERAS, BATCH, DIM = (2, 5), 3, 4, 8
+LENGTH = CAMERAS * GRID[0] * GRID[1]
+WEIGHTS = (3.0, 1.0, 0.5)
+
+
+def drawn(seed=0):
+    rng = np.random.default_rng(seed)
+    return PrunerInputs(
+        tokens=jnp.asarray(rng.normal(size=(BATCH, LENGTH, DIM)), jnp.float32),
+        foreground=jnp.asarray(rng.integers(0, 6, (BATCH, LENGTH)), jnp.float32),  # ties
+        position_ids=jnp.asarray(rng.integers(0, 9, (3, BATCH, LENGTH))),
+        text_rows=jnp.asarray(rng.random((BATCH, 2, 4, LENGTH)), jnp.float32),
+        camera=jnp.broadcast_to(jnp.arange(CAMERAS), (BATCH, CAMERAS)),
+        grid=GRID,
+    )
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("k", [3, 10, LENGTH])
+def test_each_camera_keeps_its_best(k, weights):
+    inputs = drawn()
+    method = per_camera(make_pruner("ground_truth"), CAMERAS, weights)
+    got = np.asarray(jax.jit(lambda x: keep_tokens(method, None, x, k).indices)(inputs))
+    budgets = camera_budgets(k, 10, weights or (1.0,) * CAMERAS)
+    for row, scores in zip(got, np.asarray(inputs.foreground), strict=True):
+        want = []
+        for camera, budget in enumerate(budgets):
+            best = np.argsort(-scores[10 * camera : 10 * camera + 10], kind="stable")[:budget]
+            want.extend(np.sort(10 * camera + best))
+        np.testing.assert_array_equal(row, want)
+
+
+def test_methods_that_choose_see_one_camera_at_a_time():
+    inputs = drawn()
+    method = make_pruner("divprune")
+    got = keep_tokens(per_camera(method, CAMERAS), None, inputs, 12).indices
+    alone = [
+        10 * camera
+        + keep_tokens(method, None, slice_tokens(inputs, 10 * camera, 10 * camera + 10), 4).indices
+        for camera in range(CAMERAS)
+    ]
+    np.testing.assert_array_equal(got, np.concatenate(alone, axis=1))
+
+
+def test_merging_stays_within_a_camera():
+    def merge(params, inputs, key, k):
+        """All tokens' mean, k times."""
+        mean = inputs.tokens.mean(axis=1, keepdims=True)
+        return jnp.broadcast_to(jnp.arange(k), (BATCH, k)), jnp.repeat(mean, k, axis=1)
+
+    inputs = drawn()
+    kept = keep_tokens(per_camera(Pruner(name="mean", merge=merge), CAMERAS), None, inputs, 6)
+    np.testing.assert_array_equal(kept.indices, [[0, 1, 10, 11, 20, 21]] * BATCH)
+    want = np.asarray(inputs.tokens).reshape(BATCH, CAMERAS, 10, DIM).mean(axis=2)
+    np.testing.assert_allclose(kept.tokens[:, ::2], want, atol=1e-6)
+
+
+def test_a_second_cut_finds_each_camera_where_the_first_left_it():
+    inputs = drawn()
+    method = per_camera(make_pruner("ground_truth"), CAMERAS, WEIGHTS)
+    first = keep_tokens(method, None, inputs, 15)
+    again = PrunerInputs(
+        tokens=first.tokens,
+        foreground=jnp.take_along_axis(inputs.foreground, first.indices, axis=1),
+        ids=first.indices,
+        grid=GRID,
+    )
+    second = keep_tokens(method, None, again, 6)
+    ids = np.take_along_axis(np.asarray(first.indices), np.asarray(second.indices), axis=1)
+    np.testing.assert_array_equal(ids, keep_tokens(method, None, inputs, 6).indices)
+
+
+def test_slices_of_all_that_is_known_of_tokens():
+    inputs = drawn().replace(count=jnp.array([30, 17, 12, 5]))
+    part = slice_tokens(inputs, 10, 20)
+    np.testing.assert_array_equal(part.tokens, inputs.tokens[:, 10:20])
+    np.testing.assert_array_equal(part.position_ids, inputs.position_ids[..., 10:20])
+    np.testing.assert_array_equal(part.text_rows, inputs.text_rows[..., 10:20])
+    np.testing.assert_array_equal(part.count, [10, 7, 2, 0])
+
+
+def test_pictures_as_samples():
+    inputs = drawn()
+    split = split_pictures(inputs)
+    assert split.tokens.shape == (BATCH * CAMERAS, 10, DIM)
+    np.testing.assert_array_equal(split.tokens[4], inputs.tokens[1, 10:20])
+    np.testing.assert_array_equal(split.foreground[5], inputs.foreground[1, 20:])
+    np.testing.assert_array_equal(split.position_ids[:, 4], inputs.position_ids[:, 1, 10:20])
+    np.testing.assert_array_equal(split.camera[:, 0], [0, 1, 2] * BATCH)
+
+
+def test_what_makes_no_sense_is_refused():
+    for weights in ((1.0, 2.0), (1.0, -1.0, 1.0), (0.0, 0.0, 0.0), (1.0, float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="weights must be 3"):
+            per_camera(make_pruner("ground_truth"), CAMERAS, weights)
+    with pytest.raises(ValueError, match="whole number of grids"):
+        pictures_of(drawn().replace(grid=(4, 4)))
+    with pytest.raises(ValueError, match="padding"):
+        split_pictures(drawn().replace(count=jnp.full(BATCH, 30)))

@@ -1,0 +1,132 @@
+"""JointPruner beside a slow NumPy form of its formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastdrive_jax.pruning import PrunerInputs, make_pruner, pruner_scores
+from fastdrive_jax.pruning.interface import Seen, keep_tokens
+from fastdrive_jax.pruning.joint_pruner import share_below
+from fastdrive_jax.pruning.recon_pruner import ReconPruner
+
+BATCH, GRID, CAMERAS = 4, (2, 5), 3
+LENGTH = CAMERAS * GRID[0] * GRID[1]
+SETTINGS = {"action_weight": 0.6, "redundancy": 0.4, "candidates": 1.6}
+
+
+@pytest.fixture(scope="module")
+def params(small_pruner):
+    tokens = jnp.zeros((1, 4, small_pruner.layer.hidden_size))
+    return ReconPruner(small_pruner).init(jax.random.key(0), tokens)["params"]
+
+
+def drawn(seed=0):
+    """Four samples: two with all of the past, one with a part of it, one with none."""
+    rng = np.random.default_rng(seed)
+    trust = rng.choice([0, 0.64, 0.8, 1], (BATCH, LENGTH))
+    trust[:2] = trust[:2].clip(0.64)
+    trust[3] = 0
+    action = np.round(8 * rng.random((BATCH, LENGTH))) / 8  # ties
+    return PrunerInputs(
+        tokens=jnp.asarray(rng.normal(size=(BATCH, LENGTH, 32)), jnp.float32),
+        state={
+            "action": jnp.asarray(action, jnp.float32),
+            "trust": jnp.asarray(trust, jnp.float32),
+        },
+        grid=GRID,
+    )
+
+
+def rank(values):
+    """0 for the lowest to 1; of equals the lower index ranks higher."""
+    order = sorted(range(len(values)), key=lambda j: (values[j], -j))
+    return {j: place / max(len(values) - 1, 1) for place, j in enumerate(order)}
+
+
+def oracle(tokens, scores, action, trust, k, action_weight, redundancy, candidates):
+    looks = rank(scores)
+    known = [j for j in range(LENGTH) if trust[j] > 0]
+    looked_at = {}
+    if known:
+        ranks = rank(action[known])
+        looked_at = {j: ranks[place] for place, j in enumerate(known)}
+    relevance = {
+        j: looks[j] + action_weight * trust[j] * (looked_at.get(j, 0) - looks[j])
+        for j in range(LENGTH)
+    }
+    some = min(round(candidates * k), LENGTH)
+    best = sorted(relevance, key=lambda j: (-relevance[j], j))[:some]
+    units = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+
+    def score(j):
+        ahead = [units[i] @ units[j] for i in best if relevance[i] > relevance[j]]
+        return relevance[j] - redundancy * max([0, *ahead])
+
+    return np.sort(sorted(best, key=lambda j: (-score(j), j))[:k])
+
+
+@pytest.mark.parametrize("k", [1, 7, 20, LENGTH])
+def test_the_formula_gives_the_same_tokens(params, small_pruner, k):
+    method = make_pruner("jointpruner", config=small_pruner, **SETTINGS)
+    scorer = make_pruner("reconpruner", config=small_pruner)
+    choose = jax.jit(lambda inputs: keep_tokens(method, params, inputs, k).indices)
+    for seed in range(3):
+        inputs = drawn(seed)
+        got = np.asarray(choose(inputs))
+        pictures = PrunerInputs(inputs.tokens.reshape(BATCH * CAMERAS, -1, 32))
+        scores = np.asarray(pruner_scores(scorer, params, pictures), np.float64)
+        for sample, row in enumerate(scores.reshape(BATCH, LENGTH)):
+            arrays = inputs.tokens, inputs.state["action"], inputs.state["trust"]
+            tokens, action, trust = (np.asarray(x[sample], np.float64) for x in arrays)
+            want = oracle(tokens, row, action, trust, k, **SETTINGS)
+            np.testing.assert_array_equal(got[sample], want)
+
+
+def test_a_batch_is_pruned_as_its_samples_are(params, small_pruner):
+    method = make_pruner("jointpruner", config=small_pruner, **SETTINGS)
+    choose = jax.jit(lambda inputs: keep_tokens(method, params, inputs, 9).indices)
+    together = choose(drawn())
+    for row in range(BATCH):
+        one = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], drawn())
+        np.testing.assert_array_equal(choose(one)[0], together[row])
+
+
+def test_without_past_and_filter_it_is_reconpruner(params, small_pruner):
+    method = make_pruner("jointpruner", config=small_pruner, redundancy=0.0)
+    inputs = drawn().replace(grid=(3, 10))  # one camera
+    inputs = inputs.replace(state=method.temporal.init(inputs))
+    got = keep_tokens(method, params, inputs, 11).indices
+    want = keep_tokens(make_pruner("reconpruner", config=small_pruner), params, inputs, 11)
+    np.testing.assert_array_equal(got, want.indices)
+
+
+def test_padding_is_never_kept_before_real_tokens(params, small_pruner):
+    method = make_pruner("jointpruner", config=small_pruner, **SETTINGS)
+    counts = np.array([30, 25, 21, 21])
+    inputs = drawn().replace(count=jnp.asarray(counts))
+    kept = np.asarray(keep_tokens(method, params, inputs, 20).indices)
+    assert (kept.max(axis=1) < counts).all()
+
+
+def test_memory_of_kept_tokens_by_hand(small_pruner):
+    method = make_pruner("jointpruner", config=small_pruner, forget=0.5, newest=0.25)
+    state = {"action": jnp.array([[0.0, 0.4, 0.8]]), "trust": jnp.array([[0.0, 1.0, 0.5]])}
+    seen = Seen(action=jnp.array([[0.2, 0.8, 0.0]]), kept=jnp.array([[True, True, False]]))
+    after = method.temporal.observe(state, seen)
+    np.testing.assert_allclose(after["action"], [[0.2, 0.5, 0.8]], atol=1e-6)
+    np.testing.assert_allclose(after["trust"], [[1.0, 1.0, 0.25]], atol=1e-6)
+
+
+def test_shares_by_hand():
+    values = jnp.array([[3.0, 1.0, 1.0, 9.0], [5.0, 5.0, 5.0, 5.0]])
+    among = jnp.array([[True, True, True, False], [False, True, False, False]])
+    np.testing.assert_allclose(share_below(values, among), [[1, 0.5, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"action_weight": 1.5}, {"newest": 0.0}, {"redundancy": -1.0}, {"candidates": 0.5}]
+)
+def test_settings_that_make_no_sense_are_refused(small_pruner, setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        make_pruner("jointpruner", config=small_pruner, **setting)
