@@ -45,6 +45,8 @@ from fastdrive_jax.pruning.select import falling_keep, gather_tokens
 class LastFrame(flax.struct.PyTreeNode):
     """What is remembered of the frame before besides keys and values.
 
+    Of 3,249 tokens of 28 x 28 pixels that is 31 MB a sample, next to 114 MB of keys and values.
+
     Attributes:
         pixels: Its pixels [B, N, P].
         text: Attention from its text [B, N].
