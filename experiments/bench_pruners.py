@@ -125,7 +125,9 @@ def bench_pruners(args: BenchPrunersArgs) -> Path:
 
     for name, plan in plans.items():
         left, whole = (
-            frame_cost(config, args.n, TEXT, cuts, decode_steps=0).prefill_flops
+            frame_cost(
+                config, args.n, TEXT, cuts, decode_steps=0, reuse=methods[name].reuse
+            ).prefill_flops
             for cuts in (plan, ())
         )
         add(name, args.k / args.n, "prefill_flops_share", left / whole, n=1)
@@ -222,6 +224,7 @@ def method_program(
         action=jax.random.uniform(jax.random.key(0), (batch, n)),
         kept=jnp.arange(n) < jnp.full((batch, 1), plan[-1][1]),
         pixels=jnp.zeros((batch, n, PIXELS)),
+        text=jax.random.uniform(jax.random.key(0), (batch, n)),
     )
 
     @jax.jit

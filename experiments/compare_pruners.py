@@ -258,7 +258,15 @@ def cost_rows(model: DrivingVLA, pruner: Pruner, ratio: float, name: str) -> lis
     plan = cut_plan(pruner, n, ratio, config.text.num_layers)
     own = recon_pruner_flops(config.text, n) if name in TRAINED else 0
     steps = config.vocabulary.plan_length
-    cost = frame_cost(config.text, n, text, plan, decode_steps=steps, method_flops=own)
+    cost = frame_cost(
+        config.text,
+        n,
+        text,
+        plan,
+        decode_steps=steps,
+        method_flops=own,
+        reuse=pruner.reuse,
+    )
     found = {
         "prefill_gflop": ((cost.prefill_flops + cost.method_flops) / 1e9, "GFLOP"),
         "equivalent_tokens": (cost.equivalent_tokens, ""),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fastdrive_jax.inference import segments
+from fastdrive_jax.inference import reuse, segments
 from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, positions
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs
@@ -55,6 +55,59 @@ def prefill(
         key: For methods that draw.
         observe: Layers whose attention is wanted.
     """
+    live, next_position = live_prompt(model, params, tokens, visual_ids, prompt)
+    return segments.prefill(
+        Decoder(model.config.text),
+        params["params"]["language_model"],
+        live,
+        next_position,
+        model.config.vocabulary.plan_length,
+        pruner,
+        pruner_params,
+        keep_ratio,
+        inputs,
+        key,
+        observe,
+    )
+
+
+def prefill_reusing(
+    model: DrivingVLA,
+    params: dict,
+    tokens: Float[Array, "B N D"],
+    visual_ids: Int[Array, "3 B N"],
+    prompt: Int[Array, "B 3"],
+    pruner: Pruner,
+    pruner_params: Any,
+    keep_ratio: float,
+    inputs: PrunerInputs,
+    key: jax.Array | None = None,
+) -> reuse.Reused:
+    """`prefill` by a method that reuses; see `reuse.prefill`."""
+    live, next_position = live_prompt(model, params, tokens, visual_ids, prompt)
+    return reuse.prefill(
+        Decoder(model.config.text),
+        params["params"]["language_model"],
+        live,
+        next_position,
+        model.config.vocabulary.plan_length,
+        pruner,
+        pruner_params,
+        keep_ratio,
+        inputs,
+        key,
+        pruner.temporal.text_layers(model.config.text.num_layers),
+    )
+
+
+def live_prompt(
+    model: DrivingVLA,
+    params: dict,
+    tokens: Float[Array, "B K D"],
+    visual_ids: Int[Array, "3 B K"],
+    prompt: Int[Array, "B 3"],
+) -> tuple[segments.Live, Int[Array, " B"]]:
+    """Pictures and prompt before the first layer, and the first answer token's position id."""
     hidden, ids = model.apply(params, tokens, visual_ids, prompt, method="sequence")
     batch, length = hidden.shape[:2]
     count = tokens.shape[1]
@@ -69,19 +122,7 @@ def prefill(
         length=jnp.full(batch, length),
     )
     start = int(positions(model.config).after[0, 0]) + 4
-    return segments.prefill(
-        Decoder(model.config.text),
-        params["params"]["language_model"],
-        live,
-        jnp.full(batch, start),
-        model.config.vocabulary.plan_length,
-        pruner,
-        pruner_params,
-        keep_ratio,
-        inputs,
-        key,
-        observe,
-    )
+    return live, jnp.full(batch, start)
 
 
 def decode(

@@ -8,8 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from fastdrive_jax.inference.generate import decode, prefill
-from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA, visual_positions
+from fastdrive_jax.inference.generate import decode, prefill, prefill_reusing
+from fastdrive_jax.inference.reuse import Memory, no_caches
+from fastdrive_jax.models.qwen2_5_vl.driving import (
+    DrivingConfig,
+    DrivingVLA,
+    positions,
+    visual_positions,
+)
 from fastdrive_jax.models.qwen2_5_vl.patches import patch_grid, patch_rows
 from fastdrive_jax.models.qwen2_5_vl.vision_evidence import vision_evidence
 from fastdrive_jax.pruning.budgets import split_pictures
@@ -20,6 +26,7 @@ from fastdrive_jax.pruning.interface import (
     Pruner,
     PrunerInputs,
     Seen,
+    cut_plan,
     keep_tokens,
     pruner_scores,
 )
@@ -47,7 +54,8 @@ class Plan(flax.struct.PyTreeNode):
 
     Attributes:
         waypoints: [B, T, 2] metres, x forward, y left, every half second.
-        keep_indices: [B, K] tokens that the last layer saw, in raster order, camera after camera.
+        keep_indices: [B, K] tokens that the last layer saw or, of a method that reuses, computed,
+            in raster order, camera after camera.
         state: What a temporal method takes to the next frame; None of others.
     """
 
@@ -141,8 +149,14 @@ def _prompt_relevance(model, params, tokens, prompt) -> Float[Array, "B N"]:
     return jnp.einsum("bnd,bld->bn", *units) / text.shape[1]
 
 
-def start_state(policy: DrivingPolicy, batch: int) -> Any:
-    """What a temporal method knows before the first frame of a drive; None for others."""
+def start_state(policy: DrivingPolicy, batch: int, dtype: jnp.dtype = jnp.float32) -> Any:
+    """What a temporal method knows before the first frame of a drive; None for others.
+
+    Args:
+        policy: The model with a method.
+        batch: B.
+        dtype: Of the model's keys and values, if the method reuses them.
+    """
     if policy.pruner.temporal is None:
         return None
     config = policy.model.config
@@ -152,7 +166,13 @@ def start_state(policy: DrivingPolicy, batch: int) -> Any:
     if "pixels" in policy.pruner.needs:
         shape = jax.eval_shape(lambda x: _pixels(x, config), images)
         inputs = inputs.replace(pixels=jnp.zeros(shape.shape, shape.dtype))
-    return policy.pruner.temporal.init(inputs)
+    state = policy.pruner.temporal.init(inputs)
+    if not policy.pruner.reuse:
+        return state
+    layers, where = config.text.num_layers, positions(config)
+    slots = sum(part.shape[1] for part in (where.before, where.visual, where.after))
+    plan = cut_plan(policy.pruner, config.visual_tokens, policy.keep_ratio, layers)
+    return Memory(state, no_caches(config.text, plan, batch, slots, dtype))
 
 
 def reset_state(state: Any, start: Any, first: Bool[Array, " B"]) -> Any:
@@ -193,8 +213,8 @@ def plan_tokens(
         )
     where, tokens = visual_positions(model.config, batch), inputs.tokens
     whole = jnp.broadcast_to(jnp.arange(total), (batch, total))
-    observe = ()
-    if pruner.temporal is not None:
+    observe, reused = (), None
+    if pruner.temporal is not None and not pruner.reuse:
         observe = pruner.temporal.layers(model.config.text.num_layers)
     if pruner.cuts is None:
         kept = _keep(policy, params["pruner"], inputs, key)
@@ -209,10 +229,14 @@ def plan_tokens(
             "inputs": inputs,
             "key": key,
         }
-    read = prefill(model, variables, tokens, where, prompt, **within, observe=observe)
+    if pruner.reuse:
+        reused = prefill_reusing(model, variables, tokens, where, prompt, **within)
+        read, last = reused.read, reused.computed
+    else:
+        read = prefill(model, variables, tokens, where, prompt, **within, observe=observe)
+        last = read.segments[-1].ids
     answer = decode(model, variables, read, observe)
-    last = read.segments[-1]
-    indices = jnp.take_along_axis(whole, last.ids, axis=1)
+    indices = jnp.take_along_axis(whole, last, axis=1)
     state = None
     if pruner.temporal is not None:
         rows = jnp.arange(batch)[:, None]
@@ -222,8 +246,12 @@ def plan_tokens(
             else jnp.zeros((batch, total)).at[rows, whole].set(answer.action),
             kept=jnp.zeros((batch, total), bool).at[rows, indices].set(True),
             pixels=inputs.pixels,
+            text=None if reused is None else reused.text,
         )
-        state = pruner.temporal.observe(inputs.state, seen)
+        if reused is None:
+            state = pruner.temporal.observe(inputs.state, seen)
+        else:
+            state = Memory(pruner.temporal.observe(inputs.state.frame, seen), reused.caches)
     return Plan(model.config.vocabulary.decode(answer.ids), indices, state)
 
 
@@ -252,6 +280,6 @@ def plan(
     variables = {"params": params["vla"]}
     inputs = picture_inputs(policy.model, variables, images, policy.pruner.needs)
     if first is not None and state is not None:
-        state = reset_state(state, start_state(policy, len(images)), first)
+        state = reset_state(state, start_state(policy, len(images), inputs.tokens.dtype), first)
     inputs = inputs.replace(state=state)
     return plan_tokens(policy, params, inputs, speed, command, key)

@@ -178,9 +178,7 @@ def prefill(
     config = decoder.config
     total = live.visual.shape[1]
     plan = () if pruner is None else cut_plan(pruner, total, keep_ratio, config.num_layers)
-    first = _visual(live, live.hidden)
-    start = PrunerInputs(first) if inputs is None else inputs.replace(tokens=first)
-    start = start.replace(embeddings=first, text=_text(live), text_valid=_instruction(live))
+    start = first_inputs(live, inputs)
     segments: list[Segment] = []
     rows: list[Float[Array, "B N"]] = []
     at = 0
@@ -199,7 +197,7 @@ def prefill(
         if k:
             if pruner.cuts is not None and pruner.cuts.own_rows:
                 evidence_of = live, _run_layer(decoder, params, live, layer, room)[1]
-            given = _inputs(start, live, pruner, number, total)
+            given = cut_inputs(start, live, number)
             if pruner.cuts is not None:
                 given = given.replace(**_evidence(pruner, *evidence_of))
             fold = None if key is None else jax.random.fold_in(key, number)
@@ -207,8 +205,7 @@ def prefill(
             live = keep_live(live, kept, pruner.renumber)
             if pruner.renumber:
                 next_position = live.length
-    last = jnp.take_along_axis(live.hidden, (live.length - 1)[:, None, None], axis=1)
-    logits = decoder.apply({"params": params}, last, method="finish")[:, 0]
+    logits = last_logits(decoder, params, live)
     action = None
     if observe:
         action = sum(
@@ -268,6 +265,12 @@ def spread(values: Float[Array, "B K"], segment: Segment, total: int) -> Float[A
     return empty.at[rows, segment.ids].add(jnp.where(real, values, 0))
 
 
+def last_logits(decoder: Decoder, params: dict, live: Live) -> Float[Array, "B V"]:
+    """Logits behind each sample's last token, of hidden states that left the last layer."""
+    last = jnp.take_along_axis(live.hidden, (live.length - 1)[:, None, None], axis=1)
+    return decoder.apply({"params": params}, last, method="finish")[:, 0]
+
+
 def _run_layer(decoder, params, live, layer, room):
     """The sequence behind a layer, that layer's queries and keys, and its cache."""
     (hidden, (cache,)), sown = decoder.apply(
@@ -299,9 +302,9 @@ def _take(values, places):
     return jnp.take_along_axis(values, jnp.minimum(places, values.shape[-1] - 1), axis=-1)
 
 
-def _visual(live, hidden):
-    places = jnp.minimum(live.visual, hidden.shape[1] - 1)
-    return jnp.take_along_axis(hidden, places[..., None], axis=1)
+def _visual(live):
+    places = jnp.minimum(live.visual, live.hidden.shape[1] - 1)
+    return jnp.take_along_axis(live.hidden, places[..., None], axis=1)
 
 
 def _text(live):
@@ -309,7 +312,7 @@ def _text(live):
     return jnp.take_along_axis(live.hidden, places[..., None], axis=1)
 
 
-def _instruction(live):
+def instruction(live: Live) -> Bool[Array, "B L"]:
     """Which text tokens stand behind the last visual token."""
     real = jnp.arange(live.visual.shape[1]) < live.count[:, None]
     last = jnp.max(jnp.where(real, live.visual, -1), axis=1, keepdims=True, initial=-1)
@@ -343,8 +346,16 @@ def _evidence(pruner, live, found):
     return out
 
 
-def _inputs(start, live, pruner, number, total):
-    """What is known of the tokens that are still there."""
+def first_inputs(live: Live, inputs: PrunerInputs | None) -> PrunerInputs:
+    """What is known before the first layer: `inputs`, and what follows from the sequence."""
+    first = _visual(live)
+    start = PrunerInputs(first) if inputs is None else inputs.replace(tokens=first)
+    return start.replace(embeddings=first, text=_text(live), text_valid=instruction(live))
+
+
+def cut_inputs(start: PrunerInputs, live: Live, number: int) -> PrunerInputs:
+    """What is known of the tokens that are still there, from what is known of all."""
+    total = start.tokens.shape[1]
     rows = {
         name: value
         for name in ("foreground", "relevance", "vision_received", "vision_keys", "pixels")
@@ -362,7 +373,7 @@ def _inputs(start, live, pruner, number, total):
     position_ids = jnp.take_along_axis(live.position_ids, places[None], axis=2)
     padded = start.count is not None
     return start.replace(
-        tokens=_visual(live, live.hidden),
+        tokens=_visual(live),
         position_ids=position_ids,
         ids=live.ids,
         count=live.count if padded else None,

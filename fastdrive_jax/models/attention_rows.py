@@ -1,7 +1,8 @@
 """The attention weights that pruners read, computed beside the fused kernel, never N x N of them.
 
 A row is one query's weights over all keys: R rows cost O(R d S), a few of them next to nothing.
-What every token receives needs all rows; they are made in blocks and added up as they come.
+What every token receives needs all rows; they are made in blocks and added up as they come. So is
+the attention of rows that see keys no kernel's mask describes.
 """
 
 import math
@@ -37,6 +38,35 @@ def attention_rows(
         in_sight = jnp.arange(key.shape[1]) < seen[:, None, None, :, None]
         scores = jnp.where(in_sight, scores, _NOTHING)
     return jax.nn.softmax(scores, axis=-1).reshape(batch, heads, rows, -1)
+
+
+def attend_rows(
+    query: Float[Array, "B R Q d"],
+    key: Float[Array, "B S G d"],
+    value: Float[Array, "B S G d"],
+    seen: Int[Array, "B R"],
+) -> Float[Array, "B R Q d"]:
+    """Softmax attention of rows that stand anywhere in the sequence, a block of them at a time.
+
+    Args:
+        query: Those rows' queries.
+        key: All keys.
+        value: All values.
+        seen: How many keys each row sees, see `attention_rows`.
+    """
+    batch, _, heads, size = query.shape
+    groups = key.shape[2]
+
+    def one(row):
+        query, seen = row
+        weights = attention_rows(query[:, None], key, seen[:, None])
+        weights = weights.reshape(batch, groups, heads // groups, -1).astype(value.dtype)
+        mixed = jnp.einsum("bgqs,bsgd->bgqd", weights, value, preferred_element_type=jnp.float32)
+        return mixed.reshape(batch, heads, size).astype(value.dtype)
+
+    most = max(8, _BLOCK_BYTES // (4 * batch * heads * key.shape[1]))
+    mixed = jax.lax.map(one, (jnp.moveaxis(query, 1, 0), seen.T), batch_size=most)
+    return jnp.moveaxis(mixed, 0, 1)
 
 
 def attention_received(

@@ -27,7 +27,7 @@ class Cost:
     """Counts of one frame, of all samples of the batch together where nothing else is said.
 
     Attributes:
-        live: Visual tokens of a sample in each layer.
+        live: Visual tokens of a sample that each layer computes.
         equivalent_tokens: Their mean: an unpruned model of so many visual tokens has the same
             products with weights.
         prefill_flops: Of the prompt, with logits of its last row.
@@ -65,6 +65,7 @@ def frame_cost(
     parameter_bytes: int = 2,
     activation_bytes: int = 2,
     method_flops: float = 0.0,
+    reuse: bool = False,
 ) -> Cost:
     """Counts of one frame, see `FORMULA`.
 
@@ -78,14 +79,18 @@ def frame_cost(
         parameter_bytes: Of one parameter.
         activation_bytes: Of one number in a cache.
         method_flops: What the method itself computes for a sample, such as `recon_pruner_flops`.
+        reuse: The method is one with `Pruner.reuse`, in a frame that has one before: all layers see
+            and hold N visual tokens. What is masked is then told for rows spread evenly.
     """
     width, layers = config.hidden_size, config.num_layers
     live = live_tokens(plan, n, layers)
     prompts = [tokens + text for tokens in live]
-    slots = [prompt + decode_steps for prompt in prompts]
+    seen = [n + text] * layers if reuse else prompts
+    slots = [keys + decode_steps for keys in seen]
     head = width * config.vocab_size
-    prefill = sum(layer_flops(config, prompt) for prompt in prompts) + 2 * head
-    masked = sum(2 * prompt * (prompt - 1) * width for prompt in prompts)
+    pairs = list(zip(prompts, seen, strict=True))
+    prefill = sum(layer_flops(config, *pair) for pair in pairs) + 2 * head
+    masked = sum(2 * prompt * (keys - 1) * width for prompt, keys in pairs)
     decode = 2 * (layers * layer_products(config) + head) + 4 * sum(slots) * width
     keys = config.num_kv_heads * config.head_dim
     one_layer = layer_products(config) + (width + 2 * keys) + 2 * width  # biases and norms
@@ -115,9 +120,10 @@ def layer_products(config: DecoderConfig) -> int:
     return 2 * width**2 + 2 * width * keys + 3 * width * config.intermediate_size
 
 
-def layer_flops(config: DecoderConfig, count: int) -> int:
-    """Forward FLOPs of one decoder layer over `count` tokens that all see each other."""
-    return 2 * count * layer_products(config) + 4 * count**2 * config.hidden_size
+def layer_flops(config: DecoderConfig, count: int, keys: int | None = None) -> int:
+    """Forward FLOPs of one decoder layer over `count` tokens that see `keys`; None: each other."""
+    keys = count if keys is None else keys
+    return 2 * count * layer_products(config) + 4 * count * keys * config.hidden_size
 
 
 def recon_pruner_flops(layer: DecoderConfig, n: int) -> int:

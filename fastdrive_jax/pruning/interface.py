@@ -114,13 +114,16 @@ class Seen(flax.struct.PyTreeNode):
     Attributes:
         action: Attention that each visual token got from the queries that gave action tokens, mean
             over heads, queries and the layers that were asked for [B, N]; 0 for a pruned one.
-        kept: Tokens that the last layer saw [B, N].
+        kept: Tokens that the last layer saw or, of a method that reuses, computed [B, N].
         pixels: See `PrunerInputs`.
+        text: Attention that each visual token got from the instruction, mean over heads, rows and
+            the layers that were asked for [B, N]; for methods that reuse.
     """
 
     action: Float[Array, "B N"] | None = None
     kept: Bool[Array, "B N"] | None = None
     pixels: Float[Array, "B N P"] | None = None
+    text: Float[Array, "B N"] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,14 @@ class Temporal:
         observe: (state, seen) to the state of the next frame.
         layers: Number of layers to those whose action attention `Seen.action` is the mean of; ()
             if it is not read.
+        text_layers: The same of `Seen.text`.
         warmup: Frames of a drive, from its first, in which the published method prunes nothing.
     """
 
     init: Callable[[PrunerInputs], Any]
     observe: Callable[[Any, Seen], Any]
     layers: Callable[[int], tuple[int, ...]] = lambda num_layers: ()
+    text_layers: Callable[[int], tuple[int, ...]] = lambda num_layers: ()
     warmup: int = 0
 
 
@@ -157,9 +162,13 @@ class Pruner:
         temporal: What it remembers; None is nothing.
         renumber: Positions are given out anew to what is left, as some methods were published;
             otherwise every token keeps its own.
+        reuse: Tokens that leave are not forgotten but not computed: from there on layers see their
+            keys and values of the last frame, see `inference.reuse`. It chooses by what is known
+            before the first layer.
 
     Raises:
-        ValueError: Not exactly one of `score`, `choose` and `merge` is given.
+        ValueError: Not exactly one of `score`, `choose` and `merge` is given, or it reuses without
+            cuts or memory.
     """
 
     name: str
@@ -171,8 +180,11 @@ class Pruner:
     cuts: Cuts | None = None
     temporal: Temporal | None = None
     renumber: bool = False
+    reuse: bool = False
 
     def __post_init__(self):
+        if self.reuse and (self.cuts is None or self.temporal is None):
+            raise ValueError(f"pruner {self.name!r} reuses, so it must have cuts and temporal")
         if sum(part is not None for part in (self.score, self.choose, self.merge)) != 1:
             raise ValueError(f"pruner {self.name!r} must have one of score, choose and merge")
 

@@ -27,6 +27,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from fastdrive_jax.pruning.frames import pixel_cosine
 from fastdrive_jax.pruning.interface import (
     Cuts,
     Pruner,
@@ -69,7 +70,7 @@ def spec_prune(static: float = 0.986, attended: float = 28 / 512) -> Pruner:
         if inputs.ids is not None:
             before = gather_tokens(before, inputs.ids)
             kept = jnp.take_along_axis(kept, inputs.ids, axis=1)
-        changed = inputs.state.known[:, None] & (_cosine(inputs.pixels, before) < static)
+        changed = inputs.state.known[:, None] & (pixel_cosine(inputs.pixels, before) < static)
         tier = jnp.where(changed, 0, jnp.where(rank < named, 1, jnp.where(kept, 2, 3)))
         # Whole numbers, so that no tier swallows the order within it.
         return -(tier * length + rank).astype(jnp.float32)
@@ -93,12 +94,6 @@ def _attention(inputs: PrunerInputs) -> Float[Array, "B N"]:
     if inputs.text_valid is not None:
         rows = jnp.where(inputs.text_valid[:, None, :, None], rows, 0)
     return jnp.where(real_tokens(inputs), jnp.sum(rows, axis=(1, 2)), -jnp.inf)
-
-
-def _cosine(a: Float[Array, "B N P"], b: Float[Array, "B N P"]) -> Float[Array, "B N"]:
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-    return jnp.sum(a * b, axis=-1) / (norms + 1e-8)  # black counts as changed, as published
 
 
 def _no_frame(inputs: PrunerInputs) -> LastFrame:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.models.attention import attention
+from fastdrive_jax.models.attention_rows import attend_rows
 from fastdrive_jax.models.layers import RMSNorm, SwiGLU, rotate
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
 from fastdrive_jax.parallel.rules import constrain
@@ -39,6 +40,19 @@ class LayerCache(flax.struct.PyTreeNode):
             key=_write(self.key, key, self.length),
             value=_write(self.value, value, self.length),
             length=self.length + 1,
+        )
+
+    def put(
+        self,
+        key: Float[Array, "B N G d"],
+        value: Float[Array, "B N G d"],
+        places: Int[Array, "B N"],
+    ) -> "LayerCache":
+        """The cache with some tokens written at their places, which lie before its end."""
+        rows = jnp.arange(len(places))[:, None]
+        return self.replace(
+            key=self.key.at[rows, places].set(key.astype(self.key.dtype)),
+            value=self.value.at[rows, places].set(value.astype(self.value.dtype)),
         )
 
 
@@ -82,14 +96,17 @@ class Attention(nn.Module):
         angles: Angles | None,
         cache: LayerCache | None = None,
         room: int = 0,
+        places: Int[Array, "B N"] | None = None,
     ) -> tuple[Float[Array, "B N D"], LayerCache | None]:
-        """Attends over x [B, N, D] or, with a cache, over what it holds and one new token.
+        """Attends over x [B, N, D] or, with a cache, over what it holds and the new tokens.
 
         Args:
-            x: Normalised hidden states; N = 1 with a cache.
+            x: Normalised hidden states; N = 1 with a cache, unless places are given.
             angles: From `mrope_angles`; None leaves positions out.
             cache: Decodes: gets the new token behind each sample's last.
             room: Prefills, if above 0: the cache made of x has that many free slots.
+            places: Where the tokens stand in the cache, whose length stays: each replaces what is
+                there and sees all up to itself.
 
         Returns:
             The output [B, N, D] and the filled cache, None if neither was asked for.
@@ -109,7 +126,10 @@ class Attention(nn.Module):
         # What pruners score tokens by; kept only if a caller asks for it.
         self.sow("intermediates", "query", query)
         self.sow("intermediates", "key", key)
-        if cache is not None:
+        if places is not None:
+            cache = cache.put(key, value, places)
+            out = attend_rows(query, cache.key, cache.value, places + 1)
+        elif cache is not None:
             if count != 1:
                 raise ValueError(f"a cache takes one token at a time, not {count}")
             cache = cache.append(key, value)
@@ -142,11 +162,12 @@ class DecoderLayer(nn.Module):
         angles: Angles | None,
         cache: LayerCache | None = None,
         room: int = 0,
+        places: Int[Array, "B N"] | None = None,
     ) -> tuple[Float[Array, "B N D"], LayerCache | None]:
         """Maps hidden states [B, N, D] to the same shape; see `Attention` for the rest."""
         config = self.config
         y, cache = Attention(config, self.causal, name="self_attn")(
-            RMSNorm(config.rms_norm_eps, name="input_layernorm")(x), angles, cache, room
+            RMSNorm(config.rms_norm_eps, name="input_layernorm")(x), angles, cache, room, places
         )
         x = constrain(x + y, "batch", "token", "embed")
         y = RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(x)
@@ -208,6 +229,7 @@ class Decoder(nn.Module):
         layers: tuple[int, int],
         caches: tuple[LayerCache, ...] | None = None,
         room: int = 0,
+        places: Int[Array, "B N"] | None = None,
     ) -> tuple[Float[Array, "B N D"], tuple[LayerCache | None, ...]]:
         """Some layers that follow each other, with one token count.
 
@@ -217,6 +239,7 @@ class Decoder(nn.Module):
             layers: The first, and one past the last.
             caches: Decodes: one for each of them.
             room: See `__call__`.
+            places: Where in the caches x is written, see `Attention`; None is behind the last.
 
         Returns:
             Hidden states that leave the last one, and a cache, or None, for each.
@@ -224,7 +247,8 @@ class Decoder(nn.Module):
         angles = mrope_angles(self.config, position_ids)
         filled = []
         for number, layer in enumerate(self.layers[slice(*layers)]):
-            x, cache = layer(x, angles, None if caches is None else caches[number], room)
+            cache = None if caches is None else caches[number]
+            x, cache = layer(x, angles, cache, room, places)
             filled.append(cache)
             self.sow("intermediates", f"hidden_{layers[0] + number}", x)
         return x, tuple(filled)

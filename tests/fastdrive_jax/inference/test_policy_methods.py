@@ -18,12 +18,12 @@ from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PRUNERS, TRAINED, make_pruner
 from fastdrive_jax.pruning.interface import cut_plan
 
-CAMERAS, N, LAYERS, BATCH = 2, 20, 4, 2
+CAMERAS, N, LAYERS, BATCH = 2, 20, 5, 2
 
 
 @pytest.fixture(scope="module")
 def deep(two_cameras, small_init):
-    """The small VLA with four layers, so that methods with three cuts fit in."""
+    """The small VLA with five layers, so that methods with four cuts fit in."""
     config, _ = two_cameras
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=LAYERS))
     return config, small_init(config)

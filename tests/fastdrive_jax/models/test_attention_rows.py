@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastdrive_jax.models.attention_rows import attention_received, attention_rows
+from fastdrive_jax.models.attention_rows import attend_rows, attention_received, attention_rows
 
 
 def drawn(queries, keys, seed=0):
@@ -36,6 +36,21 @@ def test_rows_of_weights_are_those_of_a_softmax():
         np.testing.assert_allclose(rows[sample], want, atol=1e-5)
     whole = attention_rows(query, key)
     np.testing.assert_allclose(whole[0, :, 0], rows[0, :, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 24, 5000])
+def test_rows_anywhere_attend_to_what_they_see(monkeypatch, block_bytes):
+    monkeypatch.setattr("fastdrive_jax.models.attention_rows._BLOCK_BYTES", block_bytes)
+    query, key = drawn(21, 34)
+    value = key[::-1, :, ::-1]
+    seen = np.random.default_rng(1).integers(1, 35, (2, 21))
+    got = attend_rows(query, key, value, jnp.asarray(seen))
+    for sample in range(2):
+        rows, keys = np.asarray(query[sample]), np.asarray(key[sample])
+        values = np.repeat(np.asarray(value[sample]), 2, axis=1)
+        weights = softmax_rows(rows, keys, seen[sample])
+        want = np.einsum("qrs,sqd->rqd", weights, values)
+        np.testing.assert_allclose(got[sample], want, atol=1e-5)
 
 
 @pytest.mark.parametrize("every", [1, 4])

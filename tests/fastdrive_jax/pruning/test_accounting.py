@@ -96,6 +96,28 @@ def test_xla_counts_the_same(config, plan, batch):
     assert cost.kv_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
+def test_xla_counts_a_frame_that_reuses_the_same():
+    plan = ((1, 24),)
+    cost = frame_cost(GROUPED, N, TEXT, plan, decode_steps=STEPS, activation_bytes=4, reuse=True)
+    variables, x = shapes_of(GROUPED)
+    _, caches = jax.eval_shape(functools.partial(prefill, GROUPED, ()), variables, x)
+
+    def frame(variables, x, caches):
+        model, whole = Decoder(GROUPED), jnp.arange(N + TEXT)
+        places = whole[-24 - TEXT :]
+        spread = [jnp.broadcast_to(where, (3, 1, len(where))) for where in (whole, places)]
+        x, _ = model.apply(variables, x, spread[0], (0, 1), None, STEPS, method="span")
+        x, _ = model.apply(
+            variables, x[:, places], spread[1], (1, 3), caches[1:], 0, places[None], method="span"
+        )
+        return model.apply(variables, x[:, -1:], method="finish")
+
+    assert counted(frame, variables, x, caches) == pytest.approx(cost.prefill_flops, rel=0.02)
+    leaves = [leaf for cache in caches for leaf in (cache.key, cache.value)]
+    assert cost.kv_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    assert cost.equivalent_tokens == (N + 24 + 24) / 3
+
+
 def test_a_plan_may_cut_more_than_once():
     cost = frame_cost(GROUPED, N, TEXT, ((0, 50), (1, 24), (2, 7)), decode_steps=STEPS)
     assert cost.live == (50, 24, 7)
