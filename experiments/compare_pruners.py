@@ -231,11 +231,14 @@ def timing_rows(programs: dict, drives: Drives, args: ComparePrunersArgs) -> lis
     count = min(args.scenes, len(drives.frames))
     given = [jnp.asarray(x) for x in _frame(drives, drives.frames[:count, 0])]
     spent: dict = {name: [] for name in programs}
+    # As in the middle of a drive: a first frame may cost more.
+    states = {name: start_state(policy, count) for name, (policy, _) in programs.items()}
     for number in range(args.rounds + 1):
         for name, (policy, params) in programs.items():
-            state, key = start_state(policy, count), jax.random.key(0)
             begin = time.perf_counter()
-            jax.block_until_ready(step(policy, params, *given, key, state))
+            planned = step(policy, params, *given, jax.random.key(0), states[name])
+            jax.block_until_ready(planned)
+            states[name] = planned.state
             if number:
                 spent[name].append(1e3 * (time.perf_counter() - begin) / count)
     unpruned = np.array(spent[UNPRUNED, 1.0])
