@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from experiments.camera_budgets import budget_rows
 from experiments.planning import HEADLINE, PlanningSplit, mean_errors, planning_split
 from experiments.quickstart import RANDOM_DRAWS, RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
@@ -46,6 +47,8 @@ from fastdrive_jax.pruning.select import num_keep
 
 UNPRUNED = "unpruned"
 DRAWN = {"random", "prune2drive"}
+BUDGETED = ("reconpruner", "prior")  # measured with one budget for all cameras and one for each
+WHAT = ("foreground", "object")
 TEXT_TOKENS = 6  # around the picture: two marks before, one behind, and the prompt
 
 
@@ -101,6 +104,9 @@ def compare_pruners(args: ComparePrunersArgs) -> Path:
     world = prepare(config, lambda stage, text: None if config.quiet else print(text, flush=True))
     drives = drives_of(world)
     rows = measure(world, drives, args)
+    for name in BUDGETED:
+        given = *method_of(name, world), world.val, world.shards.classes, args.ratios
+        rows += budget_rows(name, *given)
     meta = {
         "device": str(jax.devices()[0]),
         "scenes": len(drives.frames),
