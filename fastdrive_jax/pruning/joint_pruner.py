@@ -6,17 +6,17 @@ corrects it, and all cameras compete for one budget. It stands before the langua
 layer sees more than K tokens, and it has no loop over tokens.
 
     f = rank in 0..1 of ReconPruner's score, of all tokens of the sample
-    a = rank in 0..1 of the action attention, of the tokens that were kept in the last frames
+    a = rank in 0..1 of the action attention of the frame in which a token was kept last, of all
+        tokens that ever were
     r = f + w c (a - f),   c = g^(frames since it was last kept), 0 for one that never was
 
 A token that was kept and not looked at falls behind, one that was not kept is judged by its looks;
-with time a token is forgotten. Action attention is an exponential mean over the frames in which a
-token was kept, `(1 - e) old + e new`. Then, of the best `candidates` K tokens,
+with time what actions looked at is forgotten. Of the best `candidates` K tokens those K stay that
+score best when likeness to a better one counts against them:
 
     s_j = r_j - m max(0, max_{i : r_i > r_j} cos(v_i, v_j))
 
-and the best K stay. The defaults were chosen on training scenes of the synthetic world
-(docs/compare_pruners.md).
+The defaults were chosen on training scenes of the synthetic world (docs/compare_pruners.md).
 """
 
 from functools import partial
@@ -30,18 +30,17 @@ from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, Seen, Temporal
 from fastdrive_jax.pruning.max_min import pairwise_distances, unit_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig, recon_pruner
 from fastdrive_jax.pruning.select import gather_tokens, top_k
+from fastdrive_jax.pruning.vla_pruner import latter_half
 
 State = dict[str, Array]
 
 
 def joint_pruner(
     config: ReconPrunerConfig,
-    action_weight: float = 0.5,
+    action_weight: float = 0.8,
     forget: float = 0.8,
-    newest: float = 0.5,
-    redundancy: float = 0.1,
-    candidates: float = 1.5,
-    layers=None,
+    redundancy: float = 1.0,
+    candidates: float = 2.0,
 ) -> Pruner:
     """JointPruner as a method; its params are those of a trained ReconPruner.
 
@@ -49,25 +48,16 @@ def joint_pruner(
         config: Of that ReconPruner.
         action_weight: w, in 0..1; 0 looks at the picture alone.
         forget: g, in 0..1, a frame.
-        newest: e, in (0, 1].
         redundancy: m, at least 0.
         candidates: Of K, at least 1.
-        layers: Number of layers to those whose action attention counts; None is the latter half.
 
     Raises:
         ValueError: A setting is out of its range.
     """
-    if not (
-        0 <= action_weight <= 1
-        and 0 <= forget <= 1
-        and 0 < newest <= 1
-        and redundancy >= 0
-        and candidates >= 1
-    ):
+    if not (0 <= action_weight <= 1 and 0 <= forget <= 1 and redundancy >= 0 and candidates >= 1):
         raise ValueError(
-            f"action_weight={action_weight} and forget={forget} must be in 0..1, newest={newest} "
-            f"above 0 and at most 1, redundancy={redundancy} at least 0, candidates={candidates} "
-            "at least 1"
+            f"action_weight={action_weight} and forget={forget} must be in 0..1, "
+            f"redundancy={redundancy} at least 0, candidates={candidates} at least 1"
         )
     scorer = recon_pruner(config)
 
@@ -90,21 +80,16 @@ def joint_pruner(
         return {"action": zeros, "trust": zeros}
 
     def observe(state: State, seen: Seen) -> State:
-        share = jnp.where(state["trust"] > 0, newest, 1)
-        mean = state["action"] + share * (seen.action - state["action"])
         return {
-            "action": jnp.where(seen.kept, mean, state["action"]),
+            "action": jnp.where(seen.kept, seen.action, state["action"]),
             "trust": jnp.where(seen.kept, 1, forget * state["trust"]),
         }
-
-    def latter_half(num_layers: int) -> tuple[int, ...]:
-        return tuple(range(num_layers // 2, num_layers))
 
     return Pruner(
         name="jointpruner",
         choose=choose,
         needs=scorer.needs | {"grid", "state"},
-        temporal=Temporal(init, observe, layers or latter_half),
+        temporal=Temporal(init, observe, latter_half),
     )
 
 

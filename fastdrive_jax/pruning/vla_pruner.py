@@ -82,7 +82,7 @@ def vla_pruner(
         return jax.vmap(partial(differing, k=k))(inputs.embeddings, united, valid)
 
     layers = published_layers(4 if oft else 3) if layer is None else lambda num_layers: (layer,)
-    attention = published_layers(15) if as_published else _latter_half
+    attention = published_layers(15) if as_published else latter_half
     return Pruner(
         name="vlapruner",
         choose=choose,
@@ -114,7 +114,8 @@ def action_relevance(state: State, weights: tuple[float, ...]) -> Float[Array, "
     return jnp.einsum("bwn,bw->bn", state["rows"], weights / total)
 
 
-def _latter_half(num_layers: int) -> tuple[int, ...]:
+def latter_half(num_layers: int) -> tuple[int, ...]:
+    """The layers whose action attention counts."""
     return tuple(range(num_layers // 2, num_layers))
 
 

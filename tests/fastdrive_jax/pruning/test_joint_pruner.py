@@ -110,11 +110,11 @@ def test_padding_is_never_kept_before_real_tokens(params, small_pruner):
 
 
 def test_memory_of_kept_tokens_by_hand(small_pruner):
-    method = make_pruner("jointpruner", config=small_pruner, forget=0.5, newest=0.25)
+    method = make_pruner("jointpruner", config=small_pruner, forget=0.5)
     state = {"action": jnp.array([[0.0, 0.4, 0.8]]), "trust": jnp.array([[0.0, 1.0, 0.5]])}
     seen = Seen(action=jnp.array([[0.2, 0.8, 0.0]]), kept=jnp.array([[True, True, False]]))
     after = method.temporal.observe(state, seen)
-    np.testing.assert_allclose(after["action"], [[0.2, 0.5, 0.8]], atol=1e-6)
+    np.testing.assert_allclose(after["action"], [[0.2, 0.8, 0.8]], atol=1e-6)
     np.testing.assert_allclose(after["trust"], [[1.0, 1.0, 0.25]], atol=1e-6)
 
 
@@ -125,7 +125,7 @@ def test_shares_by_hand():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"action_weight": 1.5}, {"newest": 0.0}, {"redundancy": -1.0}, {"candidates": 0.5}]
+    "setting", [{"action_weight": 1.5}, {"forget": -0.1}, {"redundancy": -1.0}, {"candidates": 0.5}]
 )
 def test_settings_that_make_no_sense_are_refused(small_pruner, setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
