@@ -1,6 +1,6 @@
 """The driving policy: pictures in, pruned tokens, a trajectory out. One pure function."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -62,6 +62,18 @@ class Plan(flax.struct.PyTreeNode):
     waypoints: Float[Array, "B T 2"]
     keep_indices: Int[Array, "B K"]
     state: Any = None
+
+
+def frame_policy(policy: DrivingPolicy, frame: int) -> DrivingPolicy:
+    """The policy of a frame of a drive, counted from 0, as temporal methods were published.
+
+    While such a method warms up nothing is pruned, but it watches: a second program. Methods here
+    prune from the first frame on, with what they know; this is for those who want it as published.
+    """
+    temporal = policy.pruner.temporal
+    if temporal is None or frame >= temporal.warmup:
+        return policy
+    return replace(policy, keep_ratio=1.0)
 
 
 def choose_tokens(
@@ -216,7 +228,7 @@ def plan_tokens(
     observe, reused = (), None
     if pruner.temporal is not None and not pruner.reuse:
         observe = pruner.temporal.layers(model.config.text.num_layers)
-    if pruner.cuts is None:
+    if pruner.cuts is None and not pruner.renumber:
         kept = _keep(policy, params["pruner"], inputs, key)
         whole, tokens = kept.indices, kept.tokens
         where = gather_position_ids(where, whole)

@@ -201,7 +201,7 @@ def prefill(
             if pruner.cuts is not None:
                 given = given.replace(**_evidence(pruner, *evidence_of))
             fold = None if key is None else jax.random.fold_in(key, number)
-            kept = keep_tokens(pruner, pruner_params, given, k, key if number == 0 else fold)
+            kept = keep_tokens(pruner, pruner_params, given, k, fold)
             live = keep_live(live, kept, pruner.renumber)
             if pruner.renumber:
                 next_position = live.length

@@ -11,7 +11,7 @@ and of C the K tokens are kept that differ most: greedily max-min over `1 - cos(
 projector's tokens, from the one whose nearest other candidate is farthest. Published: one cut on
 entering layer K = 3 of 32, w = 3, g = 0.8, action attention over the latter half of the layers.
 A sample with fewer than w frames behind it takes what there is, and none at all S_vl alone; as
-published nothing is pruned in these frames (`Temporal.warmup`, which the caller heeds).
+published nothing is pruned in these frames (`inference.policy.frame_policy`).
 
 `as_published` follows the released code where it differs. "openvla": S_vl is the last prompt
 token's row (the paper's form is an option there that its authors advise against), action attention

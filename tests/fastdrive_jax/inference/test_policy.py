@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import jax
@@ -179,6 +180,32 @@ def test_without_a_picture_it_plans_from_the_prompt(one_camera):
     whole = model.apply(variables, hidden, ids, method=lambda vla, *x: vla.language_model(*x))[0]
     logits = model.apply(variables, whole, method=lambda vla, x: vla.language_model.logits(x))
     np.testing.assert_allclose(prefilled.logits, logits[:, -1], atol=1e-5)
+
+
+def test_positions_are_given_out_anew_to_what_such_a_method_leaves(one_camera):
+    config, params = one_camera
+    model, variables = DrivingVLA(config), {"params": params["vla"]}
+    method = dataclasses.replace(make_pruner("divprune"), renumber=True)
+    images, speed, command = inputs(2)
+    given = {"vla": params["vla"], "pruner": None}
+    planned = RUN(DrivingPolicy(model, method, 0.5), given, images, speed, command)
+    own = RUN(DrivingPolicy(model, make_pruner("divprune"), 0.5), given, images, speed, command)
+    np.testing.assert_array_equal(planned.keep_indices, own.keep_indices)
+    # Teacher forcing on positions 0, 1, 2 and so on gives the same trajectory.
+    kept = np.asarray(planned.keep_indices)
+    tokens = encode(config, params, images)[np.arange(2)[:, None], kept]
+    vocabulary = config.vocabulary
+    plan_ids = vocabulary.encode(planned.waypoints)
+    ids = jnp.concatenate([vocabulary.prompt(speed, command), plan_ids[:, :-1]], axis=1)
+    hidden, _ = model.apply(variables, tokens, jnp.zeros((3, 2, 5), int), ids, method="sequence")
+    where = jnp.broadcast_to(jnp.arange(hidden.shape[1]), (3, *hidden.shape[:2]))
+    whole = model.apply(variables, hidden, where, method=lambda vla, *x: vla.language_model(*x)[0])
+    logits = model.apply(
+        variables, whole[:, -12:], method=lambda vla, x: vla.language_model.logits(x)
+    )
+    first = vocabulary.first_displacement
+    want = first + jnp.argmax(logits[..., first : first + vocabulary.displacement_bins], axis=-1)
+    np.testing.assert_array_equal(plan_ids, want)
 
 
 def test_decoding_gives_displacement_ids_only(one_camera):

@@ -9,6 +9,7 @@ import pytest
 
 from fastdrive_jax.inference.policy import (
     DrivingPolicy,
+    frame_policy,
     picture_inputs,
     plan,
     plan_tokens,
@@ -111,3 +112,21 @@ def test_a_drive_that_begins_anew_forgets(deep):
     newest = np.asarray(went_on.state["rows"][:, 0])
     for row, kept in zip(newest, np.asarray(went_on.keep_indices), strict=True):
         np.testing.assert_array_equal(np.flatnonzero(row), kept)
+
+
+def test_a_method_that_warms_up_watches_without_pruning(deep):
+    config, params = deep
+    policy = DrivingPolicy(DrivingVLA(config), make_pruner("vlapruner", window=2), 0.3)
+    given = {"vla": params["vla"], "pruner": None}
+    run, state = jax.jit(plan, static_argnums=0), start_state(policy, BATCH)
+    kept = []
+    for number in range(3):
+        images, _, speed, command = frame(number)
+        now = frame_policy(policy, number)
+        planned = run(now, given, images, speed, command, None, state)
+        state = planned.state
+        kept.append(planned.keep_indices.shape[1])
+        assert (np.asarray(state["rows"][:, 0]) > 0).sum() == BATCH * kept[-1]
+    assert kept == [N, N, 6]
+    plain = DrivingPolicy(DrivingVLA(config), make_pruner("fastv"), 0.3)
+    assert frame_policy(plain, 0) is plain
