@@ -47,7 +47,7 @@ def params():
     drawn = init(jax.random.key(0))
     # Larger queries and keys: attention that differs from token to token.
     return jax.tree.map(
-        lambda leaf: 2 * leaf if leaf.ndim == 2 and leaf.shape[0] == 32 else leaf, drawn
+        lambda leaf: 1.5 * leaf if leaf.ndim == 2 and leaf.shape[0] == 32 else leaf, drawn
     )
 
 

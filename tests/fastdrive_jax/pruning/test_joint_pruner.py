@@ -1,5 +1,8 @@
 """JointPruner beside a slow NumPy form of its formulas."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,3 +133,14 @@ def test_shares_by_hand():
 def test_settings_that_make_no_sense_are_refused(small_pruner, setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         make_pruner("jointpruner", config=small_pruner, **setting)
+
+
+def test_only_candidates_are_compared(small_pruner, params):
+    method, k = make_pruner("jointpruner", config=small_pruner), 40
+    inputs = PrunerInputs(tokens=jnp.zeros((1, 16 * 32, 32)), grid=(2, 16))
+    inputs = inputs.replace(state=method.temporal.init(inputs))
+    run = jax.jit(lambda inputs: keep_tokens(method, params, inputs, k).indices)
+    text = run.lower(inputs).compile().as_text()
+    shapes = re.findall(r"\b(?:f|s|u|pred|bf)\d*\[([\d,]+)\]", text)
+    largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert largest < 512**2 / 8

@@ -1,5 +1,7 @@
 """VLA-Pruner beside a slow NumPy form of its formulas."""
 
+import math
+import re
 from functools import partial
 
 import jax
@@ -180,3 +182,17 @@ def test_each_camera_has_its_own_budget_as_published_for_oft():
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(ValueError, match="must be at least 1"):
         make_pruner("vlapruner", **settings)
+
+
+def test_only_candidates_are_compared():
+    length, k = 512, 40
+    inputs = PrunerInputs(
+        tokens=jnp.zeros((1, length, 1)),
+        embeddings=jnp.zeros((1, length, 4)),
+        received=jnp.zeros((1, length)),
+        state={"rows": jnp.zeros((1, 3, length)), "frames": jnp.zeros(1, jnp.int32)},
+    )
+    text = compiled.lower(METHODS[None], None, inputs, k=k).compile().as_text()
+    shapes = re.findall(r"\b(?:f|s|u|pred|bf)\d*\[([\d,]+)\]", text)
+    largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert (2 * k) ** 2 <= largest < length**2 / 8
