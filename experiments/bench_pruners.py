@@ -35,7 +35,7 @@ from fastdrive_jax.models.attention_rows import attention_received, attention_ro
 from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B, DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.vision_evidence import MOST_ROWS
-from fastdrive_jax.pruning import PRUNERS, TRAINED, Pruner, PrunerInputs, make_pruner
+from fastdrive_jax.pruning import PRUNERS, Pruner, PrunerInputs, builds_on_recon, make_pruner
 from fastdrive_jax.pruning.accounting import FORMULA, frame_cost
 from fastdrive_jax.pruning.interface import ATTENTION, VISION, Seen, cut_plan, keep_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
@@ -72,8 +72,7 @@ class BenchPrunersArgs:
 
     def __post_init__(self):
         for name in self.methods:
-            if name not in PRUNERS:
-                make_pruner(name)  # says which ones there are
+            builds_on_recon(name)  # says what there is
         if not self.batch or min(*self.batch, self.repeats) < 1:
             raise UserError(f"batch={self.batch} and repeats={self.repeats} must be at least 1.")
         if not 1 <= self.k < self.n:
@@ -134,7 +133,9 @@ def bench_pruners(args: BenchPrunersArgs) -> Path:
     for batch in args.batch:
         programs = {"prefill": prefill_program(config, layers, batch, args.n, dtype)}
         for name, pruner in methods.items():
-            programs[name] = method_program(pruner, plans[name], config, batch, args.n, dtype)
+            programs[name] = method_program(
+                pruner, plans[name], builds_on_recon(name), config, batch, args.n, dtype
+            )
         spent = interleaved(programs, args.repeats)
         prefill = spent.pop("prefill") * config.num_layers / layers
         add("unpruned", 1.0, f"prefill_batch_{batch}_ms", prefill, "ms")
@@ -199,23 +200,24 @@ def prefill_program(
 
 def method(name: str, config: DecoderConfig) -> Pruner:
     """The method called `name`; ReconPruner's layer is one of the decoder's size."""
-    settings = {"config": ReconPrunerConfig(config)} if name in TRAINED else {}
+    settings = {"config": ReconPrunerConfig(config)} if builds_on_recon(name) else {}
     return make_pruner(name, **settings)
 
 
 def method_program(
     pruner: Pruner,
     plan: tuple[tuple[int, int], ...],
+    on_recon: bool,
     config: DecoderConfig,
     batch: int,
     n: int,
     dtype: jnp.dtype,
 ) -> Callable[[], Any]:
-    """All that a method adds to a frame."""
+    """All that a method adds to a frame; `on_recon`: its params are a ReconPruner's."""
     found = [n, *(k for _, k in plan[:-1])]
     cuts = [example_cut(pruner, config, batch, found[: i + 1], dtype) for i in range(len(found))]
     params = None
-    if pruner.name in TRAINED:
+    if on_recon:
         module = ReconPruner(ReconPrunerConfig(config))
         params = _initialised(module, dtype, cuts[0].inputs.tokens[:, :1])["params"]
     elif pruner.name == "prior":

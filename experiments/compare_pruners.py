@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ from fastdrive_jax.inference.policy import (
     start_state,
 )
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
-from fastdrive_jax.pruning import PRUNERS, TRAINED, Pruner, make_pruner
+from fastdrive_jax.pruning import PRUNERS, Pruner, builds_on_recon, make_pruner
 from fastdrive_jax.pruning.accounting import frame_cost, recon_pruner_flops
 from fastdrive_jax.pruning.interface import cut_plan
 from fastdrive_jax.pruning.select import num_keep
@@ -62,6 +62,7 @@ class ComparePrunersArgs:
         methods: Names, or FILE.py:FUNCTION for one of your own; by default all that come with the
             library.
         ratios: Keep ratios.
+        split: "val" are unseen scenes; "train" those to choose settings by.
         scenes: That are driven at once.
         rounds: Of timing, in which all methods take turns.
     """
@@ -70,13 +71,13 @@ class ComparePrunersArgs:
     quickstart: QuickstartConfig = field(default_factory=QuickstartConfig)
     methods: tuple[str, ...] = tuple(PRUNERS)
     ratios: tuple[float, ...] = RATIOS
+    split: Literal["val", "train"] = "val"
     scenes: int = 60
     rounds: int = 7
 
     def __post_init__(self):
         for name in self.methods:
-            if name not in PRUNERS:
-                make_pruner(name)  # says what there is
+            builds_on_recon(name)  # says what there is
         for ratio in self.ratios:
             num_keep(1000, ratio)
         if self.scenes < 1 or self.rounds < 1:
@@ -102,13 +103,14 @@ def compare_pruners(args: ComparePrunersArgs) -> Path:
     """Drives, measures and writes; returns the path of the rows."""
     config = args.quickstart
     world = prepare(config, lambda stage, text: None if config.quiet else print(text, flush=True))
-    drives = drives_of(world)
+    drives = drives_of(world, args.split)
     rows = measure(world, drives, args)
     for name in BUDGETED:
         given = *method_of(name, world), world.val, world.shards.classes, args.ratios
         rows += budget_rows(name, *given)
     meta = {
         "device": str(jax.devices()[0]),
+        "split": args.split,
         "scenes": len(drives.frames),
         "frames": drives.frames.shape[1],
         "visual_tokens": world.model.config.visual_tokens,
@@ -119,11 +121,14 @@ def compare_pruners(args: ComparePrunersArgs) -> Path:
     return write_rows(args.out / "compare.json", rows, meta)
 
 
-def drives_of(world: WorldRun) -> Drives:
-    """The planned scenes of a quick start."""
-    data = planning_split(world.planned, "val", world.front, world.model.config.image_size)
-    classes = world.planned.classes
-    labels = np.asarray(world.front.labels)
+def drives_of(world: WorldRun, split: Literal["val", "train"]) -> Drives:
+    """The planned scenes of a quick start, or those of its training."""
+    shards, pictures = (
+        (world.planned, world.front) if split == "val" else (world.shards, world.train)
+    )
+    data = planning_split(shards, split, pictures, world.model.config.image_size)
+    front = np.flatnonzero(pictures.camera == shards.cameras.index("CAM_FRONT"))
+    classes, labels = shards.classes, np.asarray(pictures.labels[front])
     areas = token_areas(labels, classes.foreground, classes.objects, classes.ignore)
     return Drives(data, areas, scene_frames(data.scene))
 
@@ -148,7 +153,7 @@ def label(name: str) -> str:
 
 def method_of(name: str, world: WorldRun) -> tuple[Pruner, Any]:
     """A method with what training gave it."""
-    if name in TRAINED:
+    if builds_on_recon(name):
         config = world.run.recon.pruner
         return make_pruner(name, config=config), world.trained["pruner"]
     if name == "prior":
@@ -221,7 +226,7 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
             [planning_metrics(e)[HEADLINE] for e in errors], axis=0
         )
         rows += planning_rows(label(name), ratio, mean_errors(errors), data.scene)
-        seed = 0 if name in DRAWN or name in TRAINED else None
+        seed = 0 if name in DRAWN or builds_on_recon(name) else None
         rows += foreground_rows(label(name), ratio, drives.areas, runs[0][1], data.scene, seed)
         rows += cost_rows(world.model, pruner, ratio, name)
     for (name, ratio), values in samples.items():
@@ -265,7 +270,7 @@ def cost_rows(model: DrivingVLA, pruner: Pruner, ratio: float, name: str) -> lis
     config = model.config
     n, text = config.visual_tokens, TEXT_TOKENS
     plan = cut_plan(pruner, n, ratio, config.text.num_layers)
-    own = recon_pruner_flops(config.text, n) if name in TRAINED else 0
+    own = recon_pruner_flops(config.text, n) if builds_on_recon(name) else 0
     steps = config.vocabulary.plan_length
     cost = frame_cost(
         config.text,

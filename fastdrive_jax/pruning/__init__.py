@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -51,24 +52,34 @@ PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
     }
 )
 
-# Made with `config=` of a trained ReconPruner, whose params are theirs.
-TRAINED = frozenset({"reconpruner", "jointpruner"})
-
 
 def make_pruner(name: str, **settings) -> Pruner:
-    """A method made with its settings (`config=` for those in `TRAINED`).
+    """A method made with its settings.
 
     Args:
         name: Of `PRUNERS`, or "FILE.py:FUNCTION", a function of your own that returns a `Pruner`.
-        settings: Of the method.
+        settings: Of the method; `config=` for one that `builds_on_recon`.
 
     Raises:
         UserError: There is no such method.
     """
+    return _maker(name)(**settings)
+
+
+def builds_on_recon(name: str) -> bool:
+    """Whether a method takes the `config` of a trained ReconPruner, whose params are then its own.
+
+    Raises:
+        UserError: There is no such method.
+    """
+    return "config" in inspect.signature(_maker(name)).parameters
+
+
+def _maker(name: str) -> Callable[..., Pruner]:
     if name in PRUNERS:
-        return PRUNERS[name](**settings)
+        return PRUNERS[name]
     if ".py:" in name:
-        return _from_file(name)(**settings)
+        return _from_file(name)
     close = difflib.get_close_matches(name, PRUNERS, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PRUNERS)}."
     raise UserError(f"There is no pruner {name!r}: {hint}")
@@ -88,11 +99,11 @@ def _from_file(name: str) -> Callable[..., Pruner]:
 
 __all__ = [
     "PRUNERS",
-    "TRAINED",
     "Pruner",
     "PrunerInputs",
     "ReconPruner",
     "ReconPrunerConfig",
+    "builds_on_recon",
     "keep_indices",
     "make_pruner",
     "pruner_scores",

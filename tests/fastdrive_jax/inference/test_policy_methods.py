@@ -16,7 +16,7 @@ from fastdrive_jax.inference.policy import (
     start_state,
 )
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
-from fastdrive_jax.pruning import PRUNERS, TRAINED, make_pruner
+from fastdrive_jax.pruning import PRUNERS, builds_on_recon, make_pruner
 from fastdrive_jax.pruning.interface import cut_plan
 
 CAMERAS, N, LAYERS, BATCH = 2, 20, 5, 2
@@ -31,7 +31,7 @@ def deep(two_cameras, small_init):
 
 
 def method(name, small_pruner, params):
-    if name in TRAINED:
+    if builds_on_recon(name):
         return make_pruner(name, config=small_pruner), params["pruner"]
     weights = jnp.linspace(0, 1, N).reshape(CAMERAS, -1) if name == "prior" else None
     return make_pruner(name), weights
