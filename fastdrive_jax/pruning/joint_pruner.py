@@ -1,9 +1,9 @@
 """JointPruner, of this library: foreground, what actions looked at, and no two tokens alike.
 
 FastDriveVLA asks what of a picture is foreground, VLA-Pruner what the last actions looked at, the
-diversity methods what a token adds to the others. Here one relevance joins the first two, the third
-corrects it, and all cameras compete for one budget. It stands before the language model, so that no
-layer sees more than K tokens, and it has no loop over tokens.
+diversity methods what a token adds to the others. Here one relevance joins the first two and weighs
+the third, and all cameras compete for one budget. It stands before the language model, so that no
+layer sees more than K tokens.
 
     f = rank in 0..1 of ReconPruner's score, of all tokens of the sample
     a = rank in 0..1 of the action attention of the frame in which a token was kept last, of all
@@ -11,10 +11,10 @@ layer sees more than K tokens, and it has no loop over tokens.
     r = f + w c (a - f),   c = g^(frames since it was last kept), 0 for one that never was
 
 A token that was kept and not looked at falls behind, one that was not kept is judged by its looks;
-with time what actions looked at is forgotten. Of the best `candidates` K tokens those K stay that
-score best when likeness to a better one counts against them:
+with time what actions looked at is forgotten. Of the `candidates` K most relevant tokens the most
+relevant is chosen first, then K - 1 times the one that is far from all chosen ones and relevant:
 
-    s_j = r_j - m max(0, max_{i : r_i > r_j} cos(v_i, v_j))
+    argmax_j r_j^b min_{i chosen} (1 - cos(v_i, v_j))
 
 The defaults were chosen on training scenes of the synthetic world (docs/compare_pruners.md).
 """
@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.pruning.budgets import split_pictures
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, Seen, Temporal, real_tokens
-from fastdrive_jax.pruning.max_min import pairwise_distances, unit_tokens
+from fastdrive_jax.pruning.max_min import farthest_first, pairwise_distances, unit_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig, recon_pruner
 from fastdrive_jax.pruning.select import gather_tokens, top_k
 from fastdrive_jax.pruning.vla_pruner import latter_half
@@ -39,8 +39,8 @@ def joint_pruner(
     config: ReconPrunerConfig,
     action_weight: float = 0.8,
     forget: float = 0.8,
-    redundancy: float = 1.0,
-    candidates: float = 2.0,
+    sharpness: float = 0.25,
+    candidates: float = 3.0,
 ) -> Pruner:
     """JointPruner as a method; its params are those of a trained ReconPruner.
 
@@ -48,16 +48,16 @@ def joint_pruner(
         config: Of that ReconPruner.
         action_weight: w, in 0..1; 0 looks at the picture alone.
         forget: g, in 0..1, a frame.
-        redundancy: m, at least 0.
+        sharpness: b, at least 0; at 0 relevance only picks the candidates.
         candidates: Of K, at least 1.
 
     Raises:
         ValueError: A setting is out of its range.
     """
-    if not (0 <= action_weight <= 1 and 0 <= forget <= 1 and redundancy >= 0 and candidates >= 1):
+    if not (0 <= action_weight <= 1 and 0 <= forget <= 1 and sharpness >= 0 and candidates >= 1):
         raise ValueError(
             f"action_weight={action_weight} and forget={forget} must be in 0..1, "
-            f"redundancy={redundancy} at least 0, candidates={candidates} at least 1"
+            f"sharpness={sharpness} at least 0, candidates={candidates} at least 1"
         )
     scorer = recon_pruner(config)
 
@@ -71,9 +71,8 @@ def joint_pruner(
         relevance += action_weight * inputs.state["trust"] * (action - relevance)
         some = min(round(candidates * k), valid.shape[1])
         best = top_k(relevance, some, valid)
-        return jax.vmap(partial(_differing, weight=redundancy, k=k))(
-            inputs.tokens, relevance, best, valid
-        )
+        run = partial(_differing, sharpness=sharpness, k=k)
+        return jax.vmap(run)(inputs.tokens, relevance, best, valid)
 
     def init(inputs: PrunerInputs) -> State:
         zeros = jnp.zeros(inputs.tokens.shape[:2])
@@ -111,12 +110,11 @@ def _differing(
     relevance: Float[Array, " N"],
     best: Int[Array, " M"],
     valid: Bool[Array, " N"],
-    weight: float,
+    sharpness: float,
     k: int,
 ) -> Int[Array, " K"]:
-    real = valid[best]
-    own = relevance[best]
-    alike = 1 - pairwise_distances(unit_tokens(gather_tokens(tokens[None], best[None])[0], real))
-    ahead = (own[:, None] < own) & real
-    likeness = jnp.max(jnp.where(ahead, alike, 0), axis=1)
-    return best[top_k((own - weight * likeness)[None], k, real[None])[0]]
+    real, own = valid[best], jnp.where(valid[best], relevance[best], -1)
+    distances = pairwise_distances(unit_tokens(gather_tokens(tokens[None], best[None])[0], real))
+    # Rounding may bring equal tokens below 0, where a weight would turn their order round.
+    weighted = jnp.maximum(distances, 0) * jnp.maximum(own, 0) ** sharpness
+    return best[farthest_first(weighted, jnp.argmax(own), k, real)]

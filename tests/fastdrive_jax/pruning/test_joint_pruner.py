@@ -15,7 +15,7 @@ from fastdrive_jax.pruning.recon_pruner import ReconPruner
 
 BATCH, GRID, CAMERAS = 4, (2, 5), 3
 LENGTH = CAMERAS * GRID[0] * GRID[1]
-SETTINGS = {"action_weight": 0.6, "redundancy": 0.4, "candidates": 1.6}
+SETTINGS = {"action_weight": 0.6, "sharpness": 0.5, "candidates": 1.6}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def rank(values):
     return {j: place / max(len(values) - 1, 1) for place, j in enumerate(order)}
 
 
-def oracle(tokens, scores, action, trust, k, action_weight, redundancy, candidates):
+def oracle(tokens, scores, action, trust, k, action_weight, sharpness, candidates):
     looks = rank(scores)
     known = [j for j in range(LENGTH) if trust[j] > 0]
     looked_at = {}
@@ -62,11 +62,12 @@ def oracle(tokens, scores, action, trust, k, action_weight, redundancy, candidat
     best = sorted(relevance, key=lambda j: (-relevance[j], j))[:some]
     units = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
 
-    def score(j):
-        ahead = [units[i] @ units[j] for i in best if relevance[i] > relevance[j]]
-        return relevance[j] - redundancy * max([0, *ahead])
-
-    return np.sort(sorted(best, key=lambda j: (-score(j), j))[:k])
+    kept = best[:1]
+    while len(kept) < k:
+        left = sorted(set(best) - set(kept))
+        far = {j: min(1 - units[i] @ units[j] for i in kept) for j in left}
+        kept.append(max(left, key=lambda j: (far[j] * relevance[j] ** sharpness, -j)))
+    return np.sort(kept)
 
 
 @pytest.mark.parametrize("k", [1, 7, 20, LENGTH])
@@ -95,8 +96,8 @@ def test_a_batch_is_pruned_as_its_samples_are(params, small_pruner):
         np.testing.assert_array_equal(choose(one)[0], together[row])
 
 
-def test_without_past_and_filter_it_is_reconpruner(params, small_pruner):
-    method = make_pruner("jointpruner", config=small_pruner, redundancy=0.0)
+def test_without_past_its_candidates_are_reconpruners(params, small_pruner):
+    method = make_pruner("jointpruner", config=small_pruner, candidates=1.0)
     inputs = drawn().replace(grid=(3, 10))  # one camera
     inputs = inputs.replace(state=method.temporal.init(inputs))
     got = keep_tokens(method, params, inputs, 11).indices
@@ -128,7 +129,7 @@ def test_shares_by_hand():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"action_weight": 1.5}, {"forget": -0.1}, {"redundancy": -1.0}, {"candidates": 0.5}]
+    "setting", [{"action_weight": 1.5}, {"forget": -0.1}, {"sharpness": -1.0}, {"candidates": 0.5}]
 )
 def test_settings_that_make_no_sense_are_refused(small_pruner, setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
@@ -143,4 +144,4 @@ def test_only_candidates_are_compared(small_pruner, params):
     text = run.lower(inputs).compile().as_text()
     shapes = re.findall(r"\b(?:f|s|u|pred|bf)\d*\[([\d,]+)\]", text)
     largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
-    assert largest < 512**2 / 8
+    assert (3 * k) ** 2 <= largest < 512**2 / 8
