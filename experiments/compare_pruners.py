@@ -153,6 +153,8 @@ def label(name: str) -> str:
 
 def method_of(name: str, world: WorldRun) -> tuple[Pruner, Any]:
     """A method with what training gave it."""
+    if name == UNPRUNED:
+        return make_pruner("uniform"), None  # at a ratio of 1
     if builds_on_recon(name):
         config = world.run.recon.pruner
         return make_pruner(name, config=config), world.trained["pruner"]
@@ -214,7 +216,7 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
     rows: list[Row] = []
     samples, programs = {}, {}
     for name, ratio in tqdm(jobs, desc="drives", unit="setting", disable=args.quickstart.quiet):
-        pruner, weights = method_of("uniform" if name == UNPRUNED else name, world)
+        pruner, weights = method_of(name, world)
         policy = DrivingPolicy(world.model, pruner, ratio)
         params = {"vla": world.params, "pruner": weights}
         programs[label(name), ratio] = policy, params
@@ -226,7 +228,7 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
             [planning_metrics(e)[HEADLINE] for e in errors], axis=0
         )
         rows += planning_rows(label(name), ratio, mean_errors(errors), data.scene)
-        seed = 0 if name in DRAWN or builds_on_recon(name) else None
+        seed = 0 if name in DRAWN or weights is world.trained["pruner"] else None
         rows += foreground_rows(label(name), ratio, drives.areas, runs[0][1], data.scene, seed)
         rows += cost_rows(world.model, pruner, ratio, name)
     for (name, ratio), values in samples.items():
@@ -270,7 +272,8 @@ def cost_rows(model: DrivingVLA, pruner: Pruner, ratio: float, name: str) -> lis
     config = model.config
     n, text = config.visual_tokens, TEXT_TOKENS
     plan = cut_plan(pruner, n, ratio, config.text.num_layers)
-    own = recon_pruner_flops(config.text, n) if builds_on_recon(name) else 0
+    on_recon = name != UNPRUNED and builds_on_recon(name)
+    own = recon_pruner_flops(config.text, n) if on_recon else 0
     steps = config.vocabulary.plan_length
     cost = frame_cost(
         config.text,

@@ -125,5 +125,7 @@ def test_a_misspelt_name_gets_a_hint():
 
 
 def test_a_strange_name_gets_the_list():
-    with pytest.raises(UserError, match="choose from reconpruner, random, uniform, prior"):
+    with pytest.raises(
+        UserError, match="choose from reconpruner, jointpruner, random, uniform, prior"
+    ):
         make_pruner("zzz")
