@@ -1,4 +1,4 @@
-"""Programs here run once or twice on a few numbers: compiling them well costs more than it gives."""
+"""Programs here run once or twice on few numbers: compiling them well costs more than it gives."""
 
 import jax
 import pytest
