@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.camera_budgets import budget_rows
+from experiments.camera_budgets import EACH, SHARED, budget_rows
 from experiments.planning import HEADLINE, PlanningSplit, mean_errors, planning_split
 from experiments.quickstart import RANDOM_DRAWS, RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
@@ -307,7 +307,7 @@ COLUMNS = (
 
 
 def markdown(rows: Sequence[Row], args: ComparePrunersArgs) -> str:
-    """The table, methods of a ratio from the smallest planning error on."""
+    """The tables, methods of a ratio from the smallest planning error on."""
     cells = {(row.method, row.keep_ratio, row.metric): row for row in rows}
     head = " | ".join(label for _, label, _, _ in COLUMNS)
     lines = [f"| kept | method | {head} |", "| --- " * (len(COLUMNS) + 2) + "|"]
@@ -322,10 +322,15 @@ def markdown(rows: Sequence[Row], args: ComparePrunersArgs) -> str:
 
     lines.append(line(UNPRUNED, 1.0))
     for ratio in args.ratios:
-        names = sorted(
-            map(label, args.methods), key=lambda name, r=ratio: cells[name, r, HEADLINE].value
-        )
-        lines += [line(name, ratio) for name in names]
+        found = {name: cells[name, ratio, HEADLINE].value for name in map(label, args.methods)}
+        lines += [line(name, ratio) for name in sorted(found, key=found.get)]
+    lines += ["", "| kept | method | budget | foreground recall, % | object recall, % |"]
+    lines += ["| --- " * 5 + "|"]
+    for ratio in args.ratios:
+        for name, kind in ((name, kind) for name in BUDGETED for kind in (SHARED, EACH)):
+            found = (cells[f"{name}, {kind}", ratio, f"{what}_recall"] for what in WHAT)
+            recall = " | ".join(_cell(row, 100, 1) for row in found)
+            lines.append(f"| {100 * ratio:g}% | {name} | {kind} | {recall} |")
     return "\n".join(lines) + "\n"
 
 

@@ -216,7 +216,7 @@ def test_methods_are_compared_on_the_drives_of_a_quick_start(environment, whole,
     assert ("reconpruner - vlapruner", 0.5, "ade_difference") in found
     table = (tmp_path / "compare.md").read_text().splitlines()
     assert [line.split(" | ")[1] for line in table[2:3]] == ["unpruned"]
-    assert len(table) == 2 + 1 + 3
+    assert len(table) == (2 + 1 + 3) + 1 + (2 + 4)
 
 
 @pytest.mark.parametrize(
