@@ -34,7 +34,7 @@ from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.models.attention_rows import attention_received, attention_rows
 from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B, DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
-from fastdrive_jax.models.qwen2_5_vl.vision_evidence import MOST_ROWS
+from fastdrive_jax.models.qwen2_5_vl.vision_evidence import token_evidence
 from fastdrive_jax.pruning import PRUNERS, Pruner, PrunerInputs, builds_on_recon, make_pruner
 from fastdrive_jax.pruning.accounting import FORMULA, frame_cost
 from fastdrive_jax.pruning.interface import ATTENTION, VISION, Seen, cut_plan, keep_tokens
@@ -321,21 +321,15 @@ def with_evidence(pruner: Pruner, cut: Cut) -> PrunerInputs:
     def received():
         return attention_received(cut.model.query, cut.model.key, causal=True)[:, :n]
 
-    def vision_received():
-        every = math.ceil(cut.vision.key.shape[1] / MOST_ROWS)
-        received = attention_received(cut.vision.query, cut.vision.key, every=every)
-        return jnp.sum(received.reshape(batch, n, -1), axis=-1)
-
-    def vision_keys():
-        keys = cut.vision.key.astype(jnp.float32).mean(axis=2)
-        return jnp.mean(keys.reshape(batch, n, -1, keys.shape[-1]), axis=2)
+    def vision():
+        return token_evidence(cut.vision.query, cut.vision.key, TOWER.spatial_merge_size**2)
 
     make = {
         "last_row": last_row,
         "text_rows": text_rows,
         "received": received,
-        "vision_received": vision_received,
-        "vision_keys": vision_keys,
+        "vision_received": lambda: vision().received,
+        "vision_keys": lambda: vision().keys,
     }
     return inputs.replace(**{need: make[need]() for need in pruner.needs & set(make)})
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.features import SplitFeatures
 from data_pipelines.schema import Classes
+from experiments.measure_pruner import score_split
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.foreground import Areas, foreground_rows, token_areas
+from fastdrive_jax.evaluation.foreground import TOKEN, Areas, foreground_rows, token_areas
 from fastdrive_jax.evaluation.results import Row
 from fastdrive_jax.pruning import Pruner, PrunerInputs
 from fastdrive_jax.pruning.budgets import per_camera
@@ -45,7 +45,7 @@ def budget_rows(
     if not np.array_equal(val.camera, np.tile(np.arange(cameras), len(val.camera) // cameras)):
         raise UserError("Budgets are compared on samples that all have the same cameras.")
     areas = token_areas(np.asarray(val.labels), classes.foreground, classes.objects, classes.ignore)
-    grid = tuple(edge // 28 for edge in val.images.shape[1:3])
+    grid = tuple(edge // TOKEN for edge in val.images.shape[1:3])
     samples = [
         np.asarray(x).reshape(-1, cameras * x.shape[1])
         for x in (areas.foreground, areas.objects, areas.valid)
@@ -57,16 +57,8 @@ def budget_rows(
         Pruner(name=name, score=lambda params, inputs, key: inputs.relevance), cameras
     )
 
-    @jax.jit
-    def score(params, tokens, camera):
-        inputs = PrunerInputs(tokens, camera=camera[:, None], grid=grid)
-        return pruner.score(params, inputs, None)
-
-    parts = [
-        score(params, jnp.asarray(val.tokens[i : i + 60], jnp.float32), val.camera[i : i + 60])
-        for i in range(0, len(val.camera), 60)
-    ]
-    scores = jnp.concatenate(parts).reshape(len(scene), cameras * n)
+    scores = score_split(pruner, params, val, areas, jax.random.key(0))
+    scores = scores.reshape(len(scene), cameras * n)
     given = PrunerInputs(scores[..., None], relevance=scores, grid=grid)
     rows = []
     for ratio in ratios:

@@ -184,9 +184,7 @@ def drive(
         scenes: Driven at once.
         seed: Of methods that draw.
     """
-    data, count = drives.data, len(drives.frames)
-    waypoints: list = [None] * len(data.speed)
-    kept: list = [None] * len(data.speed)
+    count, found = len(drives.frames), []
     scenes = min(scenes, count)
     for start in range(0, count, scenes):
         # One compiled shape: the last scenes are driven again where they do not come out even.
@@ -197,10 +195,10 @@ def drive(
             key = jax.random.fold_in(jax.random.key(seed), rows[0])
             planned = step(policy, params, *_frame(drives, rows), key, state)
             state = planned.state
-            for place, row in enumerate(rows):
-                waypoints[row] = np.asarray(planned.waypoints[place])
-                kept[row] = np.asarray(planned.keep_indices[place])
-    return np.stack(waypoints), np.stack(kept)
+            found.append((rows, planned.waypoints, planned.keep_indices))
+    rows, waypoints, kept = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    _, place = np.unique(rows, return_index=True)
+    return waypoints[place], kept[place]
 
 
 def _frame(drives: Drives, rows: np.ndarray) -> tuple:

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fastdrive_jax.inference import reuse, segments
+from fastdrive_jax.inference import segments
 from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, positions
-from fastdrive_jax.pruning.interface import Pruner, PrunerInputs
 
 
 class Decoded(flax.struct.PyTreeNode):
@@ -33,12 +32,7 @@ def prefill(
     tokens: Float[Array, "B K D"],
     visual_ids: Int[Array, "3 B K"],
     prompt: Int[Array, "B 3"],
-    pruner: Pruner | None = None,
-    pruner_params: Any = None,
-    keep_ratio: float = 1.0,
-    inputs: PrunerInputs | None = None,
-    key: jax.Array | None = None,
-    observe: Sequence[int] = (),
+    **method: Any,
 ) -> segments.Prefilled:
     """Reads pictures and prompt, with caches that have room for the whole trajectory.
 
@@ -48,56 +42,9 @@ def prefill(
         tokens: Visual tokens in raster order.
         visual_ids: Their M-RoPE ids.
         prompt: From `DrivingVocabulary.prompt`.
-        pruner: Cuts further, see `segments.prefill`, as are the rest.
-        pruner_params: Its parameters.
-        keep_ratio: Of the method.
-        inputs: Of the method.
-        key: For methods that draw.
-        observe: Layers whose attention is wanted.
+        method: What cuts further, from `pruner` on; see `segments.prefill`.
     """
-    live, next_position = live_prompt(model, params, tokens, visual_ids, prompt)
-    return segments.prefill(
-        Decoder(model.config.text),
-        params["params"]["language_model"],
-        live,
-        next_position,
-        model.config.vocabulary.plan_length,
-        pruner,
-        pruner_params,
-        keep_ratio,
-        inputs,
-        key,
-        observe,
-    )
-
-
-def prefill_reusing(
-    model: DrivingVLA,
-    params: dict,
-    tokens: Float[Array, "B N D"],
-    visual_ids: Int[Array, "3 B N"],
-    prompt: Int[Array, "B 3"],
-    pruner: Pruner,
-    pruner_params: Any,
-    keep_ratio: float,
-    inputs: PrunerInputs,
-    key: jax.Array | None = None,
-) -> reuse.Reused:
-    """`prefill` by a method that reuses; see `reuse.prefill`."""
-    live, next_position = live_prompt(model, params, tokens, visual_ids, prompt)
-    return reuse.prefill(
-        Decoder(model.config.text),
-        params["params"]["language_model"],
-        live,
-        next_position,
-        model.config.vocabulary.plan_length,
-        pruner,
-        pruner_params,
-        keep_ratio,
-        inputs,
-        key,
-        pruner.temporal.text_layers(model.config.text.num_layers),
-    )
+    return segments.prefill(*live_prompt(model, params, tokens, visual_ids, prompt), **method)
 
 
 def live_prompt(
@@ -106,8 +53,8 @@ def live_prompt(
     tokens: Float[Array, "B K D"],
     visual_ids: Int[Array, "3 B K"],
     prompt: Int[Array, "B 3"],
-) -> tuple[segments.Live, Int[Array, " B"]]:
-    """Pictures and prompt before the first layer, and the first answer token's position id."""
+) -> tuple[Decoder, dict, segments.Live, Int[Array, " B"], int]:
+    """What `segments.prefill` and `reuse.prefill` take first: the prompt before the first layer."""
     hidden, ids = model.apply(params, tokens, visual_ids, prompt, method="sequence")
     batch, length = hidden.shape[:2]
     count = tokens.shape[1]
@@ -122,7 +69,8 @@ def live_prompt(
         length=jnp.full(batch, length),
     )
     start = int(positions(model.config).after[0, 0]) + 4
-    return live, jnp.full(batch, start)
+    decoder, weights = Decoder(model.config.text), params["params"]["language_model"]
+    return decoder, weights, live, jnp.full(batch, start), model.config.vocabulary.plan_length
 
 
 def decode(

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from fastdrive_jax.inference.generate import decode, prefill, prefill_reusing
-from fastdrive_jax.inference.reuse import Memory, no_caches
+from fastdrive_jax.inference import reuse
+from fastdrive_jax.inference.generate import decode, live_prompt, prefill
 from fastdrive_jax.models.qwen2_5_vl.driving import (
     DrivingConfig,
     DrivingVLA,
@@ -184,7 +184,7 @@ def start_state(policy: DrivingPolicy, batch: int, dtype: jnp.dtype = jnp.float3
     layers, where = config.text.num_layers, positions(config)
     slots = sum(part.shape[1] for part in (where.before, where.visual, where.after))
     plan = cut_plan(policy.pruner, config.visual_tokens, policy.keep_ratio, layers)
-    return Memory(state, no_caches(config.text, plan, batch, slots, dtype))
+    return reuse.Memory(state, reuse.no_caches(config.text, plan, batch, slots, dtype))
 
 
 def reset_state(state: Any, start: Any, first: Bool[Array, " B"]) -> Any:
@@ -242,7 +242,9 @@ def plan_tokens(
             "key": key,
         }
     if pruner.reuse:
-        reused = prefill_reusing(model, variables, tokens, where, prompt, **within)
+        text_layers = pruner.temporal.text_layers(model.config.text.num_layers)
+        start = live_prompt(model, variables, tokens, where, prompt)
+        reused = reuse.prefill(*start, **within, observe=text_layers)
         read, last = reused.read, reused.computed
     else:
         read = prefill(model, variables, tokens, where, prompt, **within, observe=observe)
@@ -263,7 +265,7 @@ def plan_tokens(
         if reused is None:
             state = pruner.temporal.observe(inputs.state, seen)
         else:
-            state = Memory(pruner.temporal.observe(inputs.state.frame, seen), reused.caches)
+            state = reuse.Memory(pruner.temporal.observe(inputs.state.frame, seen), reused.caches)
     return Plan(model.config.vocabulary.decode(answer.ids), indices, state)
 
 

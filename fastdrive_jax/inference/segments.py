@@ -123,20 +123,19 @@ def keep_live(live: Live, kept: Kept, renumber: bool = False) -> Live:
         kept: Indices are of `live.visual`.
         renumber: Positions from 0 on, in the order of the sequence, alike in all three rows.
     """
-    batch, k = kept.indices.shape
+    k = kept.indices.shape[1]
     places = jnp.take_along_axis(live.visual, kept.indices, axis=1)
-    rows = jnp.arange(batch)[:, None]
-    hidden = live.hidden.at[rows, places].set(kept.tokens, mode="drop")
     both = jnp.concatenate([places, live.text], axis=1)
     order = jnp.argsort(both, axis=1)
     source = jnp.minimum(jnp.take_along_axis(both, order, axis=1), live.hidden.shape[1] - 1)
+    hidden = jnp.concatenate([kept.tokens, _text(live)], axis=1)
     found = jnp.argsort(order, axis=1)  # where each of them stands now
     position_ids = jnp.take_along_axis(live.position_ids, source[None], axis=2)
     if renumber:
         position_ids = jnp.broadcast_to(jnp.arange(source.shape[1]), position_ids.shape)
     count = jnp.minimum(live.count, k)
     return Live(
-        hidden=jnp.take_along_axis(hidden, source[..., None], axis=1),
+        hidden=jnp.take_along_axis(hidden, order[..., None], axis=1),
         position_ids=position_ids,
         visual=found[:, :k],
         ids=jnp.take_along_axis(live.ids, kept.indices, axis=1),

@@ -56,15 +56,22 @@ def vision_evidence(
     if not config.fullatt_block_indexes:
         raise ValueError("no block of the encoder sees the whole picture")
     sown = intermediates[f"blocks_{max(config.fullatt_block_indexes)}"]["attn"]
-    query, key = sown["query"][-1], sown["key"][-1]
+    found = token_evidence(sown["query"][-1], sown["key"][-1], config.spatial_merge_size**2)
+    if grid is None:
+        return found
+    _, _, places = ordered_layout(grid, config)
+    return VisionEvidence(found.received[:, places], found.keys[:, places])
+
+
+def token_evidence(
+    query: Float[Array, "M P Q d"], key: Float[Array, "M P Q d"], block: int
+) -> VisionEvidence:
+    """Evidence of the tokens in the order of their patches, `block` of which make one."""
     pictures, patches, _, size = key.shape
-    block = config.spatial_merge_size**2
     tokens = patches // block
     received = attention_received(query, key, every=math.ceil(patches / MOST_ROWS))
-    received = received.reshape(pictures, tokens, block).sum(axis=2)
     keys = jnp.mean(key.astype(jnp.float32), axis=2)
-    keys = keys.reshape(pictures, tokens, block, size).mean(axis=2)
-    if grid is not None:
-        _, _, places = ordered_layout(grid, config)
-        received, keys = received[:, places], keys[:, places]
-    return VisionEvidence(received, keys)
+    return VisionEvidence(
+        received=received.reshape(pictures, tokens, block).sum(axis=2),
+        keys=keys.reshape(pictures, tokens, block, size).mean(axis=2),
+    )
