@@ -19,6 +19,7 @@ from fastdrive_jax.models.qwen2_5_vl.driving import (
 from fastdrive_jax.models.qwen2_5_vl.patches import patch_grid, patch_rows
 from fastdrive_jax.models.qwen2_5_vl.vision_evidence import vision_evidence
 from fastdrive_jax.pruning.budgets import split_pictures
+from fastdrive_jax.pruning.cd_pruner import text_relevance
 from fastdrive_jax.pruning.interface import (
     VISION,
     Kept,
@@ -30,7 +31,6 @@ from fastdrive_jax.pruning.interface import (
     keep_tokens,
     pruner_scores,
 )
-from fastdrive_jax.pruning.max_min import unit_tokens
 from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens, top_k
 
 
@@ -154,13 +154,6 @@ def _pixels(images, config):
     return squares.reshape(len(images), -1, squares.shape[-1])
 
 
-def _prompt_relevance(model, params, tokens, prompt) -> Float[Array, "B N"]:
-    """Mean cosine to the prompt's embeddings: what stands in where there is no CLIP text tower."""
-    text = model.apply(params, prompt, method=lambda vla, ids: vla.language_model.embed(ids))
-    units = [unit_tokens(x, jnp.ones(x.shape[:2], bool)) for x in (tokens, text)]
-    return jnp.einsum("bnd,bld->bn", *units) / text.shape[1]
-
-
 def start_state(policy: DrivingPolicy, batch: int, dtype: jnp.dtype = jnp.float32) -> Any:
     """What a temporal method knows before the first frame of a drive; None for others.
 
@@ -220,9 +213,8 @@ def plan_tokens(
     batch, total = inputs.tokens.shape[:2]
     prompt = model.config.vocabulary.prompt(speed, command)
     if "relevance" in pruner.needs and inputs.relevance is None:
-        inputs = inputs.replace(
-            relevance=_prompt_relevance(model, variables, inputs.tokens, prompt)
-        )
+        text = model.apply(variables, prompt, method=lambda vla, ids: vla.language_model.embed(ids))
+        inputs = inputs.replace(relevance=text_relevance(inputs.tokens, text))
     where, tokens = visual_positions(model.config, batch), inputs.tokens
     whole = jnp.broadcast_to(jnp.arange(total), (batch, total))
     observe, reused = (), None

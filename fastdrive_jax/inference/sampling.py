@@ -1,5 +1,6 @@
 """Answers of Qwen2.5-VL, greedy or sampled: one compiled loop that stops when all samples have."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,67 @@ def choose(logits: Float[Array, "B V"], key: jax.Array, config: SamplingConfig) 
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
+def decode_loop(
+    step: Callable[[Int[Array, " B"], Any, Int[Array, ""]], tuple[Float[Array, "B V"], Any]],
+    logits: Float[Array, "B V"],
+    caches: Any,
+    ends: tuple[int, ...],
+    pad: int,
+    key: jax.Array,
+    config: SamplingConfig,
+    seen: Bool[Array, "B V"] | None = None,
+) -> tuple[Int[Array, "B T"], Int[Array, " B"], Any]:
+    """Token after token until all samples have ended.
+
+    Args:
+        step: (ids, caches, how many answer tokens stand before them) to logits and caches.
+        logits: Behind each prompt.
+        caches: A pytree that `step` carries on.
+        ends: Ids that end an answer.
+        pad: Fills up an answer behind its end.
+        key: Draws the tokens.
+        config: How to choose them.
+        seen: Of `ids_in`; needed for a repetition penalty.
+
+    Returns:
+        `Answer`'s ids and lengths, and the caches.
+    """
+    count, most = logits.shape[0], config.max_new_tokens
+    if config.repetition_penalty == 1:
+        seen = None
+    elif seen is None:
+        raise ValueError("a repetition penalty needs the ids of the prompts")
+
+    def ended(ids: Int[Array, " B"]) -> Bool[Array, " B"]:
+        return (ids[:, None] == jnp.asarray(ends)).any(axis=1)
+
+    def following(logits, number, seen):
+        fold = jax.random.fold_in(key, number)
+        if seen is None:
+            return choose(logits, fold, config), None
+        logits = penalise(logits.astype(jnp.float32), seen, config.repetition_penalty)
+        ids = choose(logits, fold, config)
+        return ids, seen.at[jnp.arange(count), ids].set(True)
+
+    def goes_on(carry):
+        number, done = carry[0], carry[1]
+        return (number < most) & ~done.all()
+
+    def body(carry):
+        number, done, ids, caches, answer, lengths, seen = carry
+        logits, caches = step(ids, caches, number - 1)
+        ids, seen = following(logits, number, seen)
+        ids = jnp.where(done, pad, ids)
+        answer = jax.lax.dynamic_update_slice(answer, ids[:, None], (0, number))
+        return number + 1, done | ended(ids), ids, caches, answer, lengths + ~done, seen
+
+    ids, seen = following(logits, 0, seen)
+    answer = jnp.full((count, most), pad, jnp.int32).at[:, 0].set(ids)
+    start = jnp.int32(1), ended(ids), ids, caches, answer, jnp.ones(count, jnp.int32), seen
+    _, _, _, caches, answer, lengths, _ = jax.lax.while_loop(goes_on, body, start)
+    return answer, lengths, caches
+
+
 def continue_text(
     model: QwenVL,
     variables: dict,
@@ -142,43 +204,14 @@ def continue_text(
         config: How to choose them.
         seen: Of `ids_in`; needed for a repetition penalty.
     """
-    ends = jnp.asarray(model.config.eos_token_ids)
-    pad = model.config.pad_token_id
-    count, most = logits.shape[0], config.max_new_tokens
-    if config.repetition_penalty == 1:
-        seen = None
-    elif seen is None:
-        raise ValueError("a repetition penalty needs the ids of the prompts")
 
-    def ended(ids: Int[Array, " B"]) -> Bool[Array, " B"]:
-        return (ids[:, None] == ends).any(axis=1)
+    def step(ids, caches, number):
+        return model.apply(variables, ids, next_position + number, caches, method="decode")
 
-    def following(logits, step, seen):
-        if seen is None:
-            return choose(logits, jax.random.fold_in(key, step), config), None
-        logits = penalise(logits.astype(jnp.float32), seen, config.repetition_penalty)
-        ids = choose(logits, jax.random.fold_in(key, step), config)
-        return ids, seen.at[jnp.arange(count), ids].set(True)
-
-    def goes_on(carry):
-        step, done = carry[0], carry[1]
-        return (step < most) & ~done.all()
-
-    def body(carry):
-        step, done, ids, caches, answer, lengths, seen = carry
-        logits, caches = model.apply(
-            variables, ids, next_position + step - 1, caches, method="decode"
-        )
-        ids, seen = following(logits, step, seen)
-        ids = jnp.where(done, pad, ids)
-        answer = jax.lax.dynamic_update_slice(answer, ids[:, None], (0, step))
-        return step + 1, done | ended(ids), ids, caches, answer, lengths + ~done, seen
-
-    ids, seen = following(logits, 0, seen)
-    answer = jnp.full((count, most), pad, jnp.int32).at[:, 0].set(ids)
-    start = jnp.int32(1), ended(ids), ids, caches, answer, jnp.ones(count, jnp.int32), seen
-    _, _, _, caches, answer, lengths, _ = jax.lax.while_loop(goes_on, body, start)
-    return Answer(answer, lengths, caches)
+    own = model.config
+    given = logits, caches, own.eos_token_ids, own.pad_token_id, key, config, seen
+    ids, lengths, caches = decode_loop(step, *given)
+    return Answer(ids, lengths, caches)
 
 
 # The caches come back, so XLA writes the answer's keys and values into the buffers that were given.

@@ -47,6 +47,19 @@ def cd_pruner(as_published: bool = False) -> Pruner:
     return Pruner(name="cdpruner", choose=choose, needs=frozenset({"tokens", "relevance"}))
 
 
+def text_relevance(
+    tokens: Float[Array, "B N D"],
+    text: Float[Array, "B L D"],
+    text_valid: Bool[Array, "B L"] | None = None,
+) -> Float[Array, "B N"]:
+    """Mean cosine to the prompt's embeddings: what stands in where there is no CLIP text tower."""
+    if text_valid is None:
+        text_valid = jnp.ones(text.shape[:2], bool)
+    units = unit_tokens(text, text_valid)
+    mean = units.sum(axis=1) / jnp.maximum(text_valid.sum(axis=1, keepdims=True), 1)
+    return jnp.einsum("bnd,bd->bn", unit_tokens(tokens, jnp.ones(tokens.shape[:2], bool)), mean)
+
+
 def _quality(
     relevance: Float[Array, "B N"], valid: Bool[Array, "B N"], axis: int | None
 ) -> Float[Array, "B N"]:

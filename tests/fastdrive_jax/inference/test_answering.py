@@ -1,0 +1,113 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_checkpoint import CONFIG, random_params
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.inference.answering import answer_pruned
+from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch, decode_text
+from fastdrive_jax.models.qwen2_5_vl.image_processor import process_pictures
+from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
+from fastdrive_jax.models.qwen2_5_vl.sequence import Sample, collate
+from fastdrive_jax.pruning import PRUNERS, make_pruner
+from fastdrive_jax.pruning.interface import Pruner
+from fastdrive_jax.training.compilations import OneCompilation
+
+MODEL, GRID, CAMERAS = QwenVL(CONFIG), (2, 4), 3
+SAMPLING = SamplingConfig(max_new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """Two prompts of different lengths about three pictures each."""
+    rng = np.random.default_rng(0)
+    found = []
+    for words in (5, 9):
+        pictures = [rng.integers(0, 256, (56, 112, 3), np.uint8) for _ in range(CAMERAS)]
+        rows, grids = process_pictures(pictures)
+        marks = [CONFIG.vision_start_token_id, CONFIG.image_token_id, CONFIG.vision_end_token_id]
+        found.append(Sample([*rng.integers(40, 90, 2), *marks * CAMERAS,
+                             *rng.integers(40, 90, words)], rows, grids))  # fmt: skip
+    return found
+
+
+def run(pruner, ratio, params, samples, sampling=SAMPLING, pruner_params=None, foreground=None):
+    call = jax.jit(functools.partial(answer_pruned, MODEL, pruner, ratio, GRID, sampling))
+    both = {"vla": params, "pruner": pruner_params}
+    return call(both, collate(samples, CONFIG), jax.random.key(0), foreground)
+
+
+def test_all_tokens_answer_as_the_unpruned_model(params, samples):
+    batch = collate(samples, CONFIG)
+    whole = answer_batch(MODEL, {"params": params}, batch, jax.random.key(0), SAMPLING)
+    for name in ("uniform", "fastv"):
+        found = run(make_pruner(name), 1.0, params, samples)
+        np.testing.assert_array_equal(found.ids, whole[0])
+        np.testing.assert_array_equal(found.lengths, whole[1])
+        np.testing.assert_array_equal(found.keep_indices[0], np.arange(24))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_kept_tokens_answer_as_a_prompt_that_never_held_the_others(params, samples, penalty):
+    """The oracle takes the tokens out of one sample by hand and uses the model's own prefill."""
+    chosen = np.sort(np.random.default_rng(1).permutation(24)[:9])
+    fixed = Pruner("fixed", choose=lambda params, inputs, key, k: jnp.tile(chosen, (2, 1)))
+    sampling = SamplingConfig(max_new_tokens=5, repetition_penalty=penalty)
+    found = run(fixed, 9.5 / 24, params, samples, sampling)
+    for number, sample in enumerate(samples):
+        batch = collate([sample], CONFIG)
+        variables = {"params": params}
+        tokens = MODEL.apply(variables, batch.rows, batch.layout, method="encode")
+        hidden = MODEL.apply(variables, batch.ids, batch.visual, tokens, method="embed")
+        stays = (batch.visual[0] < 0) | np.isin(batch.visual[0], chosen)
+        hidden, where = hidden[:, stays], batch.positions[:, :, stays]
+        length = np.array([stays.sum()], np.int32)
+        logits, caches = MODEL.apply(variables, hidden, where, length, 5, method="prefill")
+        seen = jnp.zeros((1, logits.shape[1]), bool).at[0, batch.ids[0]].set(True)
+        answer = decode_text(
+            MODEL, variables, logits, caches, batch.next_position, jax.random.key(0), sampling, seen
+        )
+        np.testing.assert_array_equal(found.ids[number], answer.ids[0])
+    np.testing.assert_array_equal(found.keep_indices, np.tile(chosen, (2, 1)))
+
+
+def test_every_method_of_single_frames_keeps_its_budget(params, samples):
+    share = jnp.asarray(np.random.default_rng(2).random((2, 24)), jnp.float32)
+    within = {"fastv": {"layer": 1}}  # the model has two layers
+    for name in ("ground_truth", "divprune", "cdpruner", "fastv", "vispruner", "tome"):
+        pruner = make_pruner(name, **within.get(name, {}))
+        found = run(pruner, 0.25, params, samples, foreground=share)
+        kept = np.asarray(found.keep_indices)
+        assert kept.shape == (2, 6), name
+        assert (np.diff(kept, axis=1) > 0).all(), name
+        assert kept.min() >= 0, name
+        assert kept.max() < 24, name
+        if name == "ground_truth":
+            best = np.sort(np.argsort(-np.asarray(share), axis=1)[:, :6], axis=1)
+            np.testing.assert_array_equal(kept, best)
+
+
+def test_one_program_for_all_batches_of_a_shape(params, samples):
+    pruner = make_pruner("divprune")
+    program = jax.jit(functools.partial(answer_pruned, MODEL, pruner, 0.5, GRID, SAMPLING))
+    call = OneCompilation(program, "raise")
+    for order in (samples, samples[::-1]):
+        call({"vla": params, "pruner": None}, collate(order, CONFIG), jax.random.key(0))
+
+
+def test_what_cannot_be_had_is_said(params, samples):
+    temporal = [name for name in PRUNERS if name in ("vlapruner", "vlacache", "specprune")]
+    for name in temporal:
+        with pytest.raises(UserError, match=rf"{name} needs .*driving policy"):
+            run(make_pruner(name), 0.5, params, samples)
+    odd = [samples[0], Sample(samples[1].ids[:2], (), ())]
+    with pytest.raises(UserError, match=r"3 pictures of 8 tokens .* same cameras"):
+        run(make_pruner("uniform"), 0.5, params, odd)
