@@ -10,43 +10,45 @@ made if it is not there. Writes OUT/compare.json and OUT/compare.md.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from experiments.camera_budgets import EACH, SHARED, budget_rows
-from experiments.planning import HEADLINE, PlanningSplit, mean_errors, planning_split
+from experiments.drives import (
+    DRAWN,
+    UNPRUNED,
+    Drives,
+    Trained,
+    drive,
+    drives_from,
+    frame_of,
+    label,
+    method_of,
+    step,
+)
+from experiments.planning import HEADLINE, mean_errors, planning_split
 from experiments.quickstart import RANDOM_DRAWS, RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.compare import difference_rows
 from fastdrive_jax.evaluation.files import write_text
-from fastdrive_jax.evaluation.foreground import Areas, foreground_rows, token_areas
+from fastdrive_jax.evaluation.foreground import foreground_rows
 from fastdrive_jax.evaluation.planning import (
     planning_errors,
     planning_metrics,
     planning_rows,
 )
 from fastdrive_jax.evaluation.results import Row, write_rows
-from fastdrive_jax.inference.policy import (
-    DrivingPolicy,
-    Plan,
-    picture_inputs,
-    plan_tokens,
-    start_state,
-)
+from fastdrive_jax.inference.policy import DrivingPolicy, start_state
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
-from fastdrive_jax.pruning import PRUNERS, Pruner, builds_on_recon, make_pruner
+from fastdrive_jax.pruning import PRUNERS, Pruner, builds_on_recon
 from fastdrive_jax.pruning.accounting import frame_cost, recon_pruner_flops
 from fastdrive_jax.pruning.interface import cut_plan
 from fastdrive_jax.pruning.select import num_keep
 
-UNPRUNED = "unpruned"
-DRAWN = {"random", "prune2drive"}
 BUDGETED = ("reconpruner", "prior")  # measured with one budget for all cameras and one for each
 WHAT = ("foreground", "object")
 TEXT_TOKENS = 6  # around the picture: two marks before, one behind, and the prompt
@@ -84,21 +86,6 @@ class ComparePrunersArgs:
             raise UserError(f"scenes={self.scenes} and rounds={self.rounds} must be at least 1.")
 
 
-@dataclass(frozen=True)
-class Drives:
-    """Front pictures of scenes, frame after frame.
-
-    Attributes:
-        data: Of all samples.
-        areas: What their tokens show.
-        frames: Which sample each frame of each scene is [scenes, frames].
-    """
-
-    data: PlanningSplit
-    areas: Areas
-    frames: np.ndarray
-
-
 def compare_pruners(args: ComparePrunersArgs) -> Path:
     """Drives, measures and writes; returns the path of the rows."""
     config = args.quickstart
@@ -106,7 +93,7 @@ def compare_pruners(args: ComparePrunersArgs) -> Path:
     drives = drives_of(world, args.split)
     rows = measure(world, drives, args)
     for name in BUDGETED:
-        given = *method_of(name, world), world.val, world.shards.classes, args.ratios
+        given = *method_of(name, trained_of(world)), world.val, world.shards.classes, args.ratios
         rows += budget_rows(name, *given)
     meta = {
         "device": str(jax.devices()[0]),
@@ -127,84 +114,12 @@ def drives_of(world: WorldRun, split: Literal["val", "train"]) -> Drives:
         (world.planned, world.front) if split == "val" else (world.shards, world.train)
     )
     data = planning_split(shards, split, pictures, world.model.config.image_size)
-    front = np.flatnonzero(pictures.camera == shards.cameras.index("CAM_FRONT"))
-    classes, labels = shards.classes, np.asarray(pictures.labels[front])
-    areas = token_areas(labels, classes.foreground, classes.objects, classes.ignore)
-    return Drives(data, areas, scene_frames(data.scene))
+    return drives_from(data, shards.classes)
 
 
-def scene_frames(scene: np.ndarray) -> np.ndarray:
-    """Samples of each scene in their order [scenes, frames].
-
-    Raises:
-        UserError: Scenes differ in length.
-    """
-    found = [np.flatnonzero(scene == number) for number in np.unique(scene)]
-    lengths = {len(samples) for samples in found}
-    if len(lengths) != 1:
-        raise UserError(f"Scenes have {sorted(lengths)} frames; they must have the same number.")
-    return np.stack(found)
-
-
-def label(name: str) -> str:
-    """A method's name in tables."""
-    return name.rpartition(":")[2]
-
-
-def method_of(name: str, world: WorldRun) -> tuple[Pruner, Any]:
-    """A method with what training gave it."""
-    if name == UNPRUNED:
-        return make_pruner("uniform"), None  # at a ratio of 1
-    if builds_on_recon(name):
-        config = world.run.recon.pruner
-        return make_pruner(name, config=config), world.trained["pruner"]
-    if name == "prior":
-        return make_pruner(name), jnp.asarray(world.prior)
-    return make_pruner(name), None
-
-
-@partial(jax.jit, static_argnums=0)
-def step(policy, params, images, foreground, speed, command, key, state) -> Plan:
-    """One frame of some scenes; the truth is there for the control that needs it."""
-    variables = {"params": params["vla"]}
-    inputs = picture_inputs(policy.model, variables, images, policy.pruner.needs)
-    inputs = inputs.replace(foreground=foreground, state=state)
-    return plan_tokens(policy, params, inputs, speed, command, key)
-
-
-def drive(
-    policy: DrivingPolicy, params: dict, drives: Drives, scenes: int, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Waypoints [S, T, 2] and kept tokens [S, K] of all samples.
-
-    Args:
-        policy: The model with a method.
-        params: Of both.
-        drives: The scenes.
-        scenes: Driven at once.
-        seed: Of methods that draw.
-    """
-    count, found = len(drives.frames), []
-    scenes = min(scenes, count)
-    for start in range(0, count, scenes):
-        # One compiled shape: the last scenes are driven again where they do not come out even.
-        chosen = np.arange(start, start + scenes).clip(max=count - 1)
-        state = start_state(policy, scenes)
-        for frame in range(drives.frames.shape[1]):
-            rows = drives.frames[chosen, frame]
-            key = jax.random.fold_in(jax.random.key(seed), rows[0])
-            planned = step(policy, params, *_frame(drives, rows), key, state)
-            state = planned.state
-            found.append((rows, planned.waypoints, planned.keep_indices))
-    rows, waypoints, kept = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    _, place = np.unique(rows, return_index=True)
-    return waypoints[place], kept[place]
-
-
-def _frame(drives: Drives, rows: np.ndarray) -> tuple:
-    data = drives.data
-    foreground = drives.areas.foreground[rows].astype(np.float32)
-    return data.images[rows, None], foreground, data.speed[rows], data.command[rows]
+def trained_of(world: WorldRun) -> Trained:
+    """What a quick start trained."""
+    return Trained(world.run.recon.pruner, world.trained["pruner"], world.prior)
 
 
 def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[Row]:
@@ -214,7 +129,7 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
     rows: list[Row] = []
     samples, programs = {}, {}
     for name, ratio in tqdm(jobs, desc="drives", unit="setting", disable=args.quickstart.quiet):
-        pruner, weights = method_of(name, world)
+        pruner, weights = method_of(name, trained_of(world))
         policy = DrivingPolicy(world.model, pruner, ratio)
         params = {"vla": world.params, "pruner": weights}
         programs[label(name), ratio] = policy, params
@@ -240,7 +155,7 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
 def timing_rows(programs: dict, drives: Drives, args: ComparePrunersArgs) -> list[Row]:
     """Median milliseconds a frame of the whole policy, all settings in turn, beside unpruned."""
     count = min(args.scenes, len(drives.frames))
-    given = [jnp.asarray(x) for x in _frame(drives, drives.frames[:count, 0])]
+    given = jax.device_put(frame_of(drives, drives.frames[:count, 0], cached=False))
     spent: dict = {name: [] for name in programs}
     # As in the middle of a drive: a first frame may cost more.
     states = {name: start_state(policy, count) for name, (policy, _) in programs.items()}

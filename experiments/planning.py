@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data_pipelines.features import SplitFeatures
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.shards import Shards
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.compare import difference_rows
 from fastdrive_jax.evaluation.planning import (
     PlanningErrors,
@@ -28,52 +29,83 @@ HEADLINE = "ade"  # mean over the six waypoints, which the intervals and compari
 
 @dataclass(frozen=True)
 class PlanningSplit:
-    """Front-camera samples of a split, their visual tokens computed once.
+    """Samples of a split as a VLA sees them, their visual tokens computed once.
 
     Attributes:
-        tokens: [S, N, D].
-        images: uint8 [S, H, W, 3].
+        tokens: [S, N, D] of all its cameras, perhaps as stored, float16 on the disk.
+        images: uint8 [S, C, H, W, 3].
+        labels: uint8 [S, C, H, W].
         speed: [S] metres per second.
         command: [S].
         future: [S, T, 2] metres.
         future_valid: [S, T].
+        history: [S, T, 2] metres, the oldest place first.
+        history_valid: [S, T].
         scene: [S].
     """
 
     tokens: np.ndarray
     images: np.ndarray
+    labels: np.ndarray
     speed: np.ndarray
     command: np.ndarray
     future: np.ndarray
     future_valid: np.ndarray
+    history: np.ndarray
+    history_valid: np.ndarray
     scene: np.ndarray
 
 
 def planning_split(
-    shards: Shards, split: str, features: SplitFeatures, image_size: tuple[int, int]
+    shards: Shards,
+    split: str,
+    features: SplitFeatures,
+    image_size: tuple[int, int],
+    cameras: tuple[str, ...] = ("CAM_FRONT",),
 ) -> PlanningSplit:
-    """Joins the front pictures' features with the plans of their samples, in record order."""
+    """Joins the features of a VLA's pictures with the plans of their samples, in record order.
+
+    Raises:
+        UserError: The shards lack one of the cameras.
+    """
+    if missing := [name for name in cameras if name not in shards.cameras]:
+        raise UserError(
+            f"{shards.path} has no pictures of {', '.join(missing)}, through which the VLA looks; "
+            "write shards with that camera."
+        )
     config = LoaderConfig(
         batch_size=64,
         image_size=image_size,
-        cameras=("CAM_FRONT",),
+        cameras=cameras,
         group="sample",
         shuffle=False,
         num_epochs=1,
         remainder="keep",
-        fields=("speed", "command", "future", "future_valid", "scene"),
+        fields=(
+            *("speed", "command", "future", "future_valid"),
+            *("history", "history_valid", "scene"),
+        ),
     )
     parts: dict[str, list] = {}
     for batch in make_loader(shards, split, config):
         for name in config.fields:
             parts.setdefault(name, []).append(batch[name])
-    pictures = np.flatnonzero(features.camera == shards.cameras.index("CAM_FRONT"))
     joined = {name: np.concatenate(values) for name, values in parts.items()}
-    if len(pictures) != len(joined["speed"]):
-        raise ValueError(f"{len(pictures)} front pictures but {len(joined['speed'])} samples")
+    count, stored = len(joined["speed"]), len(shards.cameras)
+    if len(features.tokens) != count * stored:
+        raise ValueError(f"{len(features.tokens)} pictures but {count} samples of {stored}")
+    chosen = [shards.cameras.index(name) for name in cameras]
+
+    def pictures(array):
+        array = array.reshape(count, stored, *array.shape[1:])
+        # Arrays on the disk stay there where nothing is left out.
+        return array if chosen == list(range(stored)) else np.asarray(array[:, chosen])
+
+    tokens = pictures(features.tokens)
     return PlanningSplit(
-        tokens=np.asarray(features.tokens[pictures], np.float32),
-        images=np.asarray(features.images[pictures]),
+        tokens=tokens.reshape(count, -1, tokens.shape[-1]),
+        images=pictures(features.images),
+        labels=pictures(features.labels),
         **joined,
     )
 
@@ -88,7 +120,12 @@ def plan_split(
         rows = np.arange(start, start + batch_size).clip(max=count - 1)  # one compiled shape
         plans.append(
             _plan(
-                model, params, data.tokens[rows], kept[rows], data.speed[rows], data.command[rows]
+                model,
+                params,
+                np.asarray(data.tokens[rows], np.float32),
+                kept[rows],
+                data.speed[rows],
+                data.command[rows],
             )
         )
     return np.concatenate([np.asarray(part) for part in plans])[:count]

@@ -269,7 +269,7 @@ def front_scores(
 
 def check_export(bundle: Path, params: dict, data: PlanningSplit, samples: int = 4) -> None:
     """Raises unless both exported forms plan bit for bit what the model in memory plans."""
-    inputs = (data.images[:samples, None], data.speed[:samples], data.command[:samples])
+    inputs = (data.images[:samples], data.speed[:samples], data.command[:samples])
     run = jax.jit(plan, static_argnums=0)
     for form in ("safetensors", "orbax"):
         policy, reloaded = read_policy(bundle, form)

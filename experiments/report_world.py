@@ -92,7 +92,7 @@ def world_report(found: WorldFindings) -> Report:
             "what it keeps, and what that does to the plan."
         ),
         cards=_world_cards(found.rows),
-        hero=flipbook(found.data.images[first], found.scores[first], "hero"),
+        hero=flipbook(found.data.images[first, 0], found.scores[first], "hero"),
         sections=(
             Section(
                 "The plan",
@@ -183,7 +183,7 @@ def _plan_figures(found: WorldFindings, shown: np.ndarray):
         kept = np.asarray(top_k(scores[None], num_keep(len(scores), 0.25)))[0]
         yield Figure(
             f"sample_{number}",
-            keep_overlay(found.data.images[index], kept),
+            keep_overlay(found.data.images[index, 0], kept),
             "Kept by ReconPruner at 25%.",
             photo=True,
         )

@@ -143,11 +143,13 @@ def picture_inputs(
             vision_keys=found.keys.reshape(batch, -1, found.keys.shape[-1]),
         )
     if "pixels" in needs:
-        inputs = inputs.replace(pixels=_pixels(images, config))
+        inputs = inputs.replace(pixels=token_pixels(images, config))
     return inputs
 
 
-def _pixels(images, config):
+def token_pixels(
+    images: Shaped[Array, "B C H W 3"], config: DrivingConfig
+) -> Float[Array, "B N P"]:
     """Each token's square of the picture, 0 for black [B, N, 3 * 28 * 28]."""
     flat = images.reshape(-1, *images.shape[2:])
     squares = patch_rows(flat, config.vision.token_pixels, 1).astype(jnp.float32)
@@ -169,7 +171,7 @@ def start_state(policy: DrivingPolicy, batch: int, dtype: jnp.dtype = jnp.float3
     tokens = jnp.zeros((batch, config.visual_tokens, config.text.hidden_size))
     inputs = driving_inputs(config, tokens)
     if "pixels" in policy.pruner.needs:
-        shape = jax.eval_shape(lambda x: _pixels(x, config), images)
+        shape = jax.eval_shape(lambda x: token_pixels(x, config), images)
         inputs = inputs.replace(pixels=jnp.zeros(shape.shape, shape.dtype))
     state = policy.pruner.temporal.init(inputs)
     if not policy.pruner.reuse:

@@ -14,6 +14,7 @@ from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments import planning
 from experiments.planning import PlanningSplit, plan_split, planning_split, planning_table
+from fastdrive_jax.errors import UserError
 
 S, N, T = 5, 8, 6
 METHODS = ("reconpruner", "random", "prior")
@@ -28,11 +29,14 @@ def data() -> PlanningSplit:
     tokens = np.stack(np.meshgrid(np.arange(S), np.arange(N), indexing="ij"), axis=-1)
     return PlanningSplit(
         tokens=tokens.astype(np.float32),
-        images=np.zeros((S, 56, 112, 3), np.uint8),
+        images=np.zeros((S, 1, 56, 112, 3), np.uint8),
+        labels=np.zeros((S, 1, 56, 112), np.uint8),
         speed=np.arange(S, dtype=np.float32),
         command=np.ones(S, np.int32),
         future=future,
         future_valid=np.ones((S, T), bool),
+        history=np.zeros((S, T, 2), np.float32),
+        history_valid=np.zeros((S, T), bool),
         scene=np.array([0, 0, 1, 1, 2], np.int32),
     )
 
@@ -145,6 +149,14 @@ def test_front_pictures_meet_the_plans_of_their_samples(tmp_path):
     np.testing.assert_array_equal(data.command, [r.command for r in fronts])
     for row, record in enumerate(fronts):
         picture = cv2.imdecode(np.frombuffer(record.image, np.uint8), cv2.IMREAD_COLOR_RGB)
-        np.testing.assert_array_equal(data.images[row], picture)
-    np.testing.assert_allclose(data.tokens, encode(data.images), atol=1e-3)  # kept as float16
+        np.testing.assert_array_equal(data.images[row, 0], picture)
+    front = encode(data.images[:, 0])
+    np.testing.assert_allclose(data.tokens, front, atol=1e-3)  # kept as float16
     assert len(set(data.scene)) == 2
+
+    both = planning_split(shards, "val", val, (56, 112), ("CAM_FRONT", "CAM_BACK"))
+    np.testing.assert_array_equal(both.images[:, 0], data.images[:, 0])
+    np.testing.assert_array_equal(both.tokens[:, :8], data.tokens)
+    np.testing.assert_allclose(both.tokens[:, 8:], encode(both.images[:, 1]), atol=1e-3)
+    with pytest.raises(UserError, match=r"no pictures of CAM_FRONT_LEFT"):
+        planning_split(shards, "val", val, (56, 112), ("CAM_FRONT", "CAM_FRONT_LEFT"))

@@ -1,0 +1,177 @@
+"""Drives of a driving VLA over recorded frames: all scenes at once, frame after frame."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.schema import Classes
+from experiments.planning import PlanningSplit
+from fastdrive_jax.evaluation.foreground import Areas, token_areas
+from fastdrive_jax.inference.policy import (
+    DrivingPolicy,
+    Plan,
+    driving_inputs,
+    picture_inputs,
+    plan_tokens,
+    start_state,
+    token_pixels,
+)
+from fastdrive_jax.pruning import Pruner, builds_on_recon, make_pruner
+from fastdrive_jax.pruning.interface import VISION
+from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
+
+UNPRUNED = "unpruned"
+DRAWN = {"random", "prune2drive"}
+
+
+@dataclass(frozen=True)
+class Drives:
+    """Samples of whole scenes.
+
+    Attributes:
+        data: Of all samples.
+        areas: What their tokens show.
+        frames: Which sample each frame of each scene is [scenes, frames]; -1 behind a scene's end.
+    """
+
+    data: PlanningSplit
+    areas: Areas
+    frames: np.ndarray
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What methods take from a training.
+
+    Attributes:
+        config: Of the ReconPruner.
+        pruner: Its parameters.
+        prior: Mean training mask of each of the VLA's cameras [C, n].
+    """
+
+    config: ReconPrunerConfig
+    pruner: dict
+    prior: np.ndarray
+
+
+def drives_from(data: PlanningSplit, classes: Classes) -> Drives:
+    """Scenes of a split, with the areas that its label maps tell."""
+    cameras = data.labels.shape[1]
+    parts = [
+        token_areas(
+            np.asarray(data.labels[:, camera]), classes.foreground, classes.objects, classes.ignore
+        )
+        for camera in range(cameras)  # one at a time: label maps may be larger than the memory
+    ]
+    joined = (
+        np.concatenate([getattr(part, name) for part in parts], axis=1)
+        for name in ("foreground", "objects", "valid")
+    )
+    return Drives(data, Areas(*joined), scene_frames(data.scene))
+
+
+def scene_frames(scene: np.ndarray) -> np.ndarray:
+    """Samples of each scene in their order [scenes, frames], -1 behind the end of shorter ones."""
+    found = [np.flatnonzero(scene == number) for number in np.unique(scene)]
+    frames = np.full((len(found), max(map(len, found))), -1)
+    for row, samples in zip(frames, found, strict=True):
+        row[: len(samples)] = samples
+    return frames
+
+
+def label(name: str) -> str:
+    """A method's name in tables."""
+    return name.rpartition(":")[2]
+
+
+def method_of(name: str, trained: Trained) -> tuple[Pruner, Any]:
+    """A method with what training gave it."""
+    if name == UNPRUNED:
+        return make_pruner("uniform"), None  # at a ratio of 1
+    if builds_on_recon(name):
+        return make_pruner(name, config=trained.config), trained.pruner
+    if name == "prior":
+        return make_pruner(name), jnp.asarray(trained.prior)
+    return make_pruner(name), None
+
+
+@partial(jax.jit, static_argnums=0)
+def step(policy, params, images, tokens, foreground, speed, command, key, state) -> Plan:
+    """One frame of some scenes; the truth is there for the control that needs it.
+
+    Tokens may be given; otherwise, and where a method reads the encoder, the pictures are encoded.
+    """
+    model, needs = policy.model, policy.pruner.needs
+    if tokens is None or needs & VISION:
+        inputs = picture_inputs(model, {"params": params["vla"]}, images, needs)
+    else:
+        inputs = driving_inputs(model.config, tokens)
+        if "pixels" in needs:
+            inputs = inputs.replace(pixels=token_pixels(images, model.config))
+    inputs = inputs.replace(foreground=foreground, state=state)
+    return plan_tokens(policy, params, inputs, speed, command, key)
+
+
+def frame_of(drives: Drives, rows: np.ndarray, cached: bool, pictures: bool = True) -> tuple:
+    """What `step` takes of a frame of each scene.
+
+    Args:
+        drives: The scenes.
+        rows: Their samples.
+        cached: Take the tokens that are there.
+        pictures: Read the pictures; without them a program must not look at any.
+    """
+    data = drives.data
+    # Rows may repeat, which memory-mapped arrays read in any order.
+    images = np.asarray(data.images[rows]) if pictures else None
+    tokens = np.asarray(data.tokens[rows], np.float32) if cached else None
+    foreground = drives.areas.foreground[rows].astype(np.float32)
+    return images, tokens, foreground, data.speed[rows], data.command[rows]
+
+
+def drive(
+    policy: DrivingPolicy,
+    params: dict,
+    drives: Drives,
+    scenes: int,
+    seed: int = 0,
+    cached: bool = False,
+    place: Callable[[Any], Any] = lambda batch: batch,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Waypoints [S, T, 2] and kept tokens [S, K] of all samples.
+
+    Args:
+        policy: The model with a method.
+        params: Of both.
+        drives: The scenes.
+        scenes: Driven at once.
+        seed: Of methods that draw.
+        cached: Take the tokens that are there, where the method reads nothing else of the encoder.
+        place: Puts a batch on the devices.
+    """
+    count, found = len(drives.frames), []
+    scenes = min(scenes, count)
+    needs = policy.pruner.needs
+    pictures = bool(not cached or needs & VISION or "pixels" in needs)
+    for start in range(0, count, scenes):
+        # One compiled shape: the last scenes are driven again where they do not come out even.
+        chosen = np.arange(start, start + scenes).clip(max=count - 1)
+        state = start_state(policy, scenes)
+        for frame in range(drives.frames.shape[1]):
+            rows = drives.frames[chosen, frame]
+            rows = np.where(rows < 0, drives.frames[chosen, 0], rows)  # a scene that has ended
+            key = jax.random.fold_in(jax.random.key(seed), rows[0])
+            given = place(frame_of(drives, rows, cached, pictures))
+            planned = step(policy, params, *given, key, state)
+            state = planned.state
+            real = drives.frames[chosen, frame] >= 0
+            kept = np.asarray(planned.keep_indices)[real]
+            found.append((rows[real], np.asarray(planned.waypoints)[real], kept))
+    rows, waypoints, kept = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    _, first = np.unique(rows, return_index=True)
+    return waypoints[first], kept[first]
