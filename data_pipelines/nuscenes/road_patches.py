@@ -90,7 +90,9 @@ def road_patch(
     inside = shapely.box(-half[0], -half[1], half[0], half[1])
     lines = []
     for ring, holes in _rings(shapely, whole):
-        for outline in (ring, *holes):
+        # Clockwise outside and counterclockwise inside, since the raster of a line depends on its
+        # direction.
+        for outline in (_turned(shapely, ring, False), *(_turned(shapely, h, True) for h in holes)):
             line = shapely.intersection(outline, inside)
             if line.geom_type == "GeometryCollection":  # it also touches the border in a point
                 line = shapely.multilinestrings(
@@ -150,6 +152,10 @@ def _rings(shapely, polygons: np.ndarray):
     """Exterior and interiors of each polygon."""
     for polygon in polygons:
         yield polygon.exterior, tuple(polygon.interiors)
+
+
+def _turned(shapely, ring, counterclockwise: bool):
+    return ring if bool(shapely.is_ccw(ring)) == counterclockwise else shapely.reverse(ring)
 
 
 def _ring(shapely, ring) -> np.ndarray:
