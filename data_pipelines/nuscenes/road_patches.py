@@ -1,0 +1,162 @@
+"""The road around a car as areas and lines, cut out of a vector map for planning metrics.
+
+Two pieces, both as the public evaluators cut them, so that their rasters can be repeated: the
+drivable area in a square of 100 m (the nuScenes devkit's `get_map_mask`, used by OmniDrive), and
+the road's boundary in 102.4 m along and 50 m across the car (BEV-Planner's vector map, which is
+that of HDMapNet and MapTR): the outline of the union of all road segments and lanes, outer and
+inner rings, without the 0.2 m at the piece's border where the cut itself would be an outline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.nuscenes.map_layers import MapLayers, Polygon
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.truth import Area
+
+_AREA = (100.0, 100.0)  # metres along and across the car
+_LINES = (102.4, 50.0)
+_BORDER = 0.2
+_POLYGON = 3  # GEOS type
+_SLACK = 5.0  # metres around a piece at the first, coarse cut
+
+
+@dataclass(frozen=True)
+class RoadMap:
+    """A map's polygons, indexed for cutting.
+
+    Attributes:
+        areas: Shapely polygons of the drivable area, in the map's order.
+        area_tree: Index of `areas`.
+        contours: Polygons whose union is the road of the boundary lines.
+        contour_tree: Index of `contours`.
+    """
+
+    areas: np.ndarray
+    area_tree: Any
+    contours: np.ndarray
+    contour_tree: Any
+
+
+def road_map(layers: MapLayers) -> RoadMap:
+    """Indexes a map.
+
+    Boundary lines come from road segments and lanes. A map without road segments, such as that of a
+    ScenarioNet log, has its drivable area taken instead: there the two differ, since the drivable
+    area also has car parks and the like.
+    """
+    shapely = _shapely()
+    drivable = layers.polygons["drivable_area"].shapes
+    segments = layers.polygons["road_segment"].shapes
+    areas = _polygons(shapely, drivable)
+    # An invalid drivable area is repaired, since leaving it out would call road no road; the vector
+    # map leaves out invalid road segments and lanes.
+    repaired = np.where(shapely.is_valid(areas), areas, shapely.make_valid(areas))
+    areas = _parts(shapely, repaired)
+    if segments:
+        contours = _polygons(shapely, (*segments, *layers.polygons["lane"].shapes))
+        contours = contours[shapely.is_valid(contours)]
+    else:
+        contours = areas
+    return RoadMap(areas, shapely.STRtree(areas), contours, shapely.STRtree(contours))
+
+
+def road_patch(
+    road: RoadMap, center: np.ndarray, yaw: float
+) -> tuple[tuple[Area, ...], tuple[np.ndarray, ...]]:
+    """Drivable areas and boundary lines around a car, in its frame.
+
+    Args:
+        road: Of the place.
+        center: [2] the car in the map's frame, metres.
+        yaw: Its heading there, radians.
+
+    Returns:
+        The areas in the map's order, and lines [n, 2].
+    """
+    shapely = _shapely()
+    areas = _parts(shapely, _cut(shapely, road.areas, road.area_tree, center, yaw, _AREA))
+    found = tuple(
+        Area(_ring(shapely, ring), tuple(_ring(shapely, hole) for hole in holes))
+        for ring, holes in _rings(shapely, areas)
+    )
+    pieces = _cut(shapely, road.contours, road.contour_tree, center, yaw, _LINES)
+    whole = _parts(shapely, np.array([shapely.union_all(pieces)]))
+    half = [side / 2 - _BORDER for side in _LINES]
+    inside = shapely.box(-half[0], -half[1], half[0], half[1])
+    lines = []
+    for ring, holes in _rings(shapely, whole):
+        # Clockwise outside and counterclockwise inside, since the raster of a line depends on its
+        # direction.
+        for outline in (_turned(shapely, ring, False), *(_turned(shapely, h, True) for h in holes)):
+            line = shapely.intersection(outline, inside)
+            if line.geom_type == "GeometryCollection":  # it also touches the border in a point
+                line = shapely.multilinestrings(
+                    [part for part in shapely.get_parts(line) if part.geom_type == "LineString"]
+                )
+            if line.geom_type == "MultiLineString":
+                line = shapely.line_merge(line)
+            lines += [
+                shapely.get_coordinates(part)
+                for part in shapely.get_parts(line)
+                if part.geom_type in ("LineString", "LinearRing") and not part.is_empty
+            ]
+    return found, tuple(lines)
+
+
+def _shapely():
+    try:
+        import shapely
+    except ImportError as error:
+        raise UserError(
+            "cutting a vector map needs shapely; pip install 'fastdrive-jax[nuscenes]'."
+        ) from error
+    return shapely
+
+
+def _polygons(shapely, shapes: tuple[Polygon, ...]) -> np.ndarray:
+    return np.array([shapely.Polygon(s.exterior, s.holes) for s in shapes], object)
+
+
+def _parts(shapely, geometries: np.ndarray) -> np.ndarray:
+    """The polygons in a list of anything, in order."""
+    parts = shapely.get_parts(geometries)
+    while (shapely.get_type_id(parts) > _POLYGON).any():  # collections, perhaps in collections
+        parts = shapely.get_parts(parts)
+    return parts[(shapely.get_type_id(parts) == _POLYGON) & ~shapely.is_empty(parts)]
+
+
+def _cut(shapely, geometries, tree, center, yaw: float, sides) -> np.ndarray:
+    """What of `geometries` lies in a rectangle around the car, in its frame."""
+    cos, sin = np.cos(yaw), np.sin(yaw)
+    axes = np.array([[cos, sin], [-sin, cos]])  # rows: forward and left
+    half = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * np.array(sides) / 2
+    corners = half @ axes + center
+    patch = shapely.Polygon(corners)
+    rows = np.sort(tree.query(patch, predicate="intersects"))
+    # A cheap cut along the axes first, since a drivable area may have tens of thousands of corners;
+    # it can leave pieces that are not valid, which are then cut from the whole.
+    low, high = corners.min(0) - _SLACK, corners.max(0) + _SLACK
+    whole = geometries[rows]
+    coarse = shapely.clip_by_rect(whole, *low, *high)
+    coarse = np.where(shapely.is_valid(coarse), coarse, whole)
+    pieces = shapely.intersection(coarse, patch)
+    return shapely.transform(pieces, lambda points: (points - center) @ axes.T)
+
+
+def _rings(shapely, polygons: np.ndarray):
+    """Exterior and interiors of each polygon."""
+    for polygon in polygons:
+        yield polygon.exterior, tuple(polygon.interiors)
+
+
+def _turned(shapely, ring, counterclockwise: bool):
+    return ring if bool(shapely.is_ccw(ring)) == counterclockwise else shapely.reverse(ring)
+
+
+def _ring(shapely, ring) -> np.ndarray:
+    return shapely.get_coordinates(ring)[:-1]
