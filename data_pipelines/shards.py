@@ -256,3 +256,13 @@ def record_source(shards: Shards, split: str) -> RecordSource:
             f"{shards.path} has no split {split!r}; it has {', '.join(sorted(shards.samples))}."
         )
     return RecordSource(shards, split)
+
+
+def sample_tokens(shards: Shards, split: str) -> list[str]:
+    """Names of a split's samples in their order.
+
+    Raises:
+        UserError: There is no such split, or a record cannot be read.
+    """
+    source, stride = record_source(shards, split), len(shards.cameras)
+    return [source[k * stride]["sample_token"].decode() for k in range(shards.samples[split])]

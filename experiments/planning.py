@@ -36,6 +36,7 @@ class PlanningSplit:
         images: uint8 [S, C, H, W, 3].
         labels: uint8 [S, C, H, W].
         speed: [S] metres per second.
+        ego_state: [S, 3] speed, acceleration, yaw rate.
         command: [S].
         future: [S, T, 2] metres.
         future_valid: [S, T].
@@ -48,6 +49,7 @@ class PlanningSplit:
     images: np.ndarray
     labels: np.ndarray
     speed: np.ndarray
+    ego_state: np.ndarray
     command: np.ndarray
     future: np.ndarray
     future_valid: np.ndarray
@@ -82,7 +84,7 @@ def planning_split(
         num_epochs=1,
         remainder="keep",
         fields=(
-            *("speed", "command", "future", "future_valid"),
+            *("speed", "ego_state", "command", "future", "future_valid"),
             *("history", "history_valid", "scene"),
         ),
     )

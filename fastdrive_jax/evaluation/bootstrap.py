@@ -9,6 +9,8 @@ cluster sums only.
 
 import dataclasses
 import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -114,6 +116,71 @@ def interval(
     sums, below = _cluster_sums(values, clusters), _cluster_sums(weights, clusters)
     low, high = _percentiles(sums, below, resamples, level, seed)
     return Interval(float(sums.sum() / below.sum()), low, high, values.size, sums.size)
+
+
+def mean_intervals(
+    values: Mapping[str, Any],
+    clusters,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Intervals of many means over the same samples, from one set of draws.
+
+    Args:
+      values: name to [S] figures; a sample whose figure is NaN does not count for it.
+      clusters: [S] scene of each sample.
+      resamples: number of bootstrap draws.
+      level: coverage of the intervals.
+      seed: seed of the draws.
+
+    Returns:
+      What `interval` gives of each but for the draws; figures of no sample are left out.
+
+    Raises:
+      ValueError: shapes differ, or a figure is infinite.
+    """
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    index = index.reshape(-1)
+    count = int(index.max()) + 1
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+    tail = (1 - level) / 2
+    found = {}
+    for name, figures in values.items():
+        figures = np.asarray(figures, np.float64)
+        if figures.shape != index.shape:
+            raise ValueError(f"{name} {figures.shape} must be [S] = {index.shape}")
+        if np.isinf(figures).any():
+            raise ValueError(f"{name} has an infinite figure")
+        counts = ~np.isnan(figures)
+        if not counts.any():
+            continue
+        sums = np.bincount(index, weights=np.where(counts, figures, 0), minlength=count)
+        sizes = np.bincount(index, weights=counts, minlength=count)
+        groups, low, high = int((sizes > 0).sum()), None, None
+        if groups > 1:
+            below = drawn @ sizes
+            means = (drawn @ sums)[below > 0] / below[below > 0]
+            low, high = map(float, np.quantile(means, [tail, 1 - tail]))
+        value = float(sums.sum() / sizes.sum())
+        found[name] = Interval(value, low, high, int(counts.sum()), groups)
+    return found
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values that hold for a family of tests together (Holm 1979).
+
+    The least is multiplied by the number of tests, the next by one less, and so on; none falls
+    below one before it.
+    """
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    found = np.empty_like(p)
+    found[order] = np.minimum(raised, 1.0)
+    return found.tolist()
 
 
 def paired_difference(

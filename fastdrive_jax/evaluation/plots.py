@@ -5,6 +5,7 @@ Figures are built without pyplot, so nothing global is touched and threads may d
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -63,7 +64,8 @@ def curves(rows: Sequence[Row], metric: str, methods: Sequence[Method]) -> tuple
     return tuple(found)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, object]:
+def figure_and_axes(width: float, height: float) -> tuple[Figure, Any]:
+    """An empty figure in the house style, sizes in inches."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=palette.PAPER, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     axes = figure.add_subplot()
@@ -78,7 +80,8 @@ def _figure(width: float, height: float) -> tuple[Figure, object]:
     return figure, axes
 
 
-def _pixels(figure: Figure) -> Rgb:
+def figure_pixels(figure: Figure) -> Rgb:
+    """The figure drawn."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -91,7 +94,8 @@ def _label(axes, x: str, y: str, title: str) -> None:
         axes.set_title(title, color=palette.INK, fontsize=11, loc="left", fontweight="bold")
 
 
-def _legend(axes, **options) -> None:
+def figure_legend(axes: Any, **options: Any) -> None:
+    """A legend in the house style; options are matplotlib's."""
     legend = axes.legend(frameon=False, fontsize=9, **options)
     for text in legend.get_texts():
         text.set_color(palette.INK)
@@ -113,7 +117,7 @@ def loss_curves(
       smooth: width of the running mean in points; the raw values stay visible behind it.
       y_label: name of the loss axis.
     """
-    figure, axes = _figure(6.4, 3.4)
+    figure, axes = figure_and_axes(6.4, 3.4)
     for i, (name, (steps, values)) in enumerate(series.items()):
         steps, values = np.asarray(steps, float), np.asarray(values, float)
         colour = palette.CYCLE[i % len(palette.CYCLE)]
@@ -128,8 +132,8 @@ def loss_curves(
     _label(axes, "training step", y_label, title)
     axes.margins(x=0.01)
     if len(series) > 1:
-        _legend(axes)
-    return _pixels(figure)
+        figure_legend(axes)
+    return figure_pixels(figure)
 
 
 def ratio_curves(
@@ -146,7 +150,7 @@ def ratio_curves(
       title: of the plot.
       reference: (name, figure) of a horizontal line, such as the unpruned model.
     """
-    figure, axes = _figure(6.4, 3.8)
+    figure, axes = figure_and_axes(6.4, 3.8)
     markers = "osD^vPX*"
     for i, curve in enumerate(curves):
         colour = palette.CYCLE[i % len(palette.CYCLE)]
@@ -165,8 +169,8 @@ def ratio_curves(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{100 * ratio:g}%" for ratio in ratios])
     _label(axes, "visual tokens kept", y_label, title)
-    _legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _pixels(figure)
+    figure_legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure_pixels(figure)
 
 
 def timing_bars(stages: Mapping[str, Mapping[str, float]], title: str = "") -> Rgb:
@@ -176,7 +180,7 @@ def timing_bars(stages: Mapping[str, Mapping[str, float]], title: str = "") -> R
       stages: setting -> {stage: milliseconds}; stages keep the order of first appearance.
       title: of the plot.
     """
-    figure, axes = _figure(6.4, 1.3 + 0.42 * len(stages))
+    figure, axes = figure_and_axes(6.4, 1.3 + 0.42 * len(stages))
     names = list(dict.fromkeys(name for parts in stages.values() for name in parts))
     settings = list(stages)
     left = np.zeros(len(settings))
@@ -206,8 +210,10 @@ def timing_bars(stages: Mapping[str, Mapping[str, float]], title: str = "") -> R
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0, labelcolor=palette.INK)
     _label(axes, "milliseconds a frame", "", title)
-    _legend(axes, loc="lower center", bbox_to_anchor=(0.45, 1.0 if not title else 1.1), ncols=5)
-    return _pixels(figure)
+    figure_legend(
+        axes, loc="lower center", bbox_to_anchor=(0.45, 1.0 if not title else 1.1), ncols=5
+    )
+    return figure_pixels(figure)
 
 
 def birds_eye(
@@ -222,7 +228,7 @@ def birds_eye(
       plans: name -> [T, 2] planned waypoints.
       title: of the plot.
     """
-    figure, axes = _figure(3.8, 4.6)
+    figure, axes = figure_and_axes(3.8, 4.6)
     paths = [("driven", future, palette.INK)] + [
         (name, plan, palette.CYCLE[i % len(palette.CYCLE)])
         for i, (name, plan) in enumerate(plans.items())
@@ -248,8 +254,8 @@ def birds_eye(
     axes.set_ylim(low, high)
     # metres to the side are drawn wider than metres ahead: plans differ there by little
     _label(axes, "metres to the right", "metres ahead", title)
-    _legend(axes, loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2)
-    return _pixels(figure)
+    figure_legend(axes, loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2)
+    return figure_pixels(figure)
 
 
 def interval_bars(
@@ -272,7 +278,7 @@ def interval_bars(
       title: of the plot.
       highlight: names drawn in the accent colour.
     """
-    figure, axes = _figure(6.4, 1.2 + 0.34 * len(names))
+    figure, axes = figure_and_axes(6.4, 1.2 + 0.34 * len(names))
     for row, (name, value, low, high) in enumerate(zip(names, values, lows, highs, strict=True)):
         colour = palette.ACCENT if name in highlight else palette.MUTED
         if low is not None:
@@ -285,4 +291,4 @@ def interval_bars(
     if axes.get_xlim()[0] < 0 < axes.get_xlim()[1]:
         axes.axvline(0, color=palette.INK, linewidth=1)
     _label(axes, x_label, "", title)
-    return _pixels(figure)
+    return figure_pixels(figure)

@@ -32,6 +32,7 @@ def data() -> PlanningSplit:
         images=np.zeros((S, 1, 56, 112, 3), np.uint8),
         labels=np.zeros((S, 1, 56, 112), np.uint8),
         speed=np.arange(S, dtype=np.float32),
+        ego_state=np.zeros((S, 3), np.float32),
         command=np.ones(S, np.int32),
         future=future,
         future_valid=np.ones((S, T), bool),

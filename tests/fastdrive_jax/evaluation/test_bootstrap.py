@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from fastdrive_jax.evaluation.bootstrap import interval, paired_difference
+from fastdrive_jax.evaluation.bootstrap import (
+    Interval,
+    holm,
+    interval,
+    mean_intervals,
+    paired_difference,
+)
 
 
 def test_interval_of_independent_normals_matches_the_closed_form():
@@ -125,3 +131,35 @@ def test_meaningless_input_is_refused(values, clusters, weights):
 def test_unpaired_shapes_are_refused():
     with pytest.raises(ValueError, match="paired"):
         paired_difference([1.0], [1.0, 2.0])
+
+
+def test_many_means_are_as_each_alone():
+    rng = np.random.default_rng(0)
+    scenes = np.repeat(np.arange(40), 5)
+    values = {"a": rng.normal(3, 1, 200), "b": rng.exponential(1, 200)}
+    values["b"][rng.random(200) < 0.3] = np.nan
+    values["none"] = np.full(200, np.nan)
+    found = mean_intervals(values, scenes)
+    assert set(found) == {"a", "b"}
+    for name in found:
+        there = np.isfinite(values[name])
+        alone = interval(values[name][there], scenes[there])
+        assert found[name].value == pytest.approx(alone.value)
+        assert (found[name].n, found[name].clusters) == (alone.n, alone.clusters)
+        width = alone.high - alone.low  # other draws, the same distribution
+        assert found[name].low == pytest.approx(alone.low, abs=0.06 * width)
+        assert found[name].high == pytest.approx(alone.high, abs=0.06 * width)
+
+
+def test_a_mean_within_one_scene_has_no_interval():
+    found = mean_intervals({"a": np.array([1.0, 3, np.nan])}, np.array([0, 0, 1]))
+    assert found["a"] == Interval(2.0, None, None, 2, 1)
+    with pytest.raises(ValueError, match="infinite"):
+        mean_intervals({"a": np.array([np.inf])}, np.array([0]))
+
+
+def test_holms_correction_by_hand():
+    # 0.01 x 4, 0.02 x 3, then 0.03 x 2 = 0.06 which is not below it, 0.9 x 1
+    assert holm([0.03, 0.01, 0.9, 0.02]) == pytest.approx([0.06, 0.04, 0.9, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []

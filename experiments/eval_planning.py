@@ -1,0 +1,127 @@
+"""Open-loop planning with pruned tokens: the paper's table, its controls, and what is certain.
+
+    fastdrive eval-planning --out runs/eval
+    fastdrive eval-planning --out runs/eval_six --benchmark.cameras six
+
+Without more said, the tiny benchmark of `planning_benchmark`: 2,004 unseen frames of the synthetic
+world. For a driving VLA of your own on nuScenes see `plan_checkpoint`:
+
+    fastdrive eval-planning --out runs/vla --qwen.checkpoint DIR --qwen.shards DIR --qwen.root NUSC
+
+OUT gets planning.json, .csv, .md, report.html with pictures/, and the plans of each setting: run
+again after an interruption it goes on, and more methods or ratios may be asked for then. Several
+hosts share the work with `--parts 4 --part 0..3` and one OUT on a file system that all see; the
+hosts of a TPU pod divide it by themselves.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+
+from experiments.measure_planning import measure
+from experiments.plan_checkpoint import CheckpointConfig, checkpoint_case
+from experiments.planned import Case, Part, plan_part, read_planned
+from experiments.planning_benchmark import BenchmarkConfig, benchmark_case, prepare_benchmark
+from experiments.report_planning import write_results
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.protocols import PROTOCOLS
+from fastdrive_jax.pruning import PRUNERS, builds_on_recon
+from fastdrive_jax.pruning.select import num_keep
+from fastdrive_jax.training.run_config import claim_run_folder, write_json
+
+RATIOS = (0.75, 0.5, 0.25)
+READY = "ready.json"
+
+
+@dataclass(frozen=True)
+class EvalPlanningArgs:
+    """Measure planning with pruned tokens.
+
+    Attributes:
+        out: Folder of everything.
+        methods: Names, or FILE.py:FUNCTION for one of your own.
+        ratios: Keep ratios.
+        benchmark: The tiny benchmark; not used with a checkpoint.
+        qwen: A Qwen2.5-VL driving VLA instead.
+        draws: Of methods that draw.
+        scenes: Of the benchmark driven at once.
+        protocols: Collisions and intersections are counted in; those for which the data has no
+            truth are left out and named.
+        pictures: Samples shown in the report.
+        parts: Processes that share the scenes.
+        part: Which of them this is, from 0.
+        wait_minutes: How long other parts wait for part 0 to prepare the benchmark.
+        quiet: No progress bars.
+    """
+
+    out: Path = Path("runs/eval_planning")
+    methods: tuple[str, ...] = tuple(PRUNERS)
+    ratios: tuple[float, ...] = RATIOS
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    qwen: CheckpointConfig = field(default_factory=CheckpointConfig)
+    draws: int = 5
+    scenes: int = 167
+    protocols: tuple[str, ...] = tuple(PROTOCOLS)
+    pictures: int = 6
+    parts: int = 1
+    part: int = 0
+    wait_minutes: float = 60
+    quiet: bool = False
+
+    def __post_init__(self):
+        for name in self.methods:
+            builds_on_recon(name)  # says what there is
+        for ratio in self.ratios:
+            num_keep(1000, ratio)
+        if unknown := sorted(set(self.protocols) - set(PROTOCOLS)):
+            raise UserError(f"protocols {unknown} are unknown; there are {', '.join(PROTOCOLS)}.")
+        if min(self.draws, self.scenes) < 1 or self.pictures < 0:
+            raise UserError(
+                f"draws={self.draws} and scenes={self.scenes} must be at least 1, "
+                f"pictures={self.pictures} at least 0."
+            )
+        Part(self.part, self.parts)
+
+
+def eval_planning(args: EvalPlanningArgs) -> Path | None:
+    """Plans, and measures if all parts are there; returns the path of the report, or None."""
+    part = Part(args.part, args.parts)
+    if args.parts == 1 and jax.process_count() > 1:
+        part = Part(jax.process_index(), jax.process_count())
+    case = prepare(args, part)
+    plans = args.out / "plans"
+    plan_part(case, plans, part, args.quiet)
+    found = {}
+    for setting in case.settings:
+        planned = read_planned(plans, setting, part, case.truth.token.tolist())
+        if planned is None:
+            print(f"part {part.index} is done; the last of {part.count} parts writes the report")
+            return None
+        found.setdefault((setting.method, setting.ratio), []).append((setting.seed, planned))
+    results = measure(case, found, args.protocols)
+    return write_results(args.out, case, results, args.pictures)
+
+
+def prepare(args: EvalPlanningArgs, part: Part) -> Case:
+    """The case; one process makes what is not there yet, and the others wait for it."""
+    if args.qwen.checkpoint is not None:
+        claim_run_folder(args.out, args.qwen, ignore=("batch_size", "fsdp", "tensor"))
+        return checkpoint_case(args.qwen, args.methods, args.ratios, args.draws, args.quiet)
+    ready = args.out / READY
+    if part.index == 0:
+        claim_run_folder(args.out, args.benchmark)
+    else:
+        deadline = time.monotonic() + 60 * args.wait_minutes
+        while not ready.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"Part 0 did not prepare {args.out} within {args.wait_minutes:g} minutes; "
+                    "start it on the same folder."
+                )
+            time.sleep(1)
+    bench = prepare_benchmark(args.out, args.benchmark, args.quiet)
+    if part.index == 0:
+        write_json(ready, {"frames": len(bench.truth)})
+    return benchmark_case(bench, args.methods, args.ratios, args.draws, args.scenes)

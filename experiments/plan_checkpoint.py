@@ -1,0 +1,393 @@
+"""Plans of a Qwen2.5-VL driving checkpoint on shards, its visual tokens pruned by any method.
+
+The checkpoint is asked as Impromptu-VLA's are (`models.qwen2_5_vl.impromptu`): pictures, the places
+of the last three seconds and, where there is a CAN bus, the motion. It is not retrained. Its places
+are those of the lidar, 0.94 m ahead of our ego frame's origin; they are converted both ways.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from data_pipelines.decode import decode_image, decode_mask
+from data_pipelines.loader import LoaderConfig, make_loader
+from data_pipelines.nuscenes.truth import driving_truth
+from data_pipelines.schema import CAN_FIELDS
+from data_pipelines.shards import Shards, open_shards, record_source, sample_tokens
+from data_pipelines.token_mask import mask_fractions
+from experiments.answer import padded
+from experiments.drives import DRAWN, UNPRUNED, label
+from experiments.planned import Case, Planned, Setting
+from fastdrive_jax.configs import from_plain
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.footprint import headings
+from fastdrive_jax.evaluation.protocols import LIDAR_AHEAD
+from fastdrive_jax.evaluation.truth import Agents, DrivingTruth
+from fastdrive_jax.export.bundle import read_bundle_safetensors
+from fastdrive_jax.inference.answering import UNFILLED, answer_pruned
+from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch
+from fastdrive_jax.models.qwen2_5_vl.checkpoint import load
+from fastdrive_jax.models.qwen2_5_vl.image_processor import smart_resize
+from fastdrive_jax.models.qwen2_5_vl.impromptu import (
+    CAMERAS,
+    EgoStatus,
+    parse_answer,
+    planning_prompt,
+)
+from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
+from fastdrive_jax.models.qwen2_5_vl.processor import Processor, read_processor
+from fastdrive_jax.models.qwen2_5_vl.sequence import Sample
+from fastdrive_jax.parallel.mesh import make_mesh, shard_where_it_divides
+from fastdrive_jax.pruning import Pruner, builds_on_recon, make_pruner
+from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
+
+VIEWS = {"6v": CAMERAS, "1v": CAMERAS[:1]}
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A Qwen2.5-VL driving VLA and what it drives on.
+
+    Attributes:
+        checkpoint: Folder in the Hugging Face layout; none takes the tiny benchmark instead.
+        shards: Folder of `fastdrive data build`.
+        root: The data set in the nuScenes layout, for its boxes and maps; without it collisions
+            are counted with the shards' agents, and intersections cannot be.
+        split: Of the shards.
+        pruners: Exported ReconPruners (`train-pruner`'s export/), each a training of its own; their
+            tokens must be this checkpoint's.
+        views: The front camera or all six.
+        frame: Whose places the checkpoint was trained on.
+        samples: That are planned, from the first on; 0 takes all.
+        batch_size: Samples planned at once.
+        max_new_tokens: Longest answer.
+        max_pixels: Of a picture; Impromptu-VLA was trained with 262,144.
+        dtype: Of weights and arithmetic.
+        fsdp: Devices of this host that share batch and weights.
+        tensor: Devices that share a layer.
+    """
+
+    checkpoint: Path | None = None
+    shards: Path | None = None
+    root: Path | None = None
+    split: str = "val"
+    pruners: tuple[Path, ...] = ()
+    views: Literal["1v", "6v"] = "6v"
+    frame: Literal["lidar", "ego"] = "lidar"
+    samples: int = 0
+    batch_size: int = 1
+    max_new_tokens: int = 320
+    max_pixels: int = 262_144
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        if self.checkpoint is not None and self.shards is None:
+            raise UserError("A checkpoint needs --qwen.shards, the folder of what it drives on.")
+        if self.samples < 0 or self.batch_size < 1 or self.batch_size % max(self.fsdp, 1):
+            raise UserError(
+                f"samples={self.samples} must not be negative, and batch_size={self.batch_size} be "
+                f"a positive multiple of fsdp={self.fsdp}."
+            )
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What the car did, of all samples; see `schema.Record`."""
+
+    command: np.ndarray
+    history: np.ndarray
+    history_valid: np.ndarray
+    can_bus: np.ndarray
+    scene: np.ndarray
+    future: np.ndarray
+    future_valid: np.ndarray
+    agents: np.ndarray
+    agents_valid: np.ndarray
+    agents_kind: np.ndarray
+
+
+def checkpoint_case(
+    config: CheckpointConfig,
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    draws: int,
+    quiet: bool = False,
+) -> Case:
+    """A checkpoint's evaluation; methods that it cannot run are left out and named.
+
+    Raises:
+        UserError: Checkpoint, shards, maps or pruners are missing or do not fit each other.
+    """
+    shards = open_shards(config.shards)
+    cameras = VIEWS[config.views]
+    if missing := [name for name in cameras if name not in shards.cameras]:
+        raise UserError(
+            f"{config.shards} has no pictures of {', '.join(missing)}; see --qwen.views."
+        )
+    chosen, notes = _usable(methods, config)
+    settings = [Setting(UNPRUNED, 1.0, None, UNPRUNED), Setting("no_image", None, None, "no_image")]
+    for ratio in ratios:
+        for name in chosen:
+            own: Sequence[int | None] = (None,)
+            if builds_on_recon(name):
+                own = range(len(config.pruners))
+            elif name in DRAWN:
+                own = range(draws)
+            settings += [Setting(label(name), ratio, seed, name) for seed in own]
+    driven = read_sequences(shards, config)
+    tokens = sample_tokens(shards, config.split)[: len(driven.command)]
+    truth = _truth(config, shards, driven, tokens)
+    driver = _Driver(config, shards, driven, cameras, not quiet)
+    return Case(
+        title=f"{Path(config.checkpoint).name} on {shards.name}, {config.split}",
+        truth=truth,
+        command=driven.command,
+        settings=tuple(settings),
+        plan=driver.plan,
+        view=lambda sample: np.stack(driver.pictures(sample)),
+        cameras=cameras,
+        grid=driver.grid,
+        meta={"visual_tokens": driver.total, "shards": shards.digest, "dtype": config.dtype},
+        notes=notes,
+    )
+
+
+def _usable(methods: Sequence[str], config: CheckpointConfig) -> tuple[list[str], tuple[str, ...]]:
+    """Methods that single prompts can be pruned by, and what is said of the others."""
+    chosen, past, untrained = [], [], []
+    for name in methods:
+        if builds_on_recon(name) and not config.pruners:
+            untrained.append(name)
+            continue
+        pruner = make_pruner(name)
+        if pruner.needs & UNFILLED or pruner.temporal is not None or pruner.reuse:
+            past.append(name)
+        else:
+            chosen.append(name)
+    notes = []
+    if past:
+        notes.append(f"Left out, because single prompts have no past: {', '.join(past)}.")
+    if untrained:
+        notes.append(f"Left out, because --qwen.pruners names none: {', '.join(untrained)}.")
+    return chosen, tuple(notes)
+
+
+def read_sequences(shards: Shards, config: CheckpointConfig) -> Sequences:
+    """All but the pictures."""
+    names = tuple(Sequences.__annotations__)
+    loader = LoaderConfig(
+        batch_size=64,
+        image_size=(28, 28),
+        cameras=("CAM_FRONT",),
+        group="sample",
+        shuffle=False,
+        num_epochs=1,
+        remainder="keep",
+        fields=names,
+    )
+    parts: dict[str, list] = {name: [] for name in names}
+    for batch in make_loader(shards, config.split, loader):
+        for name in names:
+            parts[name].append(batch[name])
+    stop = config.samples or None
+    return Sequences(**{name: np.concatenate(found)[:stop] for name, found in parts.items()})
+
+
+def _truth(config, shards, driven: Sequences, tokens: Sequence[str]) -> DrivingTruth:
+    if config.root is not None:
+        return driving_truth(config.root, split=config.split).at(tokens)
+    return DrivingTruth(
+        token=np.array(tokens),
+        scene=np.array([shards.scenes[k] for k in driven.scene]),
+        future=driven.future,
+        future_valid=driven.future_valid,
+        agents=Agents(driven.agents, driven.agents_valid, driven.agents_valid, driven.agents_kind),
+    )
+
+
+class _Driver:
+    """The checkpoint with its pictures; weights are read when the first plan is asked for."""
+
+    def __init__(self, config, shards, driven, cameras, progress):
+        self.config, self.driven, self.progress = config, driven, progress
+        self.processor: Processor = read_processor(config.checkpoint, max_pixels=config.max_pixels)
+        self.size = smart_resize(*shards.image_size, self.processor.pictures)
+        edge = self.processor.pictures.token_pixels
+        self.grid = self.size[0] // edge, self.size[1] // edge
+        self.total = self.grid[0] * self.grid[1] * len(cameras)
+        self._source, self._stride = record_source(shards, config.split), len(shards.cameras)
+        self._places = [shards.cameras.index(name) for name in cameras]
+        self._shards = shards
+        self._methods: dict[Setting, tuple[Pruner, Any]] = {}
+
+    @cached_property
+    def _mesh(self):
+        return make_mesh(-1, self.config.fsdp, self.config.tensor, jax.local_devices())
+
+    @cached_property
+    def _weights(self):
+        dtype = jnp.dtype(self.config.dtype)
+        return load(self.config.checkpoint, self._mesh, dtype, progress=self.progress)
+
+    def _records(self, sample: int) -> list[dict]:
+        return [self._source[sample * self._stride + place] for place in self._places]
+
+    def pictures(self, sample: int) -> list[np.ndarray]:
+        """As the model sees them."""
+        return [decode_image(record["image"], self.size) for record in self._records(sample)]
+
+    def plan(self, setting: Setting, rows: np.ndarray) -> Planned:
+        """Plans of some samples."""
+        parts = [
+            found for batch in self._batches(rows) for found in [self._answers(setting, batch)]
+        ]
+        waypoints, kept, read = (
+            np.concatenate(part)[: len(rows)] for part in zip(*parts, strict=True)
+        )
+        return Planned(waypoints, kept, read)
+
+    def _batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        size = self.config.batch_size
+        for start in range(0, len(rows), size):
+            yield rows[np.arange(start, start + size).clip(max=len(rows) - 1)]  # one shape
+
+    def _answers(self, setting: Setting, rows: np.ndarray):
+        with ThreadPoolExecutor(4) as pool:
+            made = list(pool.map(partial(self._sample, setting.name != "no_image"), rows))
+        samples, foreground = [one for one, _ in made], np.stack([share for _, share in made])
+        batch = shard_where_it_divides(padded(samples, self.processor), self._mesh)
+        key = jax.random.fold_in(jax.random.key(setting.seed or 0), int(rows[0]))
+        ids, lengths, kept = self._ask(setting, batch, key, foreground)
+        found = [
+            parse_answer(self.processor.chat.decode(one[:length]))
+            for one, length in zip(ids, lengths, strict=True)
+        ]
+        way = np.stack([points for points, _ in found])
+        if self.config.frame == "lidar":
+            way = lidar_to_ego(way)
+        read = np.array([count > 0 for _, count in found])
+        return np.where(read[:, None, None], way, 0.0), kept, read
+
+    def _sample(self, seeing: bool, sample: int) -> tuple[Sample, np.ndarray]:
+        records = self._records(sample)
+        share = [mask_fractions(decode_mask(one["mask"], self.size)) for one in records]
+        past, status = past_of(self.driven, int(sample), self.config.frame)
+        if not seeing:
+            return self.processor.sample(planning_prompt(past, status, "none")), np.concatenate(
+                share
+            )
+        pictures = [decode_image(one["image"], self.size) for one in records]
+        prompt = planning_prompt(past, status, self.config.views)
+        return self.processor.sample(prompt, pictures), np.concatenate(share)
+
+    def _ask(self, setting: Setting, batch, key, foreground) -> Sequence[np.ndarray]:
+        """Ids, lengths and kept tokens; a program is compiled once for each setting."""
+        config, params = self._weights
+        model = QwenVL(config, jnp.dtype(self.config.dtype))
+        sampling = SamplingConfig(max_new_tokens=self.config.max_new_tokens)
+        with jax.set_mesh(self._mesh):
+            if setting.name == "no_image":
+                answer = _ANSWER(model, {"params": params}, batch, key, sampling)
+                return *map(np.asarray, answer), np.zeros((len(batch.lengths), 0), np.int32)
+            pruner, weights = self._method(setting)
+            both = {"vla": params, "pruner": weights}
+            static = model, pruner, setting.ratio, self.grid, sampling
+            found = _PRUNED(*static, both, batch, key, jnp.asarray(foreground))
+        return [np.asarray(x) for x in (found.ids, found.lengths, found.keep_indices)]
+
+    def _method(self, setting: Setting) -> tuple[Pruner, Any]:
+        """The same objects at each call, since programs are known by them."""
+        if setting not in self._methods:
+            self._methods[setting] = self._make(setting)
+        return self._methods[setting]
+
+    def _make(self, setting: Setting) -> tuple[Pruner, Any]:
+        if setting.name == UNPRUNED:
+            return make_pruner("uniform"), None
+        if builds_on_recon(setting.name):
+            folder = self.config.pruners[setting.seed]
+            params, described = read_bundle_safetensors(folder)
+            own = from_plain(ReconPrunerConfig, described["pruner"])
+            width = self._weights[0].text.hidden_size
+            if own.layer.hidden_size != width:
+                raise UserError(
+                    f"The ReconPruner in {folder} takes tokens of {own.layer.hidden_size} numbers, "
+                    f"but those of {self.config.checkpoint} have {width}; train one on its tokens."
+                )
+            cast = partial(jnp.asarray, dtype=jnp.dtype(self.config.dtype))
+            return make_pruner(setting.name, config=own), jax.tree.map(cast, params["pruner"])
+        if setting.name == "prior":
+            return make_pruner("prior"), jnp.asarray(self._prior)
+        return make_pruner(setting.name), None
+
+    @cached_property
+    def _prior(self) -> np.ndarray:
+        """Mean training mask of each camera [C, n], of up to 512 samples spread over the split."""
+        if "train" not in self._shards.samples:
+            raise UserError(
+                f"{self._shards.path} has no split train, of which the prior is the mean mask; "
+                "leave the method prior out."
+            )
+        source, count = record_source(self._shards, "train"), self._shards.samples["train"]
+        chosen = np.unique(np.linspace(0, count - 1, 512).astype(int))
+        means = []
+        for place in self._places:
+            masks = (source[int(k) * self._stride + place]["mask"] for k in chosen)
+            means.append(
+                np.mean([mask_fractions(decode_mask(m, self.size)) for m in masks], axis=0)
+            )
+        return np.stack(means)
+
+
+_ANSWER = jax.jit(answer_batch, static_argnums=(0, 4))
+_PRUNED = jax.jit(answer_pruned, static_argnums=(0, 1, 2, 3, 4))
+
+
+def past_of(
+    driven: Sequences, sample: int, frame: Literal["lidar", "ego"]
+) -> tuple[Float[np.ndarray, "T 2"], list[EgoStatus] | None]:
+    """Known places of the last three seconds with the present (0, 0), and the motion at each.
+
+    The motion is that of the CAN bus at the key frames before; None if one of them has none.
+    """
+    known = driven.history_valid[sample]
+    past = np.concatenate([driven.history[sample][known], np.zeros((1, 2))])
+    if frame == "lidar":
+        past = ego_to_lidar(past)
+    frames = range(sample - len(past) + 1, sample + 1)
+    if any(k < 0 or driven.scene[k] != driven.scene[sample] for k in frames):
+        return past, None
+    bus = driven.can_bus[list(frames)]
+    columns = [CAN_FIELDS.index(name) for name in ("ax", "ay", "speed", "steering")]
+    if not np.isfinite(bus[:, columns]).all():
+        return past, None
+    rows = bus[:, columns].tolist()
+    return past, [EgoStatus((ax, ay), speed, steering) for ax, ay, speed, steering in rows]
+
+
+def lidar_to_ego(way: Float[np.ndarray, "S T 2"]) -> Float[np.ndarray, "S T 2"]:
+    """Places of the ego origin from places of the lidar, both seen from where each is now."""
+    yaw = headings(way, "central")
+    return way + LIDAR_AHEAD * (np.eye(2)[0] - _ahead(yaw))
+
+
+def ego_to_lidar(past: Float[np.ndarray, "T 2"]) -> Float[np.ndarray, "T 2"]:
+    """Places of the lidar from past places of the ego origin, of which the last is the present."""
+    steps = np.diff(past, axis=0, append=past[-1:] + np.eye(2)[:1])  # now the car looks ahead
+    still = np.linalg.norm(steps, axis=1) < 0.1
+    yaw = np.where(still, 0.0, np.arctan2(steps[:, 1], steps[:, 0]))
+    return past + LIDAR_AHEAD * (_ahead(yaw) - np.eye(2)[0])
+
+
+def _ahead(yaw) -> np.ndarray:
+    return np.stack([np.cos(yaw), np.sin(yaw)], -1)

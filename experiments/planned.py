@@ -1,0 +1,164 @@
+"""Plans of one setting after the other, kept on the disk: what is there is not planned again.
+
+Several hosts may share the folder: each plans its part of the scenes, and whoever finds all parts
+there goes on to measure.
+"""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.files import write_bytes
+from fastdrive_jax.evaluation.truth import DrivingTruth
+
+_FIELDS = ("waypoints", "kept", "read")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one pass over the samples is of.
+
+    Attributes:
+        method: Its name in tables.
+        ratio: Share of the tokens kept; None where pruning has no meaning.
+        seed: Of a training or of a draw; None where there is neither.
+        name: As it is asked for, such as "FILE.py:FUNCTION".
+    """
+
+    method: str
+    ratio: float | None
+    seed: int | None = None
+    name: str = ""
+
+    @property
+    def slug(self) -> str:
+        """A folder's name."""
+        parts = [self.method, "" if self.ratio is None else f"{self.ratio:g}"]
+        return "-".join([*filter(None, parts), *([] if self.seed is None else [f"s{self.seed}"])])
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Plans of M samples.
+
+    Attributes:
+        waypoints: [M, T, 2] metres, present ego frame.
+        kept: [M, K] visual tokens that the last layer saw; K = 0 where there are none.
+        read: [M] whether the answer could be read as a plan.
+    """
+
+    waypoints: np.ndarray
+    kept: np.ndarray
+    read: np.ndarray
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which share of the scenes this process plans: those `index`, `index + count`, ..."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise UserError(f"part={self.index} must be at least 0 and below parts={self.count}.")
+
+    def path(self, folder: Path, setting: Setting, index: int | None = None) -> Path:
+        """File of a part's plans, by default this one's."""
+        index = self.index if index is None else index
+        return folder / setting.slug / f"part-{index:05d}-of-{self.count:05d}.npz"
+
+
+def write_planned(path: Path, tokens: Sequence[str], planned: Planned) -> None:
+    """Writes plans with the names of their samples, whole or not at all.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        tokens=np.array(tokens),
+        waypoints=planned.waypoints.astype(np.float32),
+        kept=planned.kept.astype(np.int32),
+        read=planned.read,
+    )
+    write_bytes(path, buffer.getvalue())
+
+
+def read_planned(
+    folder: Path, setting: Setting, part: Part, tokens: Sequence[str]
+) -> Planned | None:
+    """Plans of all parts in the order of `tokens`; None while a part is missing.
+
+    Raises:
+        UserError: A file is damaged, or holds plans of other samples.
+    """
+    paths = [part.path(folder, setting, index) for index in range(part.count)]
+    if not all(path.exists() for path in paths):
+        return None
+    found: list[dict[str, np.ndarray]] = []
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found.append({name: file[name] for name in ("tokens", *_FIELDS)})
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it to plan again.") from error
+    joined = {name: np.concatenate([one[name] for one in found]) for name in ("tokens", *_FIELDS)}
+    place = {token: k for k, token in enumerate(joined["tokens"].tolist())}
+    if sorted(place) != sorted(tokens):
+        raise UserError(
+            f"{paths[0].parent} holds plans of other samples than this split has; use a new folder."
+        )
+    order = [place[token] for token in tokens]
+    return Planned(*(joined[name][order] for name in _FIELDS))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is evaluated, whatever the model.
+
+    Attributes:
+        title: Names model and data.
+        truth: Of all S samples.
+        command: [S], index into `scenarios.COMMANDS`.
+        settings: All passes, for methods, ratios and draws of methods that draw.
+        plan: Plans of some samples, whole scenes in ascending order.
+        view: uint8 pictures [C, H, W, 3] of one sample.
+        cameras: Their names.
+        grid: Token rows and columns of each.
+        meta: What is kept beside the figures.
+        notes: Sentences for the report.
+    """
+
+    title: str
+    truth: DrivingTruth
+    command: np.ndarray
+    settings: tuple[Setting, ...]
+    plan: Callable[[Setting, np.ndarray], Planned]
+    view: Callable[[int], np.ndarray]
+    cameras: tuple[str, ...]
+    grid: tuple[int, int]
+    meta: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def plan_part(case: Case, folder: Path, part: Part, quiet: bool = False) -> None:
+    """Plans this part of the scenes in every setting that is not there yet."""
+    names = dict.fromkeys(case.truth.scene.tolist())
+    chosen = list(names)[part.index :: part.count]
+    if not chosen:
+        raise UserError(
+            f"{len(names)} scenes do not divide into {part.count} parts; start fewer processes."
+        )
+    rows = np.flatnonzero(np.isin(case.truth.scene, chosen))
+    for setting in tqdm(case.settings, desc="plans", unit="setting", disable=quiet):
+        path = part.path(folder, setting)
+        if not path.exists():
+            write_planned(path, case.truth.token[rows], case.plan(setting, rows))

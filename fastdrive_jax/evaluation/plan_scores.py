@@ -1,0 +1,116 @@
+"""Every open-loop figure of every sample, so that any group of samples can be averaged later."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Num
+
+from fastdrive_jax.evaluation.bootstrap import mean_intervals
+from fastdrive_jax.evaluation.compare import difference_rows
+from fastdrive_jax.evaluation.open_loop import protocol_metrics
+from fastdrive_jax.evaluation.planning import planning_errors, planning_metrics
+from fastdrive_jax.evaluation.protocols import PROTOCOLS
+from fastdrive_jax.evaluation.results import Row
+from fastdrive_jax.evaluation.truth import DrivingTruth
+
+HEADLINE = "l2_temavg"
+
+Scores = dict[str, Float[np.ndarray, " S"]]
+
+
+def measurable(truth: DrivingTruth) -> tuple[str, ...]:
+    """Protocols whose truth is there: all need agents, some a map."""
+    need = {"area": truth.drivable, "lines": truth.boundaries, None: ()}
+    return tuple(
+        name
+        for name, protocol in PROTOCOLS.items()
+        if truth.agents is not None and need[protocol.intersection] is not None
+    )
+
+
+def plan_scores(
+    planned: Float[np.ndarray, "S T 2"],
+    truth: DrivingTruth,
+    protocols: Iterable[str],
+    read: Bool[np.ndarray, " S"] | None = None,
+) -> Scores:
+    """[S] of each metric; NaN where a sample does not count.
+
+    Args:
+      planned: waypoints every 0.5 s in the present ego frame, metres.
+      truth: of the same samples.
+      protocols: names in `PROTOCOLS`.
+      read: which answers could be read; distances take the others as plans of zeros, as
+        Impromptu-VLA's evaluation does.
+
+    Raises:
+      ValueError: shapes differ, or a plan that counts is not finite.
+      UserError: no sample counts, or the truth lacks what a protocol needs.
+    """
+    shown = planned if read is None else np.where(np.asarray(read)[:, None, None], planned, 0.0)
+    errors = planning_errors(shown, truth.future, truth.future_valid)
+    found = {name: _spread(value, errors.used) for name, value in planning_metrics(errors).items()}
+    for name in protocols:
+        metrics = protocol_metrics(PROTOCOLS[name], planned, truth, read)
+        found |= {key: _spread(value, metrics.used) for key, value in metrics.values.items()}
+    return found
+
+
+def _spread(values, used):
+    found = np.full(len(used), np.nan)
+    found[used] = values
+    return found
+
+
+def mean_scores(runs: Sequence[Scores]) -> Scores:
+    """Of several seeds or draws of one method, sample by sample."""
+    return {name: np.mean([run[name] for run in runs], axis=0) for name in runs[0]}
+
+
+def score_rows(
+    method: str,
+    keep_ratio: float | None,
+    scores: Mapping[str, Float[np.ndarray, " S"]],
+    scenes: Num[np.ndarray, " S"],
+    seed: int | None = None,
+    among: Bool[np.ndarray, " S"] | None = None,
+    suffix: str = "",
+) -> list[Row]:
+    """A row for each metric, with its interval over scenes.
+
+    Args:
+      method: its name.
+      keep_ratio: its ratio; None where pruning has no meaning.
+      scores: of `plan_scores`.
+      scenes: [S] drive of each sample.
+      seed: of the measured run.
+      among: samples of a group; None takes all. A group of no sample has no rows.
+      suffix: put behind the metric's name, such as "/turn".
+    """
+    if among is not None:
+        scores = {name: np.where(among, values, np.nan) for name, values in scores.items()}
+    rows = []
+    for metric, found in mean_intervals(scores, scenes).items():
+        figures = found.value, found.low, found.high, found.n
+        rows.append(Row(method, keep_ratio, metric + suffix, *figures, seed, unit_of(metric)))
+    return rows
+
+
+def unit_of(metric: str) -> str:
+    """Metres, or none of a share."""
+    return "" if metric.startswith(("collision", "intersection")) else "m"
+
+
+def paired_rows(
+    metric: str,
+    keep_ratio: float | None,
+    method_a: str,
+    a: Float[np.ndarray, " S"],
+    method_b: str,
+    b: Float[np.ndarray, " S"],
+    scenes: Num[np.ndarray, " S"],
+) -> tuple[Row, Row]:
+    """The difference A - B over the samples that count for both; see `difference_rows`."""
+    both = np.isfinite(a) & np.isfinite(b)
+    pair = method_a, a[both], method_b, b[both]
+    return difference_rows(metric, keep_ratio, *pair, scenes[both], unit=unit_of(metric))
