@@ -152,3 +152,38 @@ def test_crossing_random_lines():
         got = [found[f"intersection_bevplanner_{t}s"][k] for t in (1, 2, 3)]
         assert got == _values(hits[0] & ~hits[1], "bevplanner")
     assert 4 < found["intersection_bevplanner_3s"].sum() < 36
+
+
+@pytest.mark.parametrize("name", ["omnidrive", "bevplanner"])
+def test_boxes_that_almost_touch_and_ways_that_leave_the_grid(name):
+    """One box a sample, within 30 cm of the car at one step, or at the grid's edge."""
+    shapely = pytest.importorskip("shapely")
+    rng = np.random.default_rng(8)
+    count = 150
+    planned = np.cumsum(np.repeat(rng.uniform((1.1, -3), (10.5, 3), (count, 1, 2)), 6, 1), 1)
+    truth = random_truth(rng, count, 1, drivable=((),) * count, boundaries=((),) * count)
+    agents = truth.agents
+    agents.valid[:], agents.seen[:], agents.kind[:] = False, True, 0
+    truth.future[:] = [0.0, -30.0]  # the true car is elsewhere
+    steps = rng.integers(1, 7, count)
+    gaps = np.zeros(count)
+    for k, step in enumerate(steps):
+        dx, dy = planned[k, step - 1] / step
+        yaw = np.arctan2(dy, dx)
+        x, y = planned[k, step - 1] + 1.485793 * np.array([np.cos(yaw), np.sin(yaw)])
+        turn, side, away = rng.uniform(-0.2, 0.2), rng.choice([-1, 1]), rng.uniform(0, 0.3)
+        shift = side * (1.85 / 2 + 0.5 + away)
+        box = (x - shift * np.sin(yaw), y + shift * np.cos(yaw), yaw + turn, 3.0, 1.0)
+        box = (*np.clip(box[:2], -50, 50), *box[2:])
+        agents.boxes[k, 0] = box
+        agents.valid[k, 0, [0, step]] = True
+        car = shapely.Polygon(_rectangle(x, y, yaw, 4.084, 1.85))
+        gaps[k] = car.distance(shapely.Polygon(_rectangle(*box)))
+    found = protocol_metrics(PROTOCOLS[name], planned, truth).values[f"collision_{name}_3s"]
+    want = [
+        _raster_hits(name, _drawn_agents(name, truth, k), planned[k]).any() for k in range(count)
+    ]
+    np.testing.assert_array_equal(found, want)
+    inside = np.abs(planned).max((1, 2)) < 45
+    assert (found[inside & (gaps > 0)] > 0).sum() >= 3  # cells meet where rectangles do not
+    assert (found[~inside] > 0).sum() > 5
