@@ -237,3 +237,14 @@ def test_six_real_drives_through_all_protocols():
             shares = {key: values[f"intersection_{name}"].mean() for key, values in found.items()}
             assert shares["driven"] <= 0.01
             assert 0 < shares["held"] < 0.06 < shares["fast"] < 0.25
+
+
+def test_a_map_without_areas_and_a_broken_one():
+    """A ring that crosses itself is repaired where it is road, and left out where it is a lane."""
+    nothing = road_patch(road_map(make_map("here", (9.0, 9.0), {}, {})), np.zeros(2), 0.0)
+    assert nothing == ((), ())
+    bow = Polygon("p", np.array([(0, 0), (10, 10), (10, 0), (0, 10)], float))
+    layers = make_map("here", (9.0, 9.0), {"drivable_area": [bow], "road_segment": [bow]}, {})
+    areas, lines = road_patch(road_map(layers), np.array([5.0, 5.0]), 0.0)
+    assert sum(shapely.Polygon(area.exterior).area for area in areas) == pytest.approx(50.0)
+    assert lines == ()

@@ -7,7 +7,7 @@ import pytest
 from truths import STILL, one, random_truth, random_ways, straight
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.footprint import headings
+from fastdrive_jax.evaluation.footprint import car_boxes, headings
 from fastdrive_jax.evaluation.open_loop import protocol_metrics, protocol_rows
 from fastdrive_jax.evaluation.protocols import PROTOCOLS, averaged
 from fastdrive_jax.evaluation.truth import Area, join_truths
@@ -112,6 +112,19 @@ def test_which_agents_count():
         changed = dataclasses.replace(truth, agents=agents)
         got = [values(n, straight(10.0), changed)[f"collision_{n}_1s"] > 0 for n in ALL]
         assert got == want
+
+
+def test_a_car_that_creeps_does_not_swing():
+    """Impromptu-VLA's waypoints are of the lidar, which a heading out of noise must not move."""
+    # Sideways by 0.2 m a step: the heading is to the left, the lidar stays 0.94 m ahead.
+    way = np.stack([np.zeros(6), 0.2 * np.arange(1, 7)], 1)
+    (boxes,) = car_boxes(PROTOCOLS["impromptu"], way[None])
+    np.testing.assert_allclose(boxes[5], [0.943713, 1.2 + 0.5, np.pi / 2, 4.084, 1.85], atol=1e-6)
+    # At 1 m a step the lidar goes round with the car.
+    (boxes,) = car_boxes(PROTOCOLS["impromptu"], 5.001 * way[None])
+    np.testing.assert_allclose(boxes[5, :2], [0.0, 6.0012 + 1.443713], atol=1e-6)
+    (boxes,) = car_boxes(PROTOCOLS["omnidrive"], 5.001 * way[None])
+    np.testing.assert_allclose(boxes[5, :2], [0.0, 6.0012 + 1.485793], atol=1e-6)
 
 
 def test_averages_by_hand():
@@ -239,6 +252,8 @@ def test_what_lacks_is_said():
         values("impromptu", STILL[:5], one())
     with pytest.raises(ValueError, match="not finite"):
         values("impromptu", np.full((6, 2), np.inf), one())
+    with pytest.raises(ValueError, match="around the ego origin"):
+        dataclasses.replace(PROTOCOLS["omnidrive"], origin_ahead=0.9)
     with pytest.raises(ValueError, match="unknown kinds"):
         dataclasses.replace(PROTOCOLS["impromptu"], kinds=("tank",))
 

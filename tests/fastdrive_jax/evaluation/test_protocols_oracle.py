@@ -29,14 +29,18 @@ def _agents(truth, k, step, kinds, seen, now):
 
 def _polygon_hits(truth, k, way):
     shapely = pytest.importorskip("shapely")
-    way = [np.zeros(2), *way]
+    way, ego = [np.zeros(2)], [np.zeros(2), *way]  # of the lidar and of the rear axle
+    for before, here in itertools.pairwise(ego):
+        dx, dy = here - before
+        turn = np.arctan2(dy, dx) if np.hypot(dx, dy) >= 1 else 0.0
+        way.append(here + 0.943713 * np.array([np.cos(turn) - 1, np.sin(turn)]))
     still = np.hypot(*(way[6] - way[1])) < 0.5
     hits = []
     for i in range(1, 7):
         a, b = (way[i + 1], way[i - 1]) if i < 6 else (way[6], way[5])
         yaw = 0.0 if still else np.arctan2(a[1] - b[1], a[0] - b[0])
-        x, y = way[i] + (0.943713 + 0.5) * np.array([np.cos(yaw), np.sin(yaw)])
-        car = shapely.Polygon(_rectangle(x, y, yaw, 4.084, 1.85))
+        x, y = way[i] + 0.5 * np.array([np.cos(yaw), np.sin(yaw)])
+        car = shapely.Polygon(_rectangle(x + 0.943713, y, yaw, 4.084, 1.85))
         others = _agents(truth, k, i, KINDS, True, False)
         hits.append(any(car.intersects(shapely.Polygon(_rectangle(*box))) for box in others))
     return np.array(hits)
