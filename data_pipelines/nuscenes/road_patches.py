@@ -32,14 +32,14 @@ class RoadMap:
     Attributes:
         areas: Shapely polygons of the drivable area, in the map's order.
         area_tree: Index of `areas`.
-        contours: Polygons whose union is the road of the boundary lines.
-        contour_tree: Index of `contours`.
+        contours: Lists of polygons, each with its index, whose union is the road of the boundary
+            lines. They are united list by list, since a closed line begins where the union does,
+            and with it the points by which BEV-Planner replaces it.
     """
 
     areas: np.ndarray
     area_tree: Any
-    contours: np.ndarray
-    contour_tree: Any
+    contours: tuple[tuple[np.ndarray, Any], ...]
 
 
 def road_map(layers: MapLayers) -> RoadMap:
@@ -51,18 +51,21 @@ def road_map(layers: MapLayers) -> RoadMap:
     """
     shapely = _shapely()
     drivable = layers.polygons["drivable_area"].shapes
-    segments = layers.polygons["road_segment"].shapes
+    segments, lanes = (layers.polygons[name].shapes for name in ("road_segment", "lane"))
     areas = _polygons(shapely, drivable)
     # An invalid drivable area is repaired, since leaving it out would call road no road; the vector
     # map leaves out invalid road segments and lanes.
     repaired = np.where(shapely.is_valid(areas), areas, shapely.make_valid(areas))
     areas = _parts(shapely, repaired)
+    groups = [areas]
     if segments:
-        contours = _polygons(shapely, (*segments, *layers.polygons["lane"].shapes))
-        contours = contours[shapely.is_valid(contours)]
-    else:
-        contours = areas
-    return RoadMap(areas, shapely.STRtree(areas), contours, shapely.STRtree(contours))
+        groups = [_polygons(shapely, found) for found in (segments, lanes) if found]
+        groups = [polygons[shapely.is_valid(polygons)] for polygons in groups]
+    return RoadMap(
+        areas,
+        shapely.STRtree(areas),
+        tuple((polygons, shapely.STRtree(polygons)) for polygons in groups),
+    )
 
 
 def road_patch(
@@ -79,13 +82,17 @@ def road_patch(
         The areas in the map's order, and lines [n, 2].
     """
     shapely = _shapely()
-    areas = _parts(shapely, _cut(shapely, road.areas, road.area_tree, center, yaw, _AREA))
+    areas = _cut(shapely, road.areas, road.area_tree, center, yaw, _AREA, coarsely=True)
+    areas = _parts(shapely, areas)
     found = tuple(
         Area(_ring(shapely, ring), tuple(_ring(shapely, hole) for hole in holes))
         for ring, holes in _rings(shapely, areas)
     )
-    pieces = _cut(shapely, road.contours, road.contour_tree, center, yaw, _LINES)
-    whole = _parts(shapely, np.array([shapely.union_all(pieces)]))
+    unions = [
+        shapely.union_all(_cut(shapely, polygons, tree, center, yaw, _LINES))
+        for polygons, tree in road.contours
+    ]
+    whole = _parts(shapely, np.array([shapely.union_all(unions)]))
     half = [side / 2 - _BORDER for side in _LINES]
     inside = shapely.box(-half[0], -half[1], half[0], half[1])
     lines = []
@@ -130,21 +137,24 @@ def _parts(shapely, geometries: np.ndarray) -> np.ndarray:
     return parts[(shapely.get_type_id(parts) == _POLYGON) & ~shapely.is_empty(parts)]
 
 
-def _cut(shapely, geometries, tree, center, yaw: float, sides) -> np.ndarray:
-    """What of `geometries` lies in a rectangle around the car, in its frame."""
+def _cut(shapely, geometries, tree, center, yaw, sides, coarsely: bool = False) -> np.ndarray:
+    """What of `geometries` lies in a rectangle around the car, in its frame.
+
+    `coarsely` cuts along the map's axes first, which is cheap where an area has tens of thousands
+    of corners.
+    """
     cos, sin = np.cos(yaw), np.sin(yaw)
     axes = np.array([[cos, sin], [-sin, cos]])  # rows: forward and left
     half = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * np.array(sides) / 2
     corners = half @ axes + center
     patch = shapely.Polygon(corners)
-    rows = np.sort(tree.query(patch, predicate="intersects"))
-    # A cheap cut along the axes first, since a drivable area may have tens of thousands of corners;
-    # it can leave pieces that are not valid, which are then cut from the whole.
-    low, high = corners.min(0) - _SLACK, corners.max(0) + _SLACK
-    whole = geometries[rows]
-    coarse = shapely.clip_by_rect(whole, *low, *high)
-    coarse = np.where(shapely.is_valid(coarse), coarse, whole)
-    pieces = shapely.intersection(coarse, patch)
+    pieces = geometries[np.sort(tree.query(patch, predicate="intersects"))]
+    if coarsely:
+        low, high = corners.min(0) - _SLACK, corners.max(0) + _SLACK
+        coarse = shapely.clip_by_rect(pieces, *low, *high)
+        # It can leave what is not valid; that is cut from the whole.
+        pieces = np.where(shapely.is_valid(coarse), coarse, pieces)
+    pieces = shapely.intersection(pieces, patch)
     return shapely.transform(pieces, lambda points: (points - center) @ axes.T)
 
 

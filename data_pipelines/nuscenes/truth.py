@@ -32,6 +32,9 @@ _KINDS = (  # nuScenes categories by their beginnings; the first that fits
 def driving_truth(root: Path, version: str | None = None, split: str | None = None) -> DrivingTruth:
     """The truth of a split in drive order, with the tokens of its samples.
 
+    The ways are those of the ego poses. A `planning.json` is not read: it may go on after a drive's
+    last key frame, where no agent is annotated and no collision could be seen.
+
     Args:
         root: Folder that holds `v1.0-*/` and, for the map, `maps/expansion/`.
         version: Table folder; may be left out when there is only one.

@@ -38,10 +38,23 @@ def car_boxes(
     protocol: Protocol, waypoints: Float[np.ndarray, "S T 2"]
 ) -> Float[np.ndarray, "S T 5"]:
     """The car's box at each waypoint: x, y of the centre, yaw, length, width."""
-    yaw = headings(waypoints, protocol.yaw)
-    ahead = np.stack([np.cos(yaw), np.sin(yaw)], -1)
-    size = np.broadcast_to([protocol.length, protocol.width], waypoints.shape)
-    return np.concatenate([waypoints + protocol.center_ahead * ahead, yaw[..., None], size], -1)
+    way = way_of_point(waypoints, protocol.origin_ahead) if protocol.origin_ahead else waypoints
+    yaw = headings(way, protocol.yaw)
+    center = way + protocol.center_ahead * _ahead(yaw) + [protocol.origin_ahead, 0.0]
+    size = np.broadcast_to([protocol.length, protocol.width], way.shape)
+    return np.concatenate([center, yaw[..., None], size], -1)
+
+
+def way_of_point(waypoints: Float[np.ndarray, "S T 2"], ahead: float) -> Float[np.ndarray, "S T 2"]:
+    """The way of a point that lies `ahead` metres before the ego origin, seen from where it is now.
+
+    Turns by the heading of each step, and looks ahead as now where a step is below 1 m.
+    """
+    return waypoints + ahead * (_ahead(headings(waypoints, "step")) - [1.0, 0.0])
+
+
+def _ahead(yaw: np.ndarray) -> np.ndarray:
+    return np.stack([np.cos(yaw), np.sin(yaw)], -1)
 
 
 def corners(boxes: Float[np.ndarray, "*B 5"]) -> Float[np.ndarray, "*B 4 2"]:

@@ -4,13 +4,14 @@ Read from the evaluators' code: Impromptu-VLA (which has SparseDrive's), OmniDri
 Their figures are not interchangeable, so a metric's name carries its protocol.
 
 Frames. Waypoints here are places of nuScenes' ego origin, the middle of the rear axle. OmniDrive's
-plans are so too: it puts the box centre 0.5 + 0.985793 m ahead of the waypoint. BEV-Planner uses
-the same number, and its boxes stand in the ego frame; its true waypoints are displacements of the
-lidar along the ego axes, which differ from ours by at most 0.94 m times the turn since now.
-Impromptu-VLA's plans are places of the lidar, with the box centre 0.5 m ahead of it; nuScenes'
-lidar stands 0.943713 m ahead of the ego origin (its calibration in every scene; 0.985793 m is the
-figure that OmniDrive and BEV-Planner name for the same distance), so the box centre lies 1.443713 m
-ahead of our waypoints. The three put the box within 5 cm of each other.
+plans are so too: it puts the box centre 0.5 + 0.985793 m ahead of the waypoint, and so does
+BEV-Planner, whose agents stand in the ego frame; its true waypoints are displacements of the lidar
+along the ego axes, which differ from ours by at most 0.94 m times the turn since now.
+Impromptu-VLA's plans are places of the lidar in the lidar's frame, with the box centre 0.5 m ahead.
+The lidar stands 0.943713 m ahead of the ego origin (nuScenes' calibration; 0.985793 m is what
+OmniDrive and BEV-Planner say of the same distance). So the lidar's places are worked out from ours
+first, by the heading of each step of at least 1 m. Taking the box centre 1.443713 m ahead of our
+waypoints instead would swing it round a car that hardly moves, whose heading is noise.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Protocol:
       name: ends the metrics' names.
       overlap: "polygon" for exact rectangles, where touching counts; "raster" for cells of 0.1 m.
       center_ahead: metres from a waypoint to the middle of the car along its heading.
+      origin_ahead: metres from the ego origin to the point in the car whose places the evaluator's
+        waypoints are; polygons only.
       length: of the car's box, metres.
       width: likewise.
       yaw: "central" for differences over two steps and 0 for a plan whose ends lie within 0.5 m;
@@ -58,6 +61,7 @@ class Protocol:
     yaw: Literal["central", "step"]
     kinds: tuple[str, ...]
     average: Literal["mean", "any", "last"]
+    origin_ahead: float = 0.0
     length: float = 4.084
     width: float = 1.85
     seen_only: bool = False
@@ -70,6 +74,8 @@ class Protocol:
         strange = sorted(set(self.kinds) - set(KINDS))
         if strange:
             raise ValueError(f"{self.name} counts unknown kinds {strange}; there are {KINDS}")
+        if self.overlap == "raster" and self.origin_ahead:
+            raise ValueError(f"{self.name}: rasters are around the ego origin, not ahead of it")
 
 
 PROTOCOLS = {
@@ -79,7 +85,8 @@ PROTOCOLS = {
         Protocol(
             name="impromptu",
             overlap="polygon",
-            center_ahead=LIDAR_AHEAD + 0.5,
+            center_ahead=0.5,
+            origin_ahead=LIDAR_AHEAD,
             yaw="central",
             kinds=KINDS,
             seen_only=True,
@@ -90,7 +97,8 @@ PROTOCOLS = {
         Protocol(
             name="noavg",
             overlap="polygon",
-            center_ahead=LIDAR_AHEAD + 0.5,
+            center_ahead=0.5,
+            origin_ahead=LIDAR_AHEAD,
             yaw="central",
             kinds=KINDS,
             seen_only=True,
