@@ -17,11 +17,11 @@ import numpy as np
 
 from data_pipelines.features import cache_features
 from data_pipelines.nuscenes.source import read_nuscenes
-from data_pipelines.nuscenes.truth import driving_truth
 from data_pipelines.schema import CAMERAS
 from data_pipelines.shards import Shards, sample_tokens
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
+from data_pipelines.synthetic.truth import world_truth
 from experiments.configs.pruner import TINY, PrunerRun
 from experiments.drives import (
     DRAWN,
@@ -54,7 +54,8 @@ from fastdrive_jax.training.ego_history import (
 )
 
 FRONT = ("CAM_FRONT",)
-CONTROLS = ("no_image", "ego_history", "constant_velocity")  # that no token is kept for
+DRIVEN = "driven"  # the driven way itself: what its protocol counts of it is a floor
+CONTROLS = ("no_image", "ego_history", "constant_velocity", DRIVEN)  # without tokens
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,8 @@ def prepare_benchmark(out: Path, config: BenchmarkConfig, quiet: bool) -> Benchm
         return root, shards, features
 
     _, train_shards, train_features = stage("train", world)
-    root, shards, features = stage(
-        f"val_{config.cameras}",
-        replace(world, train_scenes=0, val_scenes=config.scenes, cameras=cameras),
-    )
+    unseen = replace(world, train_scenes=0, val_scenes=config.scenes, cameras=cameras)
+    root, shards, features = stage(f"val_{config.cameras}", unseen)
     train = train_features.splits["train"]
     prior = train_prior(train)[[train_shards.cameras.index(name) for name in cameras]]
     trained = []
@@ -155,7 +154,7 @@ def prepare_benchmark(out: Path, config: BenchmarkConfig, quiet: bool) -> Benchm
         trained.append(Trained(run.recon.pruner, jax.device_get(found["pruner"]), prior))
     size = model.config.image_size
     data = planning_split(shards, "val", features.splits["val"], size, cameras)
-    truth = driving_truth(root, split="val").at(sample_tokens(shards, "val"))
+    truth = world_truth(root, unseen, "val").at(sample_tokens(shards, "val"))
     return Benchmark(
         model=model,
         params=params,
@@ -228,6 +227,8 @@ def _plan(
     if setting.name == "ego_history":
         model, params = ego_history()
         return _without_tokens(np.asarray(model.apply(params, _ego_samples(data, rows))))
+    if setting.name == DRIVEN:
+        return _without_tokens(bench.truth.future[rows])
     if setting.name == "no_image":
         part = replace(
             data,

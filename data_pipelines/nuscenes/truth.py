@@ -154,6 +154,13 @@ def _truth(
     )
 
 
+def kind_of(category: str) -> int:
+    """Index into `KINDS` of a nuScenes category."""
+    return KINDS.index(
+        next((kind for begin, kind in _KINDS if category.startswith(begin)), "other")
+    )
+
+
 def agents_around(
     pose: Pose, boxes: Sequence[Boxes]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -175,8 +182,7 @@ def agents_around(
         for token, category in zip(found.instances, found.categories, strict=True):
             if token not in rows:
                 rows[token] = len(kinds)
-                kind = next((k for begin, k in _KINDS if category.startswith(begin)), "other")
-                kinds.append(KINDS.index(kind))
+                kinds.append(kind_of(category))
     table = np.zeros((len(kinds), FUTURE_STEPS + 1, 5), np.float32)
     valid = np.zeros((len(kinds), FUTURE_STEPS + 1), bool)
     seen = np.zeros_like(valid)

@@ -10,7 +10,7 @@ import pytest
 from experiments.configs.pruner import TINY
 from experiments.eval_planning import EvalPlanningArgs, eval_planning
 from experiments.planned import Part, Setting, read_planned
-from experiments.planning_benchmark import BenchmarkConfig
+from experiments.planning_benchmark import CONTROLS, BenchmarkConfig
 from fastdrive_jax.errors import UserError
 
 METHODS = ("reconpruner", "random", "ground_truth", "vlapruner")
@@ -44,7 +44,7 @@ def rows_of(out):
 def test_every_setting_has_every_metric(out):
     rows = rows_of(out)
     settings = [("unpruned", 1.0), *((name, 0.5) for name in METHODS)]
-    settings += [(name, None) for name in ("no_image", "ego_history", "constant_velocity")]
+    settings += [(name, None) for name in CONTROLS]
     for setting in settings:
         for metric in ("l2_temavg", "l2_temavg_3s", "l2_noavg", "ade", "collision_impromptu",
                        "collision_omnidrive_2s", "intersection_bevplanner"):  # fmt: skip
@@ -52,6 +52,8 @@ def test_every_setting_has_every_metric(out):
             assert rows[*setting, metric]["low"] <= rows[*setting, metric]["high"]
         kinds = [rows.get((*setting, f"l2_temavg/{k}")) for k in ("straight", "turn", "stopped")]
         assert sum(row["n"] for row in kinds if row) == 18
+    assert rows["driven", None, "ade"]["value"] == pytest.approx(0, abs=1e-5)
+    assert rows["driven", None, "collision_impromptu"]["value"] == 0
     assert rows["reconpruner", 0.5, "rank"]["low"] >= 1
     assert ("reconpruner - random", 0.5, "l2_temavg_p_holm") in rows
     assert ("random - unpruned", 0.5, "l2_temavg_difference") in rows
