@@ -169,7 +169,8 @@ def _usable(methods: Sequence[str], config: CheckpointConfig) -> tuple[list[str]
         if builds_on_recon(name) and not config.pruners:
             untrained.append(name)
             continue
-        pruner = make_pruner(name)
+        settings = {"config": ReconPrunerConfig()} if builds_on_recon(name) else {}
+        pruner = make_pruner(name, **settings)
         if pruner.needs & UNFILLED or pruner.temporal is not None or pruner.reuse:
             past.append(name)
         else:
@@ -377,8 +378,10 @@ def past_of(
 
 def lidar_to_ego(way: Float[np.ndarray, "S T 2"]) -> Float[np.ndarray, "S T 2"]:
     """Places of the ego origin from places of the lidar, both seen from where each is now."""
-    yaw = headings(way, "central")
-    return way + LIDAR_AHEAD * (np.eye(2)[0] - _ahead(yaw))
+    ego = way
+    for _ in range(3):  # the rear axle moves along the heading, the lidar does not quite
+        ego = way + LIDAR_AHEAD * (np.eye(2)[0] - _ahead(headings(ego, "central")))
+    return ego
 
 
 def ego_to_lidar(past: Float[np.ndarray, "T 2"]) -> Float[np.ndarray, "T 2"]:

@@ -112,7 +112,7 @@ def _main_table(results: Results) -> Table:
         line += [f"{cells[*key, metric].value:.3f}" for metric in shown[:-1]]
         line += [_with_ends(cells[*key, HEADLINE]), _relative(cells, key, HEADLINE)]
         for rate in rates:
-            line += [_with_ends(cells[*key, rate], 100, 2), _relative(cells, key, rate)]
+            line += [_with_ends(cells.get((*key, rate)), 100, 2), _relative(cells, key, rate)]
         rank = cells.get((*key, RANK))
         line += ["" if rank is None else f"{rank.value:g} [{rank.low:g}, {rank.high:g}]"]
         lines.append(tuple(line))
@@ -128,12 +128,15 @@ def _main_table(results: Results) -> Table:
 
 
 def _relative(cells: Mapping, key: Key, metric: str) -> str:
-    base = cells.get((UNPRUNED, 1.0, metric))
-    value = cells[*key, metric].value
-    return "" if base is None or not value else f"{100 * base.value / value:.1f}"
+    base, own = (cells.get((*one, metric)) for one in ((UNPRUNED, 1.0), key))
+    if base is None or own is None or not own.value:
+        return ""
+    return f"{100 * base.value / own.value:.1f}"
 
 
-def _with_ends(row: Row, scale: float = 1, digits: int = 3) -> str:
+def _with_ends(row: Row | None, scale: float = 1, digits: int = 3) -> str:
+    if row is None:
+        return ""
     text = f"{scale * row.value:.{digits}f}"
     if row.low is None:
         return text
@@ -146,7 +149,8 @@ def _protocol_table(results: Results, metrics: Sequence[str]) -> Table:
     lines = []
     for key in _order(results):
         line = [f"{cells[*key, metric].value:.3f}" for metric in more]
-        line += [f"{100 * cells[*key, metric].value:.2f}" for metric in metrics]
+        shares = (cells.get((*key, metric)) for metric in metrics)
+        line += ["" if row is None else f"{100 * row.value:.2f}" for row in shares]
         lines.append((_kept(key[1]), key[0], *line))
     names = [f"{kind}, {name}, %" for kind, _, name in (m.partition("_") for m in metrics)]
     return Table(
@@ -168,7 +172,7 @@ def _comparison_table(results: Results) -> Table:
         ours = cells.get((f"{OURS} - {method}", ratio, HEADLINE + DIFFERENCE))
         p = [cells.get((f"{OURS} - {method}", ratio, HEADLINE + end)) for end in (P_VALUE, HOLM)]
         line = [_kept(ratio), method]
-        line += ["" if row is None else _with_ends(row) for row in (cost, ours)]
+        line += [_with_ends(row) for row in (cost, ours)]
         line += ["" if row is None else f"{row.value:.4f}" for row in p]
         lines.append(tuple(line))
     return Table(

@@ -51,7 +51,10 @@ def plan_scores(
     errors = planning_errors(shown, truth.future, truth.future_valid)
     found = {name: _spread(value, errors.used) for name, value in planning_metrics(errors).items()}
     for name in protocols:
-        metrics = protocol_metrics(PROTOCOLS[name], planned, truth, read)
+        protocol = PROTOCOLS[name]
+        if protocol.unread == "skip" and read is not None and not (read & errors.used).any():
+            continue  # it has nothing to say of answers that cannot be read
+        metrics = protocol_metrics(protocol, planned, truth, read)
         found |= {key: _spread(value, metrics.used) for key, value in metrics.values.items()}
     return found
 
@@ -63,8 +66,14 @@ def _spread(values, used):
 
 
 def mean_scores(runs: Sequence[Scores]) -> Scores:
-    """Of several seeds or draws of one method, sample by sample."""
-    return {name: np.mean([run[name] for run in runs], axis=0) for name in runs[0]}
+    """Of several seeds or draws of one method, sample by sample, over those that count."""
+    found = {}
+    for name in dict.fromkeys(name for run in runs for name in run):
+        table = np.stack([run[name] for run in runs if name in run])
+        counts = np.isfinite(table)
+        sums, number = np.where(counts, table, 0).sum(0), counts.sum(0)
+        found[name] = np.where(number > 0, sums / np.maximum(number, 1), np.nan)
+    return found
 
 
 def score_rows(

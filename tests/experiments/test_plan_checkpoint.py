@@ -1,0 +1,182 @@
+"""A checkpoint of random weights asked for plans of a few frames."""
+
+import json
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from tiny_checkpoint import CONFIG, write_checkpoint
+
+from data_pipelines.build import build_shards
+from data_pipelines.nuscenes.source import read_nuscenes
+from data_pipelines.schema import CAN_FIELDS
+from data_pipelines.synthetic.config import WorldConfig
+from data_pipelines.synthetic.generate import generate
+from experiments import plan_checkpoint
+from experiments.answer import AnswerArgs, answer
+from experiments.eval_planning import EvalPlanningArgs, eval_planning
+from experiments.plan_checkpoint import (
+    CheckpointConfig,
+    Sequences,
+    checkpoint_case,
+    ego_to_lidar,
+    lidar_to_ego,
+    past_of,
+)
+from experiments.planned import Setting
+from fastdrive_jax.configs import to_plain
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.export.bundle import write_bundle
+from fastdrive_jax.models.qwen2_5_vl.impromptu import planning_answer
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    world = WorldConfig(
+        train_scenes=1, val_scenes=2, keyframes_per_scene=8, height=112, width=196, workers=1
+    )
+    root = generate(folder / "world", world, progress=False)
+    shards = build_shards(read_nuscenes(root), folder / "shards", progress=False).path
+    layer = ReconPrunerConfig(layer=CONFIG.text)
+    tokens = np.zeros((1, 4, CONFIG.text.hidden_size), np.float32)
+    params = ReconPruner(layer).init(jax.random.key(0), tokens)["params"]
+    described = {"kind": "pruner", "pruner": to_plain(layer)}
+    return CheckpointConfig(
+        checkpoint=write_checkpoint(folder / "model"),
+        shards=shards,
+        root=root,
+        pruners=(write_bundle(folder / "recon", {"pruner": params}, described),),
+        samples=9,
+        batch_size=4,
+        max_new_tokens=5,
+        max_pixels=28 * 28 * 8,
+        dtype="float32",
+    )
+
+
+def test_the_unpruned_setting_answers_as_the_command_answer(config, tmp_path, monkeypatch):
+    """The same prompts and pictures through another command, one by one."""
+    case = checkpoint_case(config, ("uniform",), (0.5,), 1, quiet=True)
+    texts = []
+    parse = plan_checkpoint.parse_answer
+    monkeypatch.setattr(plan_checkpoint, "parse_answer", lambda t: texts.append(t) or parse(t))
+    prompts = []
+    prompt = plan_checkpoint.planning_prompt
+
+    def noted(*args):
+        prompts.append(prompt(*args))
+        return prompts[-1]
+
+    monkeypatch.setattr(plan_checkpoint, "planning_prompt", noted)
+    monkeypatch.setattr(plan_checkpoint, "ThreadPoolExecutor", InOrder)
+    rows = np.arange(2)
+    found = case.plan(Setting("unpruned", 1.0, None, "unpruned"), rows)
+    assert found.kept.shape[1] == case.meta["visual_tokens"]
+    assert not found.read.any()  # random weights say nothing that is a plan
+    assert not found.waypoints.any()
+    for row in rows:
+        names = []
+        for k, picture in enumerate(case.view(row)):
+            names.append(tmp_path / f"{row}-{k}.png")
+            cv2.imwrite(str(names[-1]), picture[..., ::-1])
+        asked = AnswerArgs(
+            config.checkpoint,
+            prompts[row],
+            tuple(names),
+            max_new_tokens=5,
+            dtype="float32",
+            temperature=0.0,
+            repetition_penalty=1.0,
+        )
+        assert answer(asked)[0]["answer"] == texts[row]
+
+
+class InOrder:
+    """A pool that works in the caller's thread, so that prompts come in order."""
+
+    def __init__(self, workers):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def map(self, function, values):
+        return map(function, values)
+
+
+def test_the_whole_evaluation_and_what_is_left_out(config, tmp_path):
+    methods = ("reconpruner", "divprune", "prior", "ground_truth", "vlapruner")
+    args = EvalPlanningArgs(tmp_path, methods, (0.5,), qwen=config, pictures=1, quiet=True)
+    assert eval_planning(args) == tmp_path / "report.html"
+    content = json.loads((tmp_path / "planning.json").read_text())
+    rows = {(r["method"], r["keep_ratio"], r["metric"]): r for r in content["rows"]}
+    for method in methods[:-1]:
+        assert rows[method, 0.5, "answers_unread"]["value"] == 1
+        # Standing still, as the published evaluation scores what it cannot read.
+        still = rows["no_image", None, "l2_temavg"]
+        assert rows[method, 0.5, "l2_temavg"]["value"] == pytest.approx(still["value"])
+    assert rows["unpruned", 1.0, "l2_temavg"]["n"] == 2 + 1  # two of 8 frames have 3 s to come
+    assert ("vlapruner", 0.5, "l2_temavg") not in rows
+    assert "no past: vlapruner" in (tmp_path / "planning.md").read_text()
+    other = CheckpointConfig(config.checkpoint, config.shards, samples=3)
+    with pytest.raises(UserError, match="another config"):
+        eval_planning(EvalPlanningArgs(tmp_path, methods, (0.5,), qwen=other, quiet=True))
+
+
+def test_a_plan_that_can_be_read_counts_in_the_ego_frame(config, monkeypatch):
+    case = checkpoint_case(config, (), (0.5,), 1, quiet=True)
+    way = np.stack([np.arange(1, 7) * 3.0, np.zeros(6)], 1)
+    chat = plan_checkpoint.read_processor(config.checkpoint).chat
+    monkeypatch.setattr(type(chat), "decode", lambda self, ids: planning_answer(way))
+    found = case.plan(Setting("no_image", None, None, "no_image"), np.arange(3))
+    assert found.read.all()
+    np.testing.assert_allclose(found.waypoints, np.stack([way] * 3), atol=1e-6)  # straight: alike
+
+
+def test_lidar_and_ego_ways_of_a_turning_car():
+    """On a circle the lidar, 0.94 m ahead, is known in closed form."""
+    radius, ahead = 20.0, 0.943713
+    angle = np.arange(1, 7) * 0.1
+    ego = np.stack([radius * np.sin(angle), radius * (1 - np.cos(angle))], 1)
+    lidar = ego + ahead * (np.stack([np.cos(angle), np.sin(angle)], 1) - [1, 0])
+    found = lidar_to_ego(lidar[None])[0]
+    np.testing.assert_allclose(found[:-1], ego[:-1], atol=6e-3)
+    np.testing.assert_allclose(found[-1], ego[-1], atol=0.06)  # its heading looks back
+    past = np.concatenate([(ego * [-1, 1])[::-1], np.zeros((1, 2))])
+    back = np.append(-angle[::-1], 0)
+    want = past + ahead * (np.stack([np.cos(back), np.sin(back)], 1) - [1, 0])
+    np.testing.assert_allclose(ego_to_lidar(past), want, atol=0.06)
+    np.testing.assert_allclose(ego_to_lidar(np.zeros((3, 2))), np.zeros((3, 2)))
+
+
+def test_the_past_and_its_motion_come_from_the_frames_before():
+    count = 4
+    bus = np.arange(count * len(CAN_FIELDS), dtype=float).reshape(count, -1)
+    history = np.zeros((count, 6, 2))
+    history[2, 4:, 0] = [-4, -2]
+    valid = np.zeros((count, 6), bool)
+    valid[2, 4:] = True
+    driven = Sequences(
+        *(np.zeros(count),), history, valid, bus, np.array([0, 0, 0, 1]), *([None] * 5)
+    )
+    past, status = past_of(driven, 2, "ego")
+    np.testing.assert_allclose(past, [[-4, 0], [-2, 0], [0, 0]])
+    assert [one.velocity for one in status] == [0.0, 8.0, 16.0]
+    assert status[1].acceleration == (9.0, 10.0)
+    assert status[1].steering == 15.0
+    bus[0, CAN_FIELDS.index("ax")] = np.nan
+    assert past_of(driven, 2, "ego")[1] is None
+    assert past_of(driven, 3, "ego")[1] is not None  # another drive, with no past at all
+
+
+def test_bad_input_is_refused(config, tmp_path):
+    with pytest.raises(UserError, match=r"needs --qwen\.shards"):
+        CheckpointConfig(checkpoint=tmp_path)
+    with pytest.raises(UserError, match="batch_size=3"):
+        CheckpointConfig(batch_size=3, fsdp=2)
