@@ -32,6 +32,7 @@ from experiments.study_pruner import StudyPrunerArgs, study_pruner
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig, train_vla
 from experiments.view_data import ViewArgs, view_data
+from experiments.widen_vla import WidenVLAConfig, widen_vla
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.bundled import save_vla
 
@@ -86,6 +87,7 @@ Command = (
     | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
     | Annotated[StudyPrunerArgs, tyro.conf.subcommand("study-pruner")]
     | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
+    | Annotated[WidenVLAConfig, tyro.conf.subcommand("widen-vla")]
     | Annotated[AnswerArgs, tyro.conf.subcommand("answer")]
     | Annotated[DataArgs, tyro.conf.subcommand("data")]
     | Annotated[BenchDataArgs, tyro.conf.subcommand("bench-data")]
@@ -126,6 +128,7 @@ RUN = {
     TrainPrunerConfig: train_on_shards,
     StudyPrunerArgs: study_pruner,
     TrainVLAArgs: train,
+    WidenVLAConfig: widen_vla,
     AnswerArgs: answer,
     DataArgs: data,
     BenchDataArgs: bench_data,

@@ -129,8 +129,8 @@ def _main_table(results: Results) -> Table:
 
 def _relative(cells: Mapping, key: Key, metric: str) -> str:
     base, own = (cells.get((*one, metric)) for one in ((UNPRUNED, 1.0), key))
-    if base is None or own is None or not own.value:
-        return ""
+    if base is None or own is None or min(base.value, own.value) < 1e-6:
+        return ""  # nothing to divide by, or the driven way itself
     return f"{100 * base.value / own.value:.1f}"
 
 
