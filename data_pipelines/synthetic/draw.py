@@ -134,6 +134,7 @@ def draw_actors(scene: Scene, stage: Stage, view: View, canvas: Canvas, time: fl
     yaws = np.where(stage.billboard, towards_camera, [p[1] for p in poses])
     local = away @ view.rotation
     seen = _may_be_seen(view, local, stage.radius + 1.5) & (local[:, 2] < _FAR)
+    seen &= np.array([a.present(time) for a in scene.actors], bool)
 
     chosen = np.flatnonzero(seen[stage.owner])
     owner = stage.owner[chosen]
