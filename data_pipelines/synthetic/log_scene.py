@@ -119,7 +119,10 @@ def _surface(log, base, route) -> list[Strip]:
 
 def _marks(log, base, route) -> list[Strip]:
     strips = []
-    for layer, colour, whole in (("lane_divider", "white", False), ("road_divider", "yellow", True)):
+    for layer, colour, whole in (
+        ("lane_divider", "white", False),
+        ("road_divider", "yellow", True),
+    ):
         for shape in log.layers.lines[layer].shapes:
             points = _local(base, shape.points)[:, :2]
             lengths = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
