@@ -180,7 +180,7 @@ def collisions(route: Route, states: np.ndarray) -> tuple[int | None, str, int]:
 
 
 def kind_of(category: str) -> str:
-    """ "person", "vehicle" or "obstacle", by a nuScenes category."""
+    """The kind "person", "vehicle" or "obstacle", by a nuScenes category."""
     if category.startswith("human"):
         return "person"
     return "vehicle" if category.startswith("vehicle") else "obstacle"

@@ -1,4 +1,4 @@
-"""What is driven: a situation of the synthetic world or a log, and how its own driver does there."""
+"""What is driven: a situation of the world or a log, and how its own driver does there."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A car that follows planned waypoints: a kinematic bicycle and its controller, for R routes at once.
+"""A car that follows planned waypoints: a kinematic bicycle and its controller, R cars at once.
 
 The bicycle model is about the rear axle: with steering angle `d` and wheelbase `w` the path has
 curvature tan(d) / w, so the curvature stands for the steering. Along the path the controller looks
@@ -115,7 +115,7 @@ def follow(vehicle: Vehicle, now: Motion, plan: np.ndarray, step: float, elapsed
 
 
 def _progress(plan, lengths, marks, spot):
-    """Arc length `[R]` of the place on each plan nearest to the car; beyond its ends straight on."""
+    """Arc length `[R]` of the place of each plan nearest to the car, on straight past its ends."""
     start, along = plan[:, :-1], np.diff(plan, axis=1)
     offset = spot[:, None] - start
     share = (offset * along).sum(-1) / np.maximum(lengths, 1e-6) ** 2
