@@ -220,7 +220,7 @@ def birds_eye(
     longest = next(states for _, states, verdict in paths if verdict.end == end)
     for actor in scene.actors:
         if actor.category:
-            boxes, there = actor_boxes(actor, longest[:end])
+            boxes, there = actor_boxes(route, actor, longest[:end])
             if there[-1]:
                 axes.add_patch(Polygon(boxes[-1], color="#7a6a58", lw=0))
     axes.plot(*reference[:, :2].T, color="black", lw=1.2, ls=":", label="reference")

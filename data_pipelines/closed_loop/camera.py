@@ -82,7 +82,9 @@ class Studio:
         camera = make_camera("CAM_FRONT", *self._size, scene.pitch["CAM_FRONT"])
         # As in the world's own pictures: the body sways, and each key frame has its noise.
         sway = scene.sway[frame % len(scene.sway)]
-        return render(scene, self._stages[number, phase], camera, state, time, sway, 64 * frame)
+        return render(
+            scene, self._stages[number, phase], camera, state, route.begin + time, sway, 64 * frame
+        )
 
     def draw(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
         """The picture and the foreground shares of its tokens `[N]`."""

@@ -134,9 +134,9 @@ def ego_boxes(states: np.ndarray) -> np.ndarray:
     return corners(middle, yaw, LENGTH, WIDTH)
 
 
-def actor_boxes(actor: Actor, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def actor_boxes(route: Route, actor: Actor, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Corners `[n, 4, 2]` of a road user at a drive's times, and whether it is there `[n]`."""
-    times = np.arange(len(states)) * DT
+    times = route.begin + np.arange(len(states)) * DT
     xy, yaw, there = np.asarray(actor.xy, float), actor.yaw, True
     if actor.motion is not None:
         xy, yaw = actor.motion.pose(times, states[:, S])
@@ -159,7 +159,7 @@ def collisions(route: Route, states: np.ndarray) -> tuple[int | None, str, int]:
     for actor in route.phases[0][1].actors:
         if not actor.category:
             continue
-        box, there = actor_boxes(actor, states)
+        box, there = actor_boxes(route, actor, states)
         reach = (math.hypot(actor.size[0], actor.size[1]) + math.hypot(LENGTH, WIDTH)) / 2
         offset = box.mean(1) - ego.mean(1)
         close = there & ((offset**2).sum(-1) < reach**2)

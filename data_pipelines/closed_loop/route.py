@@ -14,9 +14,9 @@ from data_pipelines.synthetic import meshes
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.geometry import Path
 from data_pipelines.synthetic.log_scene import log_scene, logged_states, scene_frame
-from data_pipelines.synthetic.planner import DT, EgoState, step, waypoints
+from data_pipelines.synthetic.planner import DT, EgoState, simulate, step, waypoints
 from data_pipelines.synthetic.sampler import sample_scene
-from data_pipelines.synthetic.scene import Actor, Scene
+from data_pipelines.synthetic.scene import WARM_UP, Actor, Scene
 from fastdrive_jax.errors import UserError
 
 GREEN = (12, 18)  # half seconds between which a red light turns green
@@ -30,7 +30,7 @@ class StopLine:
     Attributes:
         kind: "red_light", or "stop_sign", which may be passed after a halt.
         s: Arc length along the route.
-        until: Seconds from which on it may be passed.
+        until: Seconds of the drive from which on it may be passed.
     """
 
     kind: str
@@ -45,12 +45,14 @@ class Route:
     Attributes:
         name: Unique among the routes.
         scenario: Name of the situation, "log" for logs.
-        phases: (begin in seconds, scene); scenes differ in what changes, such as a light.
+        phases: (begin in seconds of the drive, scene); scenes differ in what changes, such as a
+            light.
         path: The way to go.
         lines: Stop lines on it.
         reference: `[steps + 1]` states of the world's own driver, or of the logged car, every
             `DT` seconds.
         commands: `[steps + 1]` command at each of the reference's places; of logs only.
+        begin: Seconds of the scene at which the drive begins; its own time starts with 0 there.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Route:
     lines: tuple[StopLine, ...]
     reference: tuple[EgoState, ...]
     commands: tuple[int, ...] = ()
+    begin: float = 0.0
 
     @property
     def logged(self) -> bool:
@@ -99,10 +102,19 @@ def world_route(config: WorldConfig, split: str, index: int, seconds: float) -> 
     kind = STOP_KINDS.get(scene.scenario)
     until = phases[1][0] if len(phases) > 1 else math.inf
     lines = tuple(StopLine(kind, s, until) for s in scene.task.stops) if kind else ()
-    route = Route(scene.name, scene.scenario, tuple(phases), scene.task.route, lines, ())
-    states = [scene.start]
+    # As in the world's data, where cars that have just set off are never seen.
+    states = simulate(scene.task, scene.start, WARM_UP)[-1:]
+    route = Route(
+        scene.name,
+        scene.scenario,
+        tuple(phases),
+        scene.task.route,
+        lines,
+        (),
+        begin=WARM_UP,
+    )
     for k in range(round(seconds / DT)):
-        states.append(step(route.scene(k * DT).task, states[-1], k * DT))
+        states.append(step(route.scene(k * DT).task, states[-1], WARM_UP + k * DT))
     return replace(route, reference=tuple(states))
 
 
@@ -177,7 +189,7 @@ def expert_waypoints(route: Route, state: EgoState, time: float) -> np.ndarray:
         task = route.scene(time).task
         states = [state]
         for k in range(round(FUTURE_STEPS * STEP_SECONDS / DT)):
-            states.append(step(task, states[-1], time + k * DT))
+            states.append(step(task, states[-1], route.begin + time + k * DT))
         return waypoints(states, 0)
     stride, now = round(STEP_SECONDS / DT), round(time / DT)
     later = [min(now + stride * (k + 1), len(route.reference) - 1) for k in range(FUTURE_STEPS)]
