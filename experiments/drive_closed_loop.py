@@ -4,12 +4,13 @@
 
 What it plans is driven, and what it sees next follows from that, so errors add up as they do in a
 car. Takes what a quick start left in its folder. Writes OUT/drive.json, OUT/drive.md and pictures;
-a setting that is in OUT/drives already is not driven again. One setting on 100 routes of 12 s takes
+a setting that is in OUT/drives already is not driven again. One setting on 100 routes of 10 s takes
 1 to 1.5 minutes on 2 CPU cores.
 """
 
 import io
 import os
+import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class DriveArgs:
     ratios: tuple[float, ...] = RATIOS
     routes: int = 100
     first: int = 300
-    seconds: float = 12.0
+    seconds: float = 10.0
     logs: Path | None = None
     log_seconds: float = 16.0
     latency: float = 0.1
@@ -236,5 +237,5 @@ def read_drives(file: Path) -> tuple[list[Drives], float]:
             numbers = {n: float(given.pop(n)) for n in ("drawing", "planning")}
             parts.append(Drives(**given, **numbers))
         return parts, float(arrays["latency"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}); delete it to drive again.") from error

@@ -19,7 +19,7 @@ from data_pipelines.synthetic.sampler import sample_scene
 from data_pipelines.synthetic.scene import WARM_UP, Actor, Scene
 from fastdrive_jax.errors import UserError
 
-GREEN = (12, 18)  # half seconds between which a red light turns green
+GREEN = (10, 15)  # half seconds between which a red light turns green
 STOP_KINDS = {"red_light": "red_light", "stop_sign": "stop_sign"}  # scenarios with a stop line
 
 
@@ -202,3 +202,17 @@ def expert_waypoints(route: Route, state: EgoState, time: float) -> np.ndarray:
 def state_rows(states: Sequence[EgoState]) -> np.ndarray:
     """`[n, 7]` x, y, yaw, speed, s, acceleration and yaw rate."""
     return np.array([(s.x, s.y, s.yaw, s.speed, s.s, s.acceleration, s.yaw_rate) for s in states])
+
+
+def displaced(state: EgoState, lateral: float, turn: float) -> EgoState:
+    """The car moved `lateral` metres to its left and turned by `turn` radians.
+
+    With `expert_waypoints` and `camera.Studio` this gives pictures and plans of states that the
+    world's own driver never gets into.
+    """
+    return replace(
+        state,
+        x=state.x - lateral * math.sin(state.yaw),
+        y=state.y + lateral * math.cos(state.yaw),
+        yaw=state.yaw + turn,
+    )

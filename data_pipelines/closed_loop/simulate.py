@@ -32,7 +32,7 @@ class LoopConfig:
         vehicle: The car and its controller.
     """
 
-    seconds: float = 12.0
+    seconds: float = 10.0
     period: float = STEP_SECONDS
     latency: float = 0.1
     vehicle: Vehicle = Vehicle()
