@@ -26,16 +26,18 @@ from data_pipelines.closed_loop.events import judge
 from data_pipelines.closed_loop.route import Route, log_routes
 from data_pipelines.closed_loop.simulate import Drives, LoopConfig, simulate_batches
 from experiments.compare_pruners import DRAWN, UNPRUNED, label
+from experiments.drive_recovery import recovery_rows
 from experiments.drive_report import draw_drives, markdown, rows_of
 from experiments.driving_policies import CONTROLS, NO_IMAGE, driving_policy, frame_seconds
 from experiments.quickstart import RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes, write_text
-from fastdrive_jax.evaluation.results import write_rows
+from fastdrive_jax.evaluation.results import read_rows, write_rows
 from fastdrive_jax.pruning import builds_on_recon
 from fastdrive_jax.pruning.select import num_keep
 from fastdrive_jax.training.run_config import claim_run_folder
 
+RECOVERY = "drives/recovery.json"
 Setting = tuple[str, float | None]  # method and keep ratio
 
 
@@ -113,6 +115,7 @@ def drive_closed_loop(args: DriveArgs) -> Path:
     timings = {setting: drives[0] for setting, (drives, _) in found.items()}
     seeds = {setting: args.seed if setting[0] in DRAWN else None for setting in found}
     rows = rows_of(courses, verdicts, latencies, timings, seeds)
+    rows += read_rows(args.out / RECOVERY)[0]
     write_text(args.out / "drive.md", markdown(rows, courses, list(verdicts)))
     draw_drives(args.out / "pictures", args.pictures, courses, found, verdicts, image_size(world))
     meta = {
@@ -206,6 +209,11 @@ def drive_all(
                     first += len(part)
                 write_drives(file, drives, latency)
             found[label(name), ratio] = read_drives(file)
+        recovery, batch = args.out / RECOVERY, min(args.batch, args.routes)
+        if not recovery.exists():
+            policy = driving_policy(world, UNPRUNED, 1.0, args.seed)
+            given = UNPRUNED, 1.0, policy, courses["world"], cameras, batch
+            write_rows(recovery, recovery_rows(*given), {})
     return found
 
 

@@ -150,6 +150,13 @@ def markdown(
         found = [cells[name, ratio, f"{HEADLINE}_{scenario}"] for name, ratio in names]
         values = "".join(f" {row.value:.2f} |" for row in found)
         lines.append(f"| {scenario} | {found[0].n} |{values}")
+    found = [cells.get((UNPRUNED, 1.0, f"recovery_{what}")) for what in ("lateral", "turn")]
+    if all(found):
+        lines += [
+            "",
+            "Of the correction that the world's driver plans, the unpruned model plans "
+            f"{_cell(found[0])} when it is put off sideways, {_cell(found[1])} when turned.",
+        ]
     return "\n".join(lines) + "\n"
 
 
