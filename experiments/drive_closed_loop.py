@@ -76,7 +76,7 @@ class DriveArgs:
     log_seconds: float = 16.0
     latency: float = 0.1
     latency_scale: float = 0.0
-    batch: int = 100
+    batch: int = 50
     seed: int = 0
     workers: int = 0
     pictures: int = 4
