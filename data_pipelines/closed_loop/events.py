@@ -233,5 +233,4 @@ def road_image(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 def distance_to(route: Route, states: np.ndarray) -> np.ndarray:
     """Distance to the route at each state, metres `[n]`."""
     points, _ = route.path.at(states[:, S])
-    away = np.hypot(*(states[:, :2] - points).T)
-    return away
+    return np.hypot(*(states[:, :2] - points).T)

@@ -104,15 +104,8 @@ def world_route(config: WorldConfig, split: str, index: int, seconds: float) -> 
     lines = tuple(StopLine(kind, s, until) for s in scene.task.stops) if kind else ()
     # As in the world's data, where cars that have just set off are never seen.
     states = simulate(scene.task, scene.start, WARM_UP)[-1:]
-    route = Route(
-        scene.name,
-        scene.scenario,
-        tuple(phases),
-        scene.task.route,
-        lines,
-        (),
-        begin=WARM_UP,
-    )
+    kept = tuple(phases), scene.task.route, lines, ()
+    route = Route(scene.name, scene.scenario, *kept, begin=WARM_UP)
     for k in range(round(seconds / DT)):
         states.append(step(route.scene(k * DT).task, states[-1], WARM_UP + k * DT))
     return replace(route, reference=tuple(states))

@@ -86,16 +86,13 @@ def simulate(
     """
     numbers = range(len(routes)) if numbers is None else numbers
     start = [route.reference[0] for route in routes]
-    now = Motion(*(np.array([getattr(s, name) for s in start]) for name in ("x", "y", "yaw")),
-                 np.array([s.speed for s in start]), np.zeros(len(start)),
-                 np.zeros(len(start)))  # fmt: skip
+    x, y, yaw, speed = state_rows(start)[:, :4].T
+    now = Motion(x, y, yaw, speed, np.zeros(len(start)), np.zeros(len(start)))
     states, memory = list(start), policy.start(len(routes))
     log, times, plans, kept = [state_rows(states)], [], [], []
     drawing = planning = 0.0
-    path, begun = (
-        _in_scene(now, CONSTANT_VELOCITY.plan(None, _view(routes, states, 0.0, 0))[0]),
-        0.0,
-    )
+    straight, _, _ = CONSTANT_VELOCITY.plan(None, _view(routes, states, 0.0, 0))
+    path, begun = _in_scene(now, straight), 0.0
     waiting: list[tuple[float, float, np.ndarray]] = []
     ticks, free = round(config.period / DT), 0.0
     for k in range(round(config.seconds / DT)):
@@ -119,15 +116,8 @@ def simulate(
         while waiting and waiting[0][0] <= time + 1e-9:
             _, begun, path = waiting.pop(0)
         asked = follow(config.vehicle, now, path, STEP_SECONDS, time - begun)
-        before_yaw = now.yaw
         now = advance(config.vehicle, now, *asked, DT)
-        states = [
-            EgoState(x, y, yaw, v, route.path.project((x, y), around=old.s), a, w)
-            for route, old, x, y, yaw, v, a, w in zip(
-                routes, states, *(column.tolist() for column in (
-                    now.x, now.y, now.yaw, now.speed, now.acceleration, (now.yaw - before_yaw) / DT
-                )), strict=True)
-        ]  # fmt: skip
+        states = _states(routes, states, now)
         log.append(state_rows(states))
     return Drives(
         states=np.stack(log, 1),
@@ -183,6 +173,23 @@ def _view(routes, states, time, frame, images=None, foreground=None) -> View:
         images=images,
         foreground=foreground,
     )
+
+
+def _states(routes: Sequence[Route], before: Sequence[EgoState], now: Motion) -> list[EgoState]:
+    """The cars with their progress, one step after `before`."""
+    columns = np.stack([now.x, now.y, now.yaw, now.speed, now.acceleration], -1).tolist()
+    return [
+        EgoState(
+            x=x,
+            y=y,
+            yaw=yaw,
+            speed=speed,
+            s=route.path.project((x, y), around=old.s),
+            acceleration=gain,
+            yaw_rate=(yaw - old.yaw) / DT,
+        )
+        for route, old, (x, y, yaw, speed, gain) in zip(routes, before, columns, strict=True)
+    ]
 
 
 def _in_scene(now: Motion, planned: np.ndarray) -> np.ndarray:
