@@ -23,6 +23,7 @@ from experiments.compare_pruners import ComparePrunersArgs, compare_pruners
 from experiments.compile_model import CompileModelArgs, compile_model
 from experiments.compile_train import CompileTrainArgs, compile_train
 from experiments.data_commands import BuildArgs, MaskArgs, VerifyArgs, build, mask, verify
+from experiments.drive_closed_loop import DriveArgs, drive_closed_loop
 from experiments.eval_planning import EvalPlanningArgs, eval_planning
 from experiments.kill_data import KillDataArgs, kill_data
 from experiments.own_images import ImagesConfig, own_images
@@ -97,6 +98,7 @@ Command = (
     | Annotated[BenchPrunersArgs, tyro.conf.subcommand("bench-pruners")]
     | Annotated[ComparePrunersArgs, tyro.conf.subcommand("compare-pruners")]
     | Annotated[EvalPlanningArgs, tyro.conf.subcommand("eval-planning")]
+    | Annotated[DriveArgs, tyro.conf.subcommand("drive")]
     | Annotated[CompileTrainArgs, tyro.conf.subcommand("compile-train")]
     | Annotated[BenchTrainArgs, tyro.conf.subcommand("bench-train")]
     | Annotated[PlotMetricsArgs, tyro.conf.subcommand("plot-metrics")]
@@ -138,6 +140,7 @@ RUN = {
     BenchPrunersArgs: bench_pruners,
     ComparePrunersArgs: compare_pruners,
     EvalPlanningArgs: eval_planning,
+    DriveArgs: drive_closed_loop,
     BenchTrainArgs: bench_train,
     PlotMetricsArgs: plot_metrics,
     CompileModelArgs: compile_model,

@@ -18,7 +18,7 @@ class Stage:
     """Arrays of a scene that all its pictures share; made once by `prepare`.
 
     Attributes:
-        outlines: Ground polygons on the terrain, each `[n, 3]`.
+        outlines: Rings of each ground polygon on the terrain, each `[n, 3]`, the outer one first.
         reaches: `[S, 4]` centre and radius of each ground polygon.
         shadows: Shadow outline `[n, 3]` of each actor that stands still, else None.
         paints: `[S, 3]` their colours.
@@ -34,7 +34,7 @@ class Stage:
         billboard: `[A]` turned towards the camera.
     """
 
-    outlines: list[np.ndarray]
+    outlines: list[list[np.ndarray]]
     reaches: np.ndarray
     shadows: list[np.ndarray | None]
     paints: np.ndarray
@@ -61,9 +61,10 @@ def prepare(scene: Scene) -> Stage:
     }
     meshes = [a.mesh for a in scene.actors]
     starts = np.cumsum([0] + [m.groups[-1] + 1 for m in meshes])[:-1]
-    outlines = [scene.terrain.lift(s.outline) for s in scene.strips]
-    middles = [(o.min(0) + o.max(0)) / 2 for o in outlines]
-    radii = [np.linalg.norm(o - m, axis=1).max() for o, m in zip(outlines, middles, strict=True)]
+    outlines = [[scene.terrain.lift(o) for o in (s.outline, *s.holes)] for s in scene.strips]
+    outer = [rings[0] for rings in outlines]
+    middles = [(o.min(0) + o.max(0)) / 2 for o in outer]
+    radii = [np.linalg.norm(o - m, axis=1).max() for o, m in zip(outer, middles, strict=True)]
     return Stage(
         outlines=outlines,
         reaches=np.concatenate([np.array(middles), np.array(radii)[:, None]], 1),
@@ -92,10 +93,11 @@ def draw_ground(scene: Scene, stage: Stage, view: View, canvas: Canvas):
     seen = _may_be_seen(view, middles, radii)
     seen &= (np.array(stage.paint_labels) != LANE_MARK) | (middles[:, 2] - radii < _MARKS_FAR)
     for k in np.flatnonzero(seen):
-        polygon = clip(view.local(stage.outlines[k]))
-        if len(polygon) >= 3:
-            pixels = fixed_point(view.pixels(polygon))
-            canvas.fill([pixels], stage.paints[k], stage.paint_labels[k])
+        # Filled in one call, where a ring within another one cuts a hole.
+        rings = [clip(view.local(ring)) for ring in stage.outlines[k]]
+        rings = [fixed_point(view.pixels(ring)) for ring in rings if len(ring) >= 3]
+        if rings:
+            canvas.fill(rings, stage.paints[k], stage.paint_labels[k])
 
 
 def _may_be_seen(view: View, middles, radii):
@@ -134,6 +136,7 @@ def draw_actors(scene: Scene, stage: Stage, view: View, canvas: Canvas, time: fl
     yaws = np.where(stage.billboard, towards_camera, [p[1] for p in poses])
     local = away @ view.rotation
     seen = _may_be_seen(view, local, stage.radius + 1.5) & (local[:, 2] < _FAR)
+    seen &= np.array([a.present(time) for a in scene.actors], bool)
 
     chosen = np.flatnonzero(seen[stage.owner])
     owner = stage.owner[chosen]

@@ -152,7 +152,7 @@ def _write_scenes(partial: Path, config: WorldConfig, progress: bool) -> list[di
                 bar.update()
         else:
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+            with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
                 futures = [pool.submit(run, job) for job in missing]
                 try:
                     for future in as_completed(futures):
@@ -164,7 +164,8 @@ def _write_scenes(partial: Path, config: WorldConfig, progress: bool) -> list[di
     return [json.loads(_record_path(partial, *job).read_text()) for job in jobs]
 
 
-def _start_worker():
+def start_worker():
+    """One thread of OpenCV for each process, which ends with its parent."""
     cv2.setNumThreads(1)
     parent = multiprocessing.parent_process()
 

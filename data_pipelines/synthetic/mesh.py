@@ -4,7 +4,7 @@ Polygons are listed in the order in which they are painted. Those of one `group`
 label, don't overlap on the screen and are filled in one call.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +34,20 @@ class Mesh:
     glowing: np.ndarray
     billboard: bool
     radius: float
+
+
+def scaled(mesh: Mesh, factors) -> Mesh:
+    """The mesh with its x, y and z stretched by `factors` `[3]`."""
+    vertices = mesh.vertices * np.asarray(factors, float)
+    return replace(mesh, vertices=vertices, radius=float(np.linalg.norm(vertices, axis=-1).max()))
+
+
+def only(mesh: Mesh, label: int) -> Mesh:
+    """The polygons of a mesh that are of one class."""
+    kept = mesh.labels == label
+    names = ("vertices", "colours", "labels", "culled", "glowing")
+    groups = np.unique(mesh.groups[kept], return_inverse=True)[1].astype(np.int32)
+    return replace(mesh, groups=groups, **{name: getattr(mesh, name)[kept] for name in names})
 
 
 class MeshBuilder:

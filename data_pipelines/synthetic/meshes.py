@@ -74,6 +74,27 @@ def slow_truck(size=(2.3, 5.6, 2.7)) -> Mesh:
     return mesh.build()
 
 
+def truck(colour, size=(2.5, 7.0, 3.2)) -> Mesh:
+    """A lorry of `size` (width, length, height): a closed body behind a cab."""
+    width, length, height = size
+    mesh = MeshBuilder(VEHICLE)
+    dark = (52, 54, 58)
+    mesh.box((0, 0, 0.65), (length, 0.9 * width, 0.4), dark)
+    mesh.box((-0.14 * length, 0, (0.85 + height) / 2), (0.72 * length, width, height - 0.85),
+             (222, 222, 216))  # fmt: skip
+    cab = min(height, 2.6)
+    mesh.box((0.37 * length, 0, (0.6 + cab) / 2), (0.26 * length, 0.94 * width, cab - 0.6), colour)
+    mesh.add([facing(0, 0.72 * cab, 0.8 * width, 0.3 * cab, length / 2 + 0.01, 1)], _GLASS)
+    for sign in (1, -1):
+        side = sign * (width / 2 + 0.01)
+        mesh.add([disc((x * length, side, 0.5), 0.5, "y", sign) for x in (0.33, -0.3)], _TYRE)
+        mesh.add([beside(0.37 * length, 0.74 * cab, 0.12 * length, 0.25 * cab, side, sign)], _GLASS)
+    rear = -length / 2 - 0.01
+    mesh.add([facing(0, 0.55, 0.9 * width, 0.3, rear)], dark)
+    mesh.add([facing(s * 0.4 * width, 0.75, 0.3, 0.22, rear) for s in (1, -1)], (130, 20, 20))
+    return mesh.build()
+
+
 def bus(colour, size=(2.6, 10.0, 3.1)) -> Mesh:
     """A bus with a row of windows."""
     width, length, height = size

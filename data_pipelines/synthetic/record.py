@@ -152,7 +152,7 @@ def _sample_data(sample_token, scene_token, camera, timestamp, filename) -> dict
 
 def _annotations(scene, scene_token, state, time, sample_token, seen):
     for k, actor in enumerate(scene.actors):
-        if not actor.category:
+        if not actor.category or not actor.present(time):
             continue
         xy, yaw = actor.pose(time, state.s)
         away = float(np.hypot(xy[0] - state.x, xy[1] - state.y))

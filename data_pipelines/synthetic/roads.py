@@ -22,11 +22,19 @@ class Road:
 
 @dataclass(frozen=True)
 class Strip:
-    """A flat polygon `[n, 2]` on the ground with its class and paint (0 pavement .. see render)."""
+    """A flat polygon on the ground.
+
+    Attributes:
+        outline: `[n, 2]` metres.
+        label: Class id.
+        paint: Name of its colour, see draw.prepare.
+        holes: `[m, 2]` each; what lies below shows through them.
+    """
 
     outline: np.ndarray
     label: int
     paint: str
+    holes: tuple[np.ndarray, ...] = ()
 
 
 def main_road(rng: np.random.Generator, two_lanes: bool, curves, straight=None) -> Road:

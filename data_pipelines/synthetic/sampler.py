@@ -76,7 +76,7 @@ def _draw(config, split, index, name, rng) -> Scene | None:
         command_end=sit.command_end,
         start=start,
         actors=tuple(sit.actors),
-        look=_look(rng),
+        look=draw_look(rng),
         pitch={c: pitch + float(rng.normal(0, 0.012)) for c in CAMERAS},
         sway=sway,
         world_yaw=world_yaw,
@@ -104,7 +104,8 @@ def _terrain(rng) -> Terrain:
     return Terrain(slopes, waves, tuple(float(x) for x in rng.uniform(-np.pi, np.pi, 2)))
 
 
-def _look(rng) -> Look:
+def draw_look(rng: np.random.Generator) -> Look:
+    """Weather and light of a scene."""
     kind = rng.choice(["day", "overcast", "dusk", "haze"], p=[0.45, 0.25, 0.18, 0.12])
     azimuth, height = rng.uniform(-np.pi, np.pi), rng.uniform(0.4, 1.2)
     sun = np.array(

@@ -31,6 +31,40 @@ class Motion:
     lateral: float
     follows_ego: bool = False
 
+    def pose(self, time, ego_s):
+        """Position `[..., 2]` and heading `[...]` at times `[...]` and ego progress `[...]`."""
+        s = self.s + (ego_s if self.follows_ego else self.speed * time)
+        xy, heading = self.path.beside(s, self.lateral)
+        return xy, heading + (np.pi if self.speed < 0 else 0.0)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Travel as it was recorded, straight between the samples and held before and after them.
+
+    Attributes:
+        times: `[n]` seconds, rising.
+        xy: `[n, 2]` positions.
+        yaw: `[n]` headings without jumps of a whole turn.
+        known: `[n]` whether the actor was there at each sample.
+    """
+
+    times: np.ndarray
+    xy: np.ndarray
+    yaw: np.ndarray
+    known: np.ndarray
+
+    def pose(self, time, ego_s):
+        """Position `[..., 2]` and heading `[...]` at times `[...]`, whatever the ego car does."""
+        del ego_s
+        xy = [np.interp(time, self.times, self.xy[:, k]) for k in (0, 1)]
+        return np.stack(xy, -1), np.interp(time, self.times, self.yaw)
+
+    def present(self, time):
+        """Whether the actor is there, bool `[...]`: known at the sample nearest in time."""
+        middles = (self.times[1:] + self.times[:-1]) / 2
+        return self.known[np.searchsorted(middles, time, side="right")]
+
 
 @dataclass(frozen=True)
 class Actor:
@@ -55,7 +89,7 @@ class Actor:
     category: str = ""
     attribute: str = ""
     size: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    motion: Motion | None = None
+    motion: Motion | Recording | None = None
     critical_height: float | None = None
     centre: tuple[float, float] = (0.0, 0.0)
 
@@ -63,10 +97,12 @@ class Actor:
         """Position `[2]` and heading at `time` seconds."""
         if self.motion is None:
             return np.asarray(self.xy), self.yaw
-        m = self.motion
-        s = m.s + (ego_s if m.follows_ego else m.speed * time)
-        xy, heading = m.path.beside(s, m.lateral)
-        return xy, float(heading) + (np.pi if m.speed < 0 else 0.0)
+        xy, heading = self.motion.pose(time, ego_s)
+        return xy, float(heading)
+
+    def present(self, time: float) -> bool:
+        """Whether it is there at `time` seconds; only recorded actors come and go."""
+        return not isinstance(self.motion, Recording) or bool(self.motion.present(time))
 
 
 @dataclass(frozen=True)
