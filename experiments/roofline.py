@@ -59,7 +59,7 @@ def roofline_ms(machine: Machine, flops: float, moved: float) -> float:
 
 
 def bound_by(machine: Machine, flops: float, moved: float) -> str:
-    """ "flops" or "bytes", whichever takes longer."""
+    """Which of the two takes longer, "flops" or "bytes"."""
     return "flops" if flops / machine.flops >= moved / machine.bandwidth else "bytes"
 
 

@@ -1,4 +1,4 @@
-"""Sizes of driving VLAs by name: two of the depth of the 3B model for what its layers' number decides.
+"""Sizes of driving VLAs by name: published, tiny, and two narrow ones of published depth.
 
 ReconPruner is one decoder layer over all tokens, so its share of a prefill is about one in as many
 layers as the model has: a shallow model would bound the speed-up by arithmetic. "100m" and "1b"

@@ -1,0 +1,169 @@
+"""The rows of `bench-efficiency` as a table like the paper's Table 4, and speed against error."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.efficiency_args import UNPRUNED
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.files import write_bytes
+from fastdrive_jax.evaluation.results import Row
+from fastdrive_jax.evaluation.tradeoff import Line, tradeoff
+
+ERRORS = {"ade": "ADE, m", "l2_temavg": "L2, m"}  # metrics of `errors`, the first that is there
+Cells = Mapping[tuple[str, float, str], Row]
+
+
+def markdown(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
+    """One table a batch size and, of predictions, a machine."""
+    cells = {(row.method, row.keep_ratio, row.metric): row for row in rows}
+    settings = list(dict.fromkeys((row.method, row.keep_ratio) for row in rows))
+    batches = sorted(
+        {int(row.metric.rpartition("_")[2]) for row in rows if row.metric.startswith("bound_")}
+    )
+    lines = [_heading(meta)]
+    for batch in batches:
+        if meta["predicted"]:
+            for name, machine in meta["machines"].items():
+                lines += ["", _machine_line(machine, batch, cells)]
+                lines += _table(cells, settings, batch, meta, f"predicted_{name}_")
+        else:
+            lines += ["", f"Batch {batch}:"]
+            lines += _table(cells, settings, batch, meta, "")
+            lines += ["", f"What bounds batch {batch}, by count on this machine:"]
+            lines += _bounds(cells, settings, batch)
+    return "\n".join([*lines, ""])
+
+
+def write_plots(out: Path, rows: Sequence[Row], errors: Sequence[Row]) -> None:
+    """OUT/speed_error.png and .svg: how much faster the smallest batch is, over the error.
+
+    Raises:
+        UserError: There is no error of any method and ratio that was timed.
+    """
+    speeds = _speeds(rows)
+    metric = next((name for name in ERRORS if any(row.metric == name for row in errors)), None)
+    if metric is None:
+        raise UserError(f"The errors have no metric of {', '.join(ERRORS)}: plan with them first.")
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    for row in sorted(errors, key=lambda row: -(row.keep_ratio or 0)):
+        speed = speeds.get((row.method, row.keep_ratio))
+        if row.metric == metric and speed is not None:
+            points.setdefault(row.method, []).append((speed, row.value, row.keep_ratio))
+    whole = points.pop(UNPRUNED, None)
+    if not points:
+        raise UserError("The errors are of other methods or ratios than what was timed.")
+    lines = [Line(name, *zip(*found, strict=True)) for name, found in points.items()]
+    reference = None if whole is None else (UNPRUNED, whole[0][1])
+    figure = tradeoff(lines, "times as fast as unpruned, prefill", ERRORS[metric], reference)
+    for suffix, data in figure.items():
+        write_bytes(out / f"speed_error.{suffix}", data)
+
+
+def _speeds(rows: Sequence[Row]) -> dict[tuple[str, float], float]:
+    """Speed-up of the prefill of each setting, of the first batch size, or machine, that is told."""
+    found: dict[tuple[str, float], float] = {}
+    for row in rows:
+        if "prefill_batch_" in row.metric and row.metric.endswith("_speedup"):
+            found.setdefault((row.method, row.keep_ratio), row.value)
+    return found
+
+
+def _heading(meta: Mapping[str, Any]) -> str:
+    size = sum(meta["parameters"].values()) / 1e6
+    where = (
+        "PREDICTED, nothing was run: rooflines by count" if meta["predicted"] else meta["device"]
+    )
+    return (
+        f"{meta['name']}, {size:,.0f}M parameters, {meta['visual_tokens']:,} visual and "
+        f"{meta['text_tokens']} text tokens, {meta['dtype']}, {where}. Times in ms; prefill includes "
+        "the pruner; a frame has all stages and "
+        f"{meta['decode_steps']} decode steps. FLOPs are by formula, attention as whole squares."
+    )
+
+
+def _machine_line(machine: Mapping[str, Any], batch: int, cells: Cells) -> str:
+    held = cells[UNPRUNED, 1.0, f"weight_bytes_batch_{batch}"].value
+    held += cells[UNPRUNED, 1.0, f"kv_bytes_batch_{batch}"].value
+    fits = "" if held < machine["memory"] else "; weights and caches do not fit one"
+    return (
+        f"Predicted, {machine['name']} ({machine['flops'] / 1e12:.0f} TFLOP/s, "
+        f"{machine['bandwidth'] / 1e12:.2f} TB/s by {machine['source']}), batch {batch}{fits}:"
+    )
+
+
+def _table(
+    cells: Cells, settings: Sequence[tuple], batch: int, meta: Mapping[str, Any], prefix: str
+) -> list[str]:
+    """Lines of one table; cells that were not measured stay empty."""
+    counted = (
+        ("prefill_flops", "TFLOPs", lambda row: _digits(row.value / 1e12)),
+        ("bound", "fewer", _times),
+    )
+    timed = [
+        ("pruner", "ms"),
+        ("prefill", "ms"),
+        ("prefill", "speedup"),
+        ("decode", "ms"),
+        ("decode", "speedup"),
+        ("vision", "ms"),
+        ("frame", "ms"),
+        ("frame", "speedup"),
+    ]
+    heads = ["kept", "method", *(label for _, label, _ in counted)]
+    heads += ["x" if kind == "speedup" else f"{stage}, ms" for stage, kind in timed]
+    heads.append("KV, MB")
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for name, ratio in settings:
+        texts = [f"{100 * ratio:g}%", name]
+        for metric, _, text in counted:
+            row = cells.get((name, ratio, f"{metric}_batch_{batch}"))
+            texts.append("" if row is None else text(row))
+        for stage, kind in timed:
+            row = cells.get((name, ratio, f"{prefix}{stage}_batch_{batch}_{kind}"))
+            texts.append("" if row is None else _times(row) if kind == "speedup" else _range(row))
+        row = cells.get((name, ratio, f"kv_bytes_batch_{batch}"))
+        texts.append("" if row is None else _digits(row.value / 1e6))
+        lines.append(f"| {' | '.join(texts)} |")
+    return lines
+
+
+def _bounds(cells: Cells, settings: Sequence[tuple], batch: int) -> list[str]:
+    """Roofline beside measured, and the speed-up that the counts allow."""
+    stages = ("vision", "prefill", "decode", "frame")
+    heads = ["kept", "method", "prefill x", "by formula", "by program"]
+    heads += [f"{stage}: roofline, ms (share)" for stage in stages]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for name, ratio in settings:
+        if (name, ratio, f"bound_batch_{batch}") not in cells:
+            continue
+        texts = [f"{100 * ratio:g}%", name]
+        for metric in (
+            f"prefill_batch_{batch}_speedup",
+            f"bound_batch_{batch}",
+            f"program_bound_batch_{batch}",
+        ):
+            texts.append(_times(cells[name, ratio, metric]))
+        for stage in stages:
+            metric = f"{stage}_batch_{batch}"
+            least = cells[name, ratio, f"{metric}_roofline_ms"].value
+            took = cells[name, ratio, f"{metric}_ms"].value
+            texts.append(f"{_digits(least)} ({least / took:.0%})")
+        lines.append(f"| {' | '.join(texts)} |")
+    return lines
+
+
+def _digits(value: float) -> str:
+    """Three digits or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _times(row: Row) -> str:
+    text = f"x{row.value:.2f}"
+    return text if row.low is None else f"{text} [{row.low:.2f}, {row.high:.2f}]"
+
+
+def _range(row: Row) -> str:
+    if row.low is None:
+        return _digits(row.value)
+    return f"{_digits(row.value)} [{_digits(row.low)}, {_digits(row.high)}]"
