@@ -68,9 +68,7 @@ class BenchEfficiencyArgs:
         for ratio in self.ratios:
             num_keep(1000, ratio)
         if not self.methods or not self.ratios or 1 in self.ratios:
-            raise UserError(
-                "Give a method and a ratio below 1; the unpruned model is always there."
-            )
+            raise UserError("Give methods, and ratios below 1; the unpruned model is always timed.")
         if not self.batch or not 1 <= min(self.batch) <= max(self.batch) <= MOST_BATCH:
             raise UserError(f"batch={self.batch} must be 1 to {MOST_BATCH}.")
         if self.repeats < 1:
@@ -83,7 +81,7 @@ class BenchEfficiencyArgs:
             raise UserError(
                 f"Unknown accelerators {unknown}; choose from {', '.join(ACCELERATORS)}."
             )
-        self.driving  # says what is wrong with the picture's size
+        driving_config(self.config, (self.height, self.width), self.cameras)  # refuses sizes
 
     @property
     def driving(self) -> DrivingConfig:

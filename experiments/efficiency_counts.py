@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a frame's stages under a method, by count, and what a machine needs for them."""
+"""FLOPs and bytes of a frame's stages by count, and the least time of a machine for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from experiments.frame_stages import Given, Setting, stage_functions, vision_stage
 from experiments.program_flops import program_flops
 from experiments.roofline import Machine, roofline_ms
-from fastdrive_jax.inference.policy import start_state
+from fastdrive_jax.inference.policy import stands_before, start_state
 from fastdrive_jax.models.qwen2_5_vl.driving import PROMPT_TOKENS, DrivingConfig
 from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
 from fastdrive_jax.pruning.accounting import (
@@ -93,8 +93,8 @@ def frame_counts(
         "prefill": (cost.prefill_flops - cost.masked_flops, cost.decode_bytes),
         "decode": (cost.decode_flops, cost.decode_bytes),
     }
-    if setting.whole:
-        stages["pruner"] = 0.0, 0.0
+    if setting.whole or not (cost.method_flops or stands_before(policy.pruner)):
+        stages["pruner"] = 0.0, 0.0  # all that it does is within the model
     return Counts(cost, stages, programs)
 
 

@@ -61,7 +61,7 @@ def write_plots(out: Path, rows: Sequence[Row], errors: Sequence[Row]) -> None:
 
 
 def _speeds(rows: Sequence[Row]) -> dict[tuple[str, float], float]:
-    """Speed-up of the prefill of each setting, of the first batch size, or machine, that is told."""
+    """Speed-up of each setting's prefill, of the first batch size or machine that is told."""
     found: dict[tuple[str, float], float] = {}
     for row in rows:
         if "prefill_batch_" in row.metric and row.metric.endswith("_speedup"):
@@ -72,12 +72,12 @@ def _speeds(rows: Sequence[Row]) -> dict[tuple[str, float], float]:
 def _heading(meta: Mapping[str, Any]) -> str:
     size = sum(meta["parameters"].values()) / 1e6
     where = (
-        "PREDICTED, nothing was run: rooflines by count" if meta["predicted"] else meta["device"]
+        "PREDICTED: rooflines by count, nothing was run" if meta["predicted"] else meta["device"]
     )
     return (
         f"{meta['name']}, {size:,.0f}M parameters, {meta['visual_tokens']:,} visual and "
-        f"{meta['text_tokens']} text tokens, {meta['dtype']}, {where}. Times in ms; prefill includes "
-        "the pruner; a frame has all stages and "
+        f"{meta['text_tokens']} text tokens, {meta['dtype']}, {where}. Times in ms; prefill "
+        "includes the pruner; a frame has all stages and "
         f"{meta['decode_steps']} decode steps. FLOPs are by formula, attention as whole squares."
     )
 

@@ -140,7 +140,7 @@ def stage_functions(
     functions = (partial(pruner_stage, policy), partial(prefill_stage, late))
     first = _shapes((params, encoded, images, given, state))
     chosen = jax.eval_shape(functions[0], *first)
-    params, given = _shapes((_late_params(setting, vla), given))
+    params, given = _shapes((late_params(setting, vla), given))
     read = jax.eval_shape(functions[1], params, chosen, given)
     return {
         "pruner": (functions[0], first),
@@ -194,7 +194,7 @@ def time_stages(
     chosen = clock(times, "pruner", programs["pruner"], params, encoded, images, given, state)
     if setting.whole:
         times["pruner"] = 0.0
-    params = _late_params(setting, vla)
+    params = late_params(setting, vla)
     read = clock(times, "prefill", programs["prefill"], params, chosen, given)
     return times, clock(times, "decode", programs["decode"], params, chosen, read)
 
@@ -207,7 +207,8 @@ def clock(times: MutableMapping[str, float], name: str, function: Callable, *arg
     return out
 
 
-def _late_params(setting: Setting, vla: dict) -> dict:
+def late_params(setting: Setting, vla: dict) -> dict:
+    """Parameters of the stages behind the pruner's."""
     whole = reader(setting.policy) is setting.policy
     return {"vla": vla, "pruner": setting.pruner_params if whole else None}
 
