@@ -22,14 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.efficiency_args import UNPRUNED, At, BenchEfficiencyArgs, settings_of
-from experiments.efficiency_counts import Counts, frame_counts, stage_rooflines, traced_flops
+from experiments.efficiency_counts import (
+    Counts,
+    frame_counts,
+    parameter_shapes,
+    stage_rooflines,
+    traced_flops,
+)
 from experiments.efficiency_rounds import PEER, Rounds, measure_rounds
 from experiments.efficiency_table import markdown, write_plots
 from experiments.roofline import ACCELERATORS, Machine
 from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.results import Row, read_rows, write_rows
 from fastdrive_jax.models.attention import attention_kernel
-from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
 from fastdrive_jax.pruning import builds_on_recon
 from fastdrive_jax.pruning.accounting import FORMULA
 
@@ -40,12 +45,13 @@ def bench_efficiency(args: BenchEfficiencyArgs) -> Path:
     half = args.predict or jax.default_backend() != "cpu"
     dtype = jnp.bfloat16 if half else jnp.float32
     settings = settings_of(args, dtype, abstract=args.predict)
+    found = None if args.predict else measure_rounds(args, settings, dtype)
     meta = {
         "config": asdict(args.driving),
         "name": args.config,
         "parameters": {
             part: sum(leaf.size for leaf in jax.tree.leaves(tree))
-            for part, tree in abstract_params(args.driving.vision, args.driving.text).items()
+            for part, tree in parameter_shapes(args.driving).items()
         },
         "visual_tokens": args.driving.visual_tokens,
         "text_tokens": args.text,
@@ -54,7 +60,10 @@ def bench_efficiency(args: BenchEfficiencyArgs) -> Path:
         "predicted": args.predict,
         "flops": FORMULA,
     }
-    traced = {at: traced_flops(setting, args.text, dtype) for at, setting in settings.items()}
+    known: dict = {}
+    programs = {
+        at: traced_flops(setting, args.text, dtype, known) for at, setting in settings.items()
+    }
 
     def counts(batch: int) -> dict[At, Counts]:
         return {
@@ -63,27 +72,26 @@ def bench_efficiency(args: BenchEfficiencyArgs) -> Path:
                 at[0] != UNPRUNED and builds_on_recon(at[0]),
                 args.text,
                 batch,
-                traced[at],
+                programs[at],
                 jnp.dtype(dtype).itemsize,
             )
             for at, setting in settings.items()
         }
 
     rows = []
-    if args.predict:
+    if found is None:
         machines = {name: ACCELERATORS[name] for name in args.accelerators}
         meta["machines"] = {name: asdict(machine) for name, machine in machines.items()}
-        for batch in args.batch:
-            rows += count_rows(counts(batch), batch)
+        for batch, counted in ((batch, counts(batch)) for batch in args.batch):
+            rows += count_rows(counted, batch)
             for name, machine in machines.items():
-                rows += predicted_rows(counts(batch), batch, name, machine, meta["decode_steps"])
+                rows += predicted_rows(counted, batch, name, machine, meta["decode_steps"])
     else:
-        found = measure_rounds(args, settings, dtype)
         meta |= found.meta
         meta["attention"] = attention_kernel(dtype, args.driving.text.head_dim)
-        for batch in args.batch:
-            rows += count_rows(counts(batch), batch)
-            rows += measured_rows(found, counts(batch), batch, meta["decode_steps"])
+        for batch, counted in ((batch, counts(batch)) for batch in args.batch):
+            rows += count_rows(counted, batch)
+            rows += measured_rows(found, counted, batch, meta["decode_steps"])
         rows += found.rows
     path = write_rows(args.out / "efficiency.json", rows, meta)
     text = markdown(rows, meta)

@@ -22,8 +22,8 @@ from experiments.frame_stages import (
     clock,
     compile_stages,
     preprocess,
-    stage_functions,
     time_stages,
+    trace_stages,
     unpruned,
     vision_stage,
 )
@@ -72,7 +72,7 @@ def frame_times(
         for ratio in ratios
     }
     spent = {ratio: {stage: [] for stage in STAGES} for ratio in ratios}
-    programs, flops, cache = {}, {}, {}
+    programs, flops, traced, compiled = {}, {}, {}, {}
     state = {ratio: start_state(setting.policy, 1) for ratio, setting in settings.items()}
     for round_number in range(repeats + 3):
         for ratio, setting in settings.items():
@@ -82,7 +82,7 @@ def frame_times(
             encoded = clock(times, "vision", encode, model, pruner.needs, params, images)
             inputs = setting, params, encoded, images, given, state[ratio]
             if round_number == 0:
-                programs[ratio] = compile_stages(stage_functions(*inputs), cache)
+                programs[ratio] = compile_stages(trace_stages(*inputs, traced), compiled)
                 flops[ratio] = float(programs[ratio]["prefill"].cost_analysis()["flops"])
             more, planned = time_stages(programs[ratio], *inputs)
             state[ratio] = planned.state

@@ -1,15 +1,17 @@
 """FLOPs and bytes of a frame's stages by count, and the least time of a machine for them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.frame_stages import Given, Setting, stage_functions, vision_stage
+from experiments.frame_stages import Given, Setting, trace_stages, vision_stage
 from experiments.program_flops import program_flops
 from experiments.roofline import Machine, roofline_ms
+from fastdrive_jax.inference.pictures import Encoded
 from fastdrive_jax.inference.policy import stands_before, start_state
 from fastdrive_jax.models.qwen2_5_vl.driving import PROMPT_TOKENS, DrivingConfig
 from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
@@ -80,7 +82,7 @@ def frame_counts(
         method_flops=own,
         reuse=policy.pruner.reuse,
     )
-    tower = abstract_params(config.vision, config.text)["visual"]
+    tower = parameter_shapes(config)["visual"]
     pictures = batch * len(config.cameras)
     tokens = batch * config.visual_tokens * config.text.hidden_size * number_bytes
     stages = {
@@ -98,24 +100,39 @@ def frame_counts(
     return Counts(cost, stages, programs)
 
 
-def traced_flops(setting: Setting, text: int, dtype: jnp.dtype) -> dict[str, float]:
-    """FLOPs of the products of each stage's program for one sample; nothing is allocated."""
-    config = setting.policy.model.config
-    vla = _cast(abstract_params(config.vision, config.text), dtype)
-    functions = stage_functions(setting, vla, *abstract_frame(setting, vla, text, 1, dtype))
-    return {stage: program_flops(*(f, *shapes)) for stage, (f, shapes) in functions.items()}
+def traced_flops(
+    setting: Setting, text: int, dtype: jnp.dtype, known: MutableMapping[Any, jax.stages.Traced]
+) -> dict[str, float]:
+    """FLOPs of the products of each stage's program for one sample; nothing is allocated.
+
+    Args:
+        setting: The method; shapes will do as its parameters.
+        text: Text tokens.
+        dtype: Of the model.
+        known: See `trace_stages`.
+    """
+    model, pruner = setting.policy.model, setting.policy.pruner
+    config = model.config
+    vla = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), parameter_shapes(config)
+    )
+    images = jax.ShapeDtypeStruct((1, len(config.cameras), *config.image_size, 3), jnp.uint8)
+    encoded = Encoded(
+        jax.ShapeDtypeStruct((1, config.visual_tokens, config.text.hidden_size), dtype)
+    )
+    if needs := pruner.needs & VISION:
+        encode = partial(vision_stage, model, needs)
+        encoded = jax.eval_shape(encode, vla, images)
+    given = jax.eval_shape(lambda: given_inputs(config, text, 1))
+    state = jax.eval_shape(lambda: start_state(setting.policy, 1, dtype, text - MARKS))
+    traced = trace_stages(setting, vla, encoded, images, given, state, known)
+    return {stage: program_flops(found.jaxpr) for stage, found in traced.items()}
 
 
-def abstract_frame(setting: Setting, vla: Any, text: int, batch: int, dtype: jnp.dtype) -> tuple:
-    """Shapes of what `stage_functions` takes behind the parameters."""
-    policy = setting.policy
-    config, needs = policy.model.config, policy.pruner.needs & VISION
-    size = batch, len(config.cameras), *config.image_size, 3
-    images = jax.ShapeDtypeStruct(size, jnp.uint8)
-    encoded = jax.eval_shape(lambda *rest: vision_stage(policy.model, needs, *rest), vla, images)
-    given = jax.eval_shape(lambda: given_inputs(config, text, batch))
-    prompt = text - MARKS
-    return encoded, images, given, jax.eval_shape(lambda: start_state(policy, batch, dtype, prompt))
+@cache
+def parameter_shapes(config: DrivingConfig) -> dict:
+    """Shapes of the model's parameters."""
+    return abstract_params(config.vision, config.text)
 
 
 def given_inputs(config: DrivingConfig, text: int, batch: int) -> Given:
@@ -144,7 +161,3 @@ def stage_rooflines(counts: Counts, machine: Machine, steps: int) -> dict[str, f
 
 def _size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _cast(tree: Any, dtype: jnp.dtype) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from experiments.efficiency_args import At, BenchEfficiencyArgs, settings_of
-from experiments.efficiency_counts import MARKS, given_inputs
+from experiments.efficiency_counts import MARKS, given_inputs, parameter_shapes
 from experiments.frame_inputs import random_params
-from experiments.frame_stages import compile_stages, stage_functions, time_stages, vision_stage
+from experiments.frame_stages import compile_stages, time_stages, trace_stages, vision_stage
 from fastdrive_jax.evaluation.results import Row
 from fastdrive_jax.inference.policy import start_state
-from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
 from fastdrive_jax.pruning.interface import VISION
 
 
@@ -44,13 +43,13 @@ def peak_bytes(args: BenchEfficiencyArgs, at: At, batch: int) -> int:
     asked = args if at[1] == 1 else dataclasses.replace(args, methods=at[:1], ratios=at[1:])
     setting = settings_of(asked, dtype, abstract=False)[at]
     config, policy = args.driving, setting.policy
-    vla = random_params(abstract_params(config.vision, config.text), dtype)
+    vla = random_params(parameter_shapes(config), dtype)
     images = jnp.zeros((batch, args.cameras, *config.image_size, 3), jnp.uint8)
     encode = jax.jit(vision_stage, static_argnums=(0, 1))
     encoded = encode(policy.model, policy.pruner.needs & VISION, vla, images)
     state = start_state(policy, batch, dtype, args.text - MARKS)
     inputs = setting, vla, encoded, images, given_inputs(config, args.text, batch), state
-    time_stages(compile_stages(stage_functions(*inputs), {}), *inputs)
+    time_stages(compile_stages(trace_stages(*inputs, {}), {}), *inputs)
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipelines.pictures import check_picture, read_bytes
 from experiments.efficiency_args import At, BenchEfficiencyArgs
-from experiments.efficiency_counts import MARKS, given_inputs
+from experiments.efficiency_counts import MARKS, given_inputs, parameter_shapes
 from experiments.efficiency_memory import memory_rows
 from experiments.frame_inputs import drawn_jpeg, random_params
 from experiments.frame_stages import (
@@ -23,8 +23,8 @@ from experiments.frame_stages import (
     compile_stages,
     late_params,
     preprocess,
-    stage_functions,
     time_stages,
+    trace_stages,
     vision_stage,
 )
 from experiments.roofline import Machine, rate_programs
@@ -42,7 +42,6 @@ from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.results import Row
 from fastdrive_jax.inference.policy import stands_before, start_state
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
-from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
 from fastdrive_jax.pruning.interface import VISION
 
 PEER = "transformers"
@@ -66,6 +65,15 @@ class Rounds:
     machine: Machine
     meta: Mapping[str, Any]
     rows: Sequence[Row]
+
+
+def asked_of(args: BenchEfficiencyArgs, dtype: jnp.dtype) -> dict[str, Any]:
+    """What makes rounds of one run those of another, as it comes back from the disk."""
+    asked = asdict(args)
+    for name in ("out", "batch", "repeats", "errors", "memory", "predict", "accelerators"):
+        del asked[name]
+    asked |= {"device": str(jax.devices()[0]), "dtype": jnp.dtype(dtype).name}
+    return json.loads(json.dumps(asked, default=str))
 
 
 def read_rounds(path: Path, asked: Mapping[str, Any]) -> dict[str, list[dict]]:
@@ -113,11 +121,7 @@ def measure_rounds(
     """
     config = args.driving
     device = jax.devices()[0]
-    asked = asdict(args)
-    for name in ("out", "repeats", "errors", "memory", "predict", "accelerators"):
-        del asked[name]  # makes no round another
-    asked |= {"device": str(device), "dtype": jnp.dtype(dtype).name}
-    asked = json.loads(json.dumps(asked, default=str))  # as it comes back from the disk
+    asked = asked_of(args, dtype)
     path = args.out / "rounds.json"
     rounds = read_rounds(path, asked)
     jpeg = drawn_jpeg() if args.image is None else read_bytes(args.image)
@@ -126,7 +130,7 @@ def measure_rounds(
     rows = memory_rows(args, settings) if args.memory else []
     peer = wanted_peer(args, dtype)
     if peer is None:
-        vla = random_params(abstract_params(config.vision, config.text), dtype)
+        vla = random_params(parameter_shapes(config), dtype)
     else:
         vla = jax.device_put(peer_params(peer, whole_config(config.vision, config.text)))
     rates = rate_programs(dtype)
@@ -179,11 +183,12 @@ def _batch_rounds(args, settings, dtype, vla, peer, jpeg, batch, rates, turns, s
     images = jnp.asarray(pictures())
     encode = jax.jit(partial(vision_stage, model, needs)).lower(vla, images).compile()
     encoded = encode(vla, images)
-    programs, cache, states, rows = {}, {}, {}, []
+    programs, states, rows = {}, {}, []
+    traced, compiled = {}, {}
     for (name, ratio), setting in settings.items():
         state = start_state(setting.policy, batch, dtype, args.text - MARKS)
         inputs = setting, vla, encoded, images, given, state
-        programs[name, ratio] = compile_stages(stage_functions(*inputs), cache)
+        programs[name, ratio] = compile_stages(trace_stages(*inputs, traced), compiled)
         rows += program_rows(name, ratio, batch, {"vision": encode} | programs[name, ratio])
         _, planned = time_stages(programs[name, ratio], *inputs)  # warms up
         states[name, ratio] = planned.state

@@ -122,51 +122,56 @@ def reader(policy: DrivingPolicy) -> DrivingPolicy:
     return policy
 
 
-def stage_functions(
-    setting: Setting, vla: dict, encoded: Encoded, images: Array, given: Given, state: Any
-) -> dict[str, tuple[Callable, tuple]]:
-    """Stage -> (function, shapes of its arguments), for those who compile or count it.
+def trace_stages(
+    setting: Setting,
+    vla: dict,
+    encoded: Encoded,
+    images: Array,
+    given: Given,
+    state: Any,
+    known: MutableMapping[Any, jax.stages.Traced],
+) -> dict[str, jax.stages.Traced]:
+    """The stages behind the encoder, traced; of all arguments, shapes will do.
 
     Args:
         setting: The method.
-        vla: The model's parameters; of all arguments, shapes will do.
+        vla: The model's parameters.
         encoded: Of `vision_stage`.
         images: Of `preprocess`.
         given: What all settings get.
         state: Of `start_state`.
+        known: Traced before, which grows: settings that differ before the language model only
+            share what is behind.
     """
+    found = {}
+
+    def trace(stage, function, policy, *arguments):
+        shapes = jax.eval_shape(lambda tree: tree, arguments)
+        leaves, tree = jax.tree.flatten(shapes)
+        key = stage, policy, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if key not in known:
+            known[key] = jax.jit(partial(function, policy)).trace(*shapes)
+        found[stage] = known[key]
+        return known[key].out_info
+
     policy, late = setting.policy, reader(setting.policy)
     params = {"vla": vla, "pruner": setting.pruner_params}
-    functions = (partial(pruner_stage, policy), partial(prefill_stage, late))
-    first = _shapes((params, encoded, images, given, state))
-    chosen = jax.eval_shape(functions[0], *first)
-    params, given = _shapes((late_params(setting, vla), given))
-    read = jax.eval_shape(functions[1], params, chosen, given)
-    return {
-        "pruner": (functions[0], first),
-        "prefill": (functions[1], (params, chosen, given)),
-        "decode": (partial(decode_stage, late), (params, chosen, read)),
-    }
+    chosen = trace("pruner", pruner_stage, policy, params, encoded, images, given, state)
+    params = late_params(setting, vla)
+    read = trace("prefill", prefill_stage, late, params, chosen, given)
+    trace("decode", decode_stage, late, params, chosen, read)
+    return found
 
 
 def compile_stages(
-    functions: Mapping[str, tuple[Callable, tuple]], programs: MutableMapping[Any, Any]
+    traced: Mapping[str, jax.stages.Traced],
+    programs: MutableMapping[jax.stages.Traced, jax.stages.Compiled],
 ) -> dict[str, jax.stages.Compiled]:
-    """Programs of `stage_functions`.
-
-    Args:
-        functions: The stages.
-        programs: Those compiled before, which grows: settings that differ before the language
-            model only share what is behind.
-    """
-    found = {}
-    for stage, (function, shapes) in functions.items():
-        leaves, tree = jax.tree.flatten(shapes)
-        key = stage, function.args, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        if key not in programs:
-            programs[key] = jax.jit(function).lower(*shapes).compile()
-        found[stage] = programs[key]
-    return found
+    """Programs of `trace_stages`; `programs` are those compiled before, which grow."""
+    for stage in traced.values():
+        if stage not in programs:
+            programs[stage] = stage.lower().compile()
+    return {name: programs[stage] for name, stage in traced.items()}
 
 
 def time_stages(
@@ -183,7 +188,7 @@ def time_stages(
     Args:
         programs: Of `compile_stages`.
         setting: The method; without one its stage takes no time.
-        vla: See `stage_functions`, for this and what follows.
+        vla: See `trace_stages`, for this and what follows.
         encoded: See there.
         images: See there.
         given: See there.
@@ -211,7 +216,3 @@ def late_params(setting: Setting, vla: dict) -> dict:
     """Parameters of the stages behind the pruner's."""
     whole = reader(setting.policy) is setting.policy
     return {"vla": vla, "pruner": setting.pruner_params if whole else None}
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.eval_shape(lambda tree: tree, tree)

@@ -6,24 +6,21 @@ stands between the two. What it cannot see into is a kernel of another library (
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def program_flops(function: Callable, *arguments: Any) -> float:
-    """FLOPs of the matrix products of `function(*arguments)`, 2 for a multiply-add.
+def program_flops(program: ClosedJaxpr) -> float:
+    """FLOPs of a program's matrix products, 2 for a multiply-add.
 
     A `cond` counts as its cheapest branch, which here is the usual frame's; a `while_loop`, whose
     rounds depend on data, as one round.
 
     Args:
-        function: Pure and traceable.
-        arguments: Arrays, or shapes as `jax.ShapeDtypeStruct`.
+        program: Of `jax.make_jaxpr` or a traced function's `jaxpr`.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _count(program.jaxpr)
 
 
 def _count(jaxpr: Jaxpr) -> float:

@@ -63,16 +63,12 @@ def bound_by(machine: Machine, flops: float, moved: float) -> str:
     return "flops" if flops / machine.flops >= moved / machine.bandwidth else "bytes"
 
 
-def rate_programs(
-    dtype: jnp.dtype, side: int = 2048, floats: int = 1 << 26
-) -> dict[str, tuple[Callable[[], jax.Array], float]]:
+def rate_programs(dtype: jnp.dtype) -> dict[str, tuple[Callable[[], jax.Array], float]]:
     """What measures this machine: name -> (a program to time, its FLOPs or bytes).
 
-    Args:
-        dtype: Of the numbers.
-        side: Of the square matrices that are multiplied.
-        floats: That are read once, far more than a cache holds.
+    Two square matrices are multiplied, and numbers read once, far more than a cache holds.
     """
+    side, floats = (1024, 1 << 25) if jax.default_backend() == "cpu" else (8192, 1 << 30)
     square = jax.random.normal(jax.random.key(0), (side, side), dtype)
     line = jnp.ones((floats // 4096, 4096), dtype)
     multiply = jax.jit(lambda x: x @ x)

@@ -7,7 +7,13 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # Programs of these run once or twice on few numbers: compiling them well costs more than it gives.
-COMPILED_QUICKLY = ("/pruning/", "/inference/", "/docs/", "/test_bench_pruners.py")
+COMPILED_QUICKLY = (
+    "/pruning/",
+    "/inference/",
+    "/docs/",
+    "/test_bench_pruners.py",
+    "/test_bench_efficiency.py",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
