@@ -78,19 +78,24 @@ def bench_efficiency(args: BenchEfficiencyArgs) -> Path:
             for at, setting in settings.items()
         }
 
+    meta["attention"] = attention_kernel(dtype, args.driving.text.head_dim)
+    seen = meta["attention"] == "blockwise"
+    if not seen:
+        print(
+            "programs are not counted: their attention is a kernel of another library", flush=True
+        )
     rows = []
     if found is None:
         machines = {name: ACCELERATORS[name] for name in args.accelerators}
         meta["machines"] = {name: asdict(machine) for name, machine in machines.items()}
         for batch, counted in ((batch, counts(batch)) for batch in args.batch):
-            rows += count_rows(counted, batch)
+            rows += count_rows(counted, batch, seen)
             for name, machine in machines.items():
                 rows += predicted_rows(counted, batch, name, machine, meta["decode_steps"])
     else:
         meta |= found.meta
-        meta["attention"] = attention_kernel(dtype, args.driving.text.head_dim)
         for batch, counted in ((batch, counts(batch)) for batch in args.batch):
-            rows += count_rows(counted, batch)
+            rows += count_rows(counted, batch, seen)
             rows += measured_rows(found, counted, batch, meta["decode_steps"])
         rows += found.rows
     path = write_rows(args.out / "efficiency.json", rows, meta)
@@ -102,8 +107,8 @@ def bench_efficiency(args: BenchEfficiencyArgs) -> Path:
     return path
 
 
-def count_rows(counts: Mapping[At, Counts], batch: int) -> list[Row]:
-    """What is counted of a batch, on whatever machine."""
+def count_rows(counts: Mapping[At, Counts], batch: int, seen: bool) -> list[Row]:
+    """What is counted of a batch, on whatever machine; of programs only if all can be `seen`."""
     rows = []
     whole = counts[UNPRUNED, 1.0]
     for (name, ratio), found in counts.items():
@@ -113,19 +118,15 @@ def count_rows(counts: Mapping[At, Counts], batch: int) -> list[Row]:
             "pruner_flops": (found.cost.method_flops, "FLOP"),
             "prefill_flops": (prefill, "FLOP"),
             "decode_flops": (found.cost.decode_flops, "FLOP"),
-            "prefill_program_flops": (
-                batch * (found.programs["pruner"] + found.programs["prefill"]),
-                "FLOP",
-            ),
             "bound": (whole.cost.prefill_flops / prefill, ""),
-            "program_bound": (
-                whole.programs["prefill"] / (found.programs["pruner"] + found.programs["prefill"]),
-                "",
-            ),
             "kv_bytes": (found.cost.kv_bytes, "B"),
             "weight_bytes": (found.cost.weight_bytes, "B"),
             "equivalent_tokens": (found.cost.equivalent_tokens, ""),
         }
+        if seen:
+            traced = found.programs["pruner"] + found.programs["prefill"]
+            values["prefill_program_flops"] = batch * traced, "FLOP"
+            values["program_bound"] = whole.programs["prefill"] / traced, ""
         for metric, (value, unit) in values.items():
             rows.append(_row(name, ratio, f"{metric}_batch_{batch}", value, unit, 1))
     return rows

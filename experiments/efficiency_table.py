@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.efficiency_args import UNPRUNED
+from experiments.efficiency_counts import COUNTED
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes
 from fastdrive_jax.evaluation.results import Row
+from fastdrive_jax.evaluation.tables import merge_seeds
 from fastdrive_jax.evaluation.tradeoff import Line, tradeoff
 
 ERRORS = {"ade": "ADE, m", "l2_temavg": "L2, m"}  # metrics of `errors`, the first that is there
@@ -25,13 +27,14 @@ def markdown(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
     for batch in batches:
         if meta["predicted"]:
             for name, machine in meta["machines"].items():
-                lines += ["", _machine_line(machine, batch, cells)]
+                lines += ["", _machine_line(machine, batch, cells), ""]
                 lines += _table(cells, settings, batch, meta, f"predicted_{name}_")
         else:
-            lines += ["", f"Batch {batch}:"]
+            lines += ["", f"Batch {batch}:", ""]
             lines += _table(cells, settings, batch, meta, "")
-            lines += ["", f"What bounds batch {batch}, by count on this machine:"]
+            lines += ["", f"What bounds batch {batch}, by count on this machine:", ""]
             lines += _bounds(cells, settings, batch)
+    lines += ["", f"FLOPs by formula: {meta['flops']}."]
     return "\n".join([*lines, ""])
 
 
@@ -45,17 +48,22 @@ def write_plots(out: Path, rows: Sequence[Row], errors: Sequence[Row]) -> None:
     metric = next((name for name in ERRORS if any(row.metric == name for row in errors)), None)
     if metric is None:
         raise UserError(f"The errors have no metric of {', '.join(ERRORS)}: plan with them first.")
-    points: dict[str, list[tuple[float, float, float]]] = {}
+    measured: dict[tuple[str, float], list[Row]] = {}
     for row in sorted(errors, key=lambda row: -(row.keep_ratio or 0)):
-        speed = speeds.get((row.method, row.keep_ratio))
-        if row.metric == metric and speed is not None:
-            points.setdefault(row.method, []).append((speed, row.value, row.keep_ratio))
+        if row.metric == metric and (row.method, row.keep_ratio) in speeds:
+            measured.setdefault((row.method, row.keep_ratio), []).append(row)
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    for (name, ratio), found in measured.items():
+        error = merge_seeds(found)[0]
+        points.setdefault(name, []).append((speeds[name, ratio], error, ratio))
     whole = points.pop(UNPRUNED, None)
     if not points:
         raise UserError("The errors are of other methods or ratios than what was timed.")
     lines = [Line(name, *zip(*found, strict=True)) for name, found in points.items()]
     reference = None if whole is None else (UNPRUNED, whole[0][1])
-    figure = tradeoff(lines, "times as fast as unpruned, prefill", ERRORS[metric], reference)
+    guess = any(row.metric.startswith("predicted_") for row in rows)
+    label = "times as fast as unpruned, prefill" + (" (predicted)" if guess else "")
+    figure = tradeoff(lines, label, ERRORS[metric], reference)
     for suffix, data in figure.items():
         write_bytes(out / f"speed_error.{suffix}", data)
 
@@ -112,7 +120,7 @@ def _table(
     ]
     heads = ["kept", "method", *(label for _, label, _ in counted)]
     heads += ["x" if kind == "speedup" else f"{stage}, ms" for stage, kind in timed]
-    heads.append("KV, MB")
+    heads += ["KV, MB"] if prefix else ["KV, MB", "peak, MB"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, ratio in settings:
         texts = [f"{100 * ratio:g}%", name]
@@ -124,26 +132,33 @@ def _table(
             texts.append("" if row is None else _times(row) if kind == "speedup" else _range(row))
         row = cells.get((name, ratio, f"kv_bytes_batch_{batch}"))
         texts.append("" if row is None else _digits(row.value / 1e6))
+        if not prefix:
+            peaks = [cells.get((name, ratio, f"{s}_peak_bytes_batch_{batch}")) for s in COUNTED]
+            texts.append(_digits(max(row.value for row in peaks) / 1e6) if all(peaks) else "")
         lines.append(f"| {' | '.join(texts)} |")
     return lines
 
 
 def _bounds(cells: Cells, settings: Sequence[tuple], batch: int) -> list[str]:
-    """Roofline beside measured, and the speed-up that the counts allow."""
+    """Counts of the prefill, the speed-up that they allow, and rooflines beside what it took."""
     stages = ("vision", "prefill", "decode", "frame")
-    heads = ["kept", "method", "prefill x", "by formula", "by program"]
+    heads = ["kept", "method", "TFLOPs: formula, program, XLA", "x", "by formula", "by program"]
     heads += [f"{stage}: roofline, ms (share)" for stage in stages]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, ratio in settings:
-        if (name, ratio, f"bound_batch_{batch}") not in cells:
+
+        def cell(metric, name=name, ratio=ratio):
+            return cells.get((name, ratio, f"{metric}_batch_{batch}"))
+
+        if cell("bound") is None:  # not of this library
             continue
+        xla = [cell(f"{stage}_xla_flops").value for stage in ("pruner", "prefill")]
+        counts = cell("prefill_flops").value, _value(cell("prefill_program_flops")), sum(xla)
         texts = [f"{100 * ratio:g}%", name]
-        for metric in (
-            f"prefill_batch_{batch}_speedup",
-            f"bound_batch_{batch}",
-            f"program_bound_batch_{batch}",
-        ):
-            texts.append(_times(cells[name, ratio, metric]))
+        texts.append(", ".join("-" if n is None else _digits(n / 1e12) for n in counts))
+        speed = cells[name, ratio, f"prefill_batch_{batch}_speedup"]
+        bounds = speed, cell("bound"), cell("program_bound")
+        texts += ["" if row is None else _times(row) for row in bounds]
         for stage in stages:
             metric = f"{stage}_batch_{batch}"
             least = cells[name, ratio, f"{metric}_roofline_ms"].value
@@ -151,6 +166,10 @@ def _bounds(cells: Cells, settings: Sequence[tuple], batch: int) -> list[str]:
             texts.append(f"{_digits(least)} ({least / took:.0%})")
         lines.append(f"| {' | '.join(texts)} |")
     return lines
+
+
+def _value(row: Row | None) -> float | None:
+    return None if row is None else row.value
 
 
 def _digits(value: float) -> str:

@@ -47,7 +47,7 @@ def tradeoff(
     Returns:
       {"png": ..., "svg": ...}, files as bytes.
     """
-    figure, axes = figure_of(6.4, 3.8)
+    figure, axes = figure_of(6.4, max(3.8, 0.2 * (len(lines) + 2)))
     for number, line in enumerate(lines):
         style = {
             "color": palette.CYCLE[number % len(palette.CYCLE)],

@@ -11,6 +11,7 @@ from experiments import efficiency_rounds
 from experiments.bench_efficiency import bench_efficiency
 from experiments.configs.models import MODELS, driving_config
 from experiments.efficiency_args import BenchEfficiencyArgs
+from experiments.efficiency_memory import peak_bytes
 from experiments.efficiency_rounds import asked_of, write_rounds
 from experiments.efficiency_table import write_plots
 from experiments.program_flops import program_flops
@@ -200,6 +201,12 @@ def test_transformers_reads_the_same_rows(folder):
     for at in PEERS:
         assert found[*at, "logits_error_batch_2"].value < 1e-5
         assert found[*at, "prefill_batch_2_ms"].value > 0
+
+
+def test_peak_memory_is_that_of_a_process(folder):
+    """Here it is this one's, which has held more."""
+    args = BenchEfficiencyArgs(folder, **TINY)
+    assert peak_bytes(args, ("reconpruner", 0.5), 1) > 50e6
 
 
 def test_speed_against_error_is_drawn(tmp_path):
