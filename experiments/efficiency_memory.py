@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -53,5 +54,14 @@ def peak_bytes(args: BenchEfficiencyArgs, at: At, batch: int) -> int:
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]
+    return resident_peak()
+
+
+def resident_peak() -> int:
+    """Largest resident set of this process in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # `getrusage` would count what the parent held when it made this process
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
