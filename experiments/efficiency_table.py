@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from experiments.efficiency_args import UNPRUNED
 from experiments.efficiency_counts import COUNTED
 from fastdrive_jax.errors import UserError
@@ -27,7 +29,7 @@ def markdown(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
     for batch in batches:
         if meta["predicted"]:
             for name, machine in meta["machines"].items():
-                lines += ["", _machine_line(machine, batch, cells), ""]
+                lines += ["", _machine_line(machine, batch, meta, cells), ""]
                 lines += _table(cells, settings, batch, meta, f"predicted_{name}_")
         else:
             lines += ["", f"Batch {batch}:", ""]
@@ -82,18 +84,22 @@ def _heading(meta: Mapping[str, Any]) -> str:
     where = (
         "PREDICTED: rooflines by count, nothing was run" if meta["predicted"] else meta["device"]
     )
+    unknown = ", but for preprocessing, which is the host's" if meta["predicted"] else ""
     return (
         f"{meta['name']}, {size:,.0f}M parameters, {meta['visual_tokens']:,} visual and "
         f"{meta['text_tokens']} text tokens, {meta['dtype']}, {where}. Times in ms; prefill "
         "includes the pruner; a frame has all stages and "
-        f"{meta['decode_steps']} decode steps. FLOPs are by formula, attention as whole squares."
+        f"{meta['decode_steps']} decode steps{unknown}. FLOPs are by formula, attention as whole "
+        "squares."
     )
 
 
-def _machine_line(machine: Mapping[str, Any], batch: int, cells: Cells) -> str:
-    held = cells[UNPRUNED, 1.0, f"weight_bytes_batch_{batch}"].value
+def _machine_line(
+    machine: Mapping[str, Any], batch: int, meta: Mapping[str, Any], cells: Cells
+) -> str:
+    held = jnp.dtype(meta["dtype"]).itemsize * sum(meta["parameters"].values())
     held += cells[UNPRUNED, 1.0, f"kv_bytes_batch_{batch}"].value
-    fits = "" if held < machine["memory"] else "; weights and caches do not fit one"
+    fits = "" if held < machine["memory"] else "; unpruned, weights and caches alone do not fit"
     return (
         f"Predicted, {machine['name']} ({machine['flops'] / 1e12:.0f} TFLOP/s, "
         f"{machine['bandwidth'] / 1e12:.2f} TB/s by {machine['source']}), batch {batch}{fits}:"
