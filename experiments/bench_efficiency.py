@@ -31,6 +31,7 @@ from experiments.efficiency_counts import (
 )
 from experiments.efficiency_rounds import PEER, Rounds, measure_rounds
 from experiments.efficiency_table import markdown, write_plots
+from experiments.frame_stages import BUSY, STAGES
 from experiments.roofline import ACCELERATORS, Machine
 from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.results import Row, read_rows, write_rows
@@ -155,14 +156,18 @@ def predicted_rows(
 def measured_rows(found: Rounds, counts: Mapping[At, Counts], batch: int, steps: int) -> list[Row]:
     """Times, speed-ups in the same round, and rooflines of this machine."""
     rows, rounds = [], found.times[batch]
+    kinds = ("", BUSY) if jax.default_backend() == "cpu" else ("",)
     for (name, ratio), times in rounds.items():
-        times = frame_times(times, steps)
-        whole = frame_times(rounds[UNPRUNED if name != PEER else name, 1.0], steps)
-        for stage, values in times.items():
-            metric = f"{stage}_batch_{batch}"
-            rows.append(_measured(name, ratio, f"{metric}_ms", values, "ms"))
-            if stage in ("prefill", "decode", "frame"):
-                rows.append(_measured(name, ratio, f"{metric}_speedup", whole[stage] / values, ""))
+        for kind in kinds:
+            spent = frame_times(times, steps, kind)
+            unpruned = rounds[name if name == PEER else UNPRUNED, 1.0]
+            whole = frame_times(unpruned, steps, kind)
+            for stage, values in spent.items():
+                metric = f"{stage}_batch_{batch}_{kind}"
+                rows.append(_measured(name, ratio, f"{metric}ms", values, "ms"))
+                if stage in ("prefill", "decode", "frame"):
+                    speed = whole[stage] / values
+                    rows.append(_measured(name, ratio, f"{metric}speedup", speed, ""))
         if (name, ratio) in counts:
             roofs = stage_rooflines(counts[name, ratio], found.machine, steps)
             for stage, value in roofs.items():
@@ -171,20 +176,26 @@ def measured_rows(found: Rounds, counts: Mapping[At, Counts], batch: int, steps:
     return rows
 
 
-def frame_times(times: Mapping[str, list[float]], steps: int) -> dict[str, np.ndarray]:
+def frame_times(
+    times: Mapping[str, list[float]], steps: int, prefix: str = ""
+) -> dict[str, np.ndarray]:
     """Rounds of each stage as they are reported: a prefill with the method's work, one decode step.
 
     Args:
-        times: Stage -> milliseconds of each round.
+        times: Stage -> milliseconds of each round; the encoder may have run in some only, whose
+            median then stands in all frames.
         steps: Of decoding.
+        prefix: Of the stages, "" for the time that passed or `BUSY`.
     """
-    spent = {stage: np.array(values) for stage, values in times.items()}
+    spent = {stage: np.array(times[prefix + stage]) for stage in STAGES if prefix + stage in times}
     found = {stage: spent[stage] for stage in ("preprocess", "vision", "pruner") if stage in spent}
     found["language_model"] = spent["prefill"]
     found["prefill"] = spent["prefill"] + spent.get("pruner", 0.0)
     found["decode"] = spent["decode"] / steps
     if "vision" in spent:
-        found["frame"] = sum(spent.values())
+        vision = spent.pop("vision")
+        whole = len(vision) == len(spent["prefill"])
+        found["frame"] = sum(spent.values()) + (vision if whole else np.median(vision))
     return found
 
 

@@ -87,8 +87,8 @@ def frame_times(
             more, planned = time_stages(programs[ratio], *inputs)
             state[ratio] = planned.state
             if round_number >= 3:
-                for stage, value in (times | more).items():
-                    spent[ratio][stage].append(value)
+                for stage in STAGES:
+                    spent[ratio][stage].append((times | more)[stage])
     medians = {
         ratio: {stage: float(np.median(values)) for stage, values in stages.items()}
         for ratio, stages in spent.items()

@@ -37,6 +37,7 @@ class BenchEfficiencyArgs:
         cameras: Pictures of a sample.
         text: Text tokens of a sample; more than 6 are an instruction before the driving prompt.
         repeats: Timed rounds after one of warming up.
+        encoder_repeats: Of them, rounds in which the vision encoder runs; 0 is all.
         image: A JPEG to decode; None draws one of 1600 x 900.
         peer: Time transformers too.
         memory: Measure each setting's peak in a process of its own, which compiles it again.
@@ -55,6 +56,7 @@ class BenchEfficiencyArgs:
     cameras: int = 1
     text: int = MARKS + PROMPT_TOKENS
     repeats: int = 5
+    encoder_repeats: int = 0
     image: Path | None = None
     peer: bool = True
     memory: bool = False
@@ -71,8 +73,11 @@ class BenchEfficiencyArgs:
             raise UserError("Give methods, and ratios below 1; the unpruned model is always timed.")
         if not self.batch or not 1 <= min(self.batch) <= max(self.batch) <= MOST_BATCH:
             raise UserError(f"batch={self.batch} must be 1 to {MOST_BATCH}.")
-        if self.repeats < 1:
-            raise UserError(f"repeats={self.repeats} must be at least 1.")
+        if self.repeats < 1 or self.encoder_repeats < 0:
+            raise UserError(
+                f"repeats={self.repeats} must be at least 1, "
+                f"encoder_repeats={self.encoder_repeats} at least 0."
+            )
         least = MARKS + PROMPT_TOKENS
         if self.text < least:
             raise UserError(f"text={self.text} must be at least {least}, of the driving prompt.")

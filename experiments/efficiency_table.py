@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from experiments.efficiency_args import UNPRUNED
 from experiments.efficiency_counts import COUNTED
+from experiments.frame_stages import BUSY
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes
 from fastdrive_jax.evaluation.results import Row
@@ -148,7 +149,8 @@ def _table(
 def _bounds(cells: Cells, settings: Sequence[tuple], batch: int) -> list[str]:
     """Counts of the prefill, the speed-up that they allow, and rooflines beside what it took."""
     stages = ("vision", "prefill", "decode", "frame")
-    heads = ["kept", "method", "TFLOPs: formula, program, XLA", "x", "by formula", "by program"]
+    heads = ["kept", "method", "TFLOPs: formula, program, XLA", "prefill x", "x of work"]
+    heads += ["x by formula", "x by program"]
     heads += [f"{stage}: roofline, ms (share)" for stage in stages]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, ratio in settings:
@@ -162,8 +164,10 @@ def _bounds(cells: Cells, settings: Sequence[tuple], batch: int) -> list[str]:
         counts = cell("prefill_flops").value, _value(cell("prefill_program_flops")), sum(xla)
         texts = [f"{100 * ratio:g}%", name]
         texts.append(", ".join("-" if n is None else _digits(n / 1e12) for n in counts))
-        speed = cells[name, ratio, f"prefill_batch_{batch}_speedup"]
-        bounds = speed, cell("bound"), cell("program_bound")
+        speeds = (
+            cells.get((name, ratio, f"prefill_batch_{batch}_{kind}speedup")) for kind in ("", BUSY)
+        )
+        bounds = *speeds, cell("bound"), cell("program_bound")
         texts += ["" if row is None else _times(row) for row in bounds]
         for stage in stages:
             metric = f"{stage}_batch_{batch}"

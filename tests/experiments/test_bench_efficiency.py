@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import efficiency_rounds
-from experiments.bench_efficiency import bench_efficiency
+from experiments.bench_efficiency import bench_efficiency, frame_times
 from experiments.configs.models import MODELS, driving_config
 from experiments.efficiency_args import BenchEfficiencyArgs
 from experiments.efficiency_memory import peak_bytes
@@ -33,10 +33,11 @@ TINY = {
 SETTINGS = (("unpruned", 1.0), ("reconpruner", 0.5), ("fastv", 0.5))
 PEERS = (("transformers", 1.0), ("transformers", 0.5)) if has_torch() else ()
 STAGES = ("preprocess", "vision", "pruner", "language_model", "prefill", "decode", "frame")
-LATE = {"prefill": 900.0, "decode": 9000.0}
+LATE = {"prefill": 900.0, "decode": 9000.0, "busy_prefill": 1800.0, "busy_decode": 18000.0}
+EARLY = {"preprocess": 1.0, "pruner": 0.0, "busy_preprocess": 1.0, "busy_pruner": 0.0}
 FIRST = {  # a round by hand
     "rates": {"flops": 1e9, "bandwidth": 1e9},
-    **{f"{n}@{r}": {"preprocess": 1, "vision": 2, "pruner": 0} | LATE for n, r in SETTINGS},
+    **{f"{n}@{r}": EARLY | {"vision": 2.0, "busy_vision": 4.0} | LATE for n, r in SETTINGS},
     **{f"{n}@{r}": LATE for n, r in PEERS},
 }
 
@@ -158,6 +159,20 @@ def test_rooflines_by_hand():
     assert (bound_by(machine, 2e9, 1e6), bound_by(machine, 2e9, 5e6)) == ("flops", "bytes")
     assert ACCELERATORS["h100"].flops == 989e12
     assert roofline_ms(ACCELERATORS["v5e"], 0, 819e9) == pytest.approx(1000)
+
+
+def test_frames_of_rounds():
+    """Three rounds, two with the encoder, ten decode steps."""
+    times = {"preprocess": [1.0, 1.0, 1.0], "vision": [10.0, 30.0], "pruner": [0.0, 1.0, 2.0]}
+    times |= {"prefill": [4.0, 5.0, 6.0], "decode": [50.0, 60.0, 70.0], "busy_prefill": [9.0]}
+    found = frame_times(times, 10)
+    assert found["prefill"].tolist() == [4, 6, 8]
+    assert found["language_model"].tolist() == [4, 5, 6]
+    assert found["decode"].tolist() == [5, 6, 7]
+    assert found["frame"].tolist() == [1 + 20 + 4 + 50, 1 + 20 + 6 + 60, 1 + 20 + 8 + 70]
+    peer = frame_times({"busy_prefill": [9.0], "busy_decode": [20.0]}, 10, "busy_")
+    assert (peer["prefill"].tolist(), peer["decode"].tolist()) == ([9], [2])
+    assert "frame" not in peer
 
 
 def test_programs_are_counted_with_their_loops():
