@@ -6,28 +6,34 @@ Stages are compiled apart, warmed up, run in turn and reported as medians; ratio
 mean more than the milliseconds of one machine.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.pictures import check_picture, read_bytes
+from experiments.frame_stages import (
+    STAGES,
+    Given,
+    Setting,
+    clock,
+    compile_stages,
+    preprocess,
+    time_stages,
+    trace_stages,
+    unpruned,
+    vision_stage,
+)
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
-from fastdrive_jax.inference.generate import decode, prefill
-from fastdrive_jax.inference.policy import DrivingPolicy, choose_tokens
+from fastdrive_jax.inference.policy import DrivingPolicy, start_state
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
-from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import Pruner, make_pruner
-from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens, num_keep
-
-STAGES = ("preprocess", "vision", "pruner", "prefill", "decode")
+from fastdrive_jax.pruning.select import num_keep
 
 
 def frame_times(
@@ -53,53 +59,36 @@ def frame_times(
     Returns:
         {ratio: {stage: ms}} and {ratio: XLA's count of the prefill program}.
     """
-    height, width = model.config.image_size
-    variables = {"params": params}
-
-    def preprocess():
-        picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
-        if picture.shape[:2] != (height, width):
-            picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
-        return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)[None, None]
-
-    encode = jax.jit(lambda variables, images: model.apply(variables, images, method="encode"))
-    finish = jax.jit(lambda variables, prefilled: decode(model, variables, prefilled))
-    start = jax.jit(lambda variables, *rest: prefill(model, variables, *rest))
-    prompt = model.config.vocabulary.prompt(jnp.array([5.0]), jnp.array([1]))
-    ids = visual_positions(model.config, 1)
-
-    @partial(jax.jit, static_argnums=0)
-    def choose(policy, pruner_params, tokens, ids):
-        kept = choose_tokens(policy, pruner_params, tokens)
-        return gather_tokens(tokens, kept), gather_position_ids(ids, kept)
-
+    given = Given(
+        model.config.vocabulary.prompt(jnp.array([5.0]), jnp.array([1])),
+        jnp.zeros((1, model.config.visual_tokens)),
+        jax.random.key(0),
+    )
+    encode = jax.jit(vision_stage, static_argnums=(0, 1))
+    settings = {
+        ratio: Setting(DrivingPolicy(model, pruner, ratio), pruner_params)
+        if ratio < 1
+        else unpruned(model)
+        for ratio in ratios
+    }
     spent = {ratio: {stage: [] for stage in STAGES} for ratio in ratios}
-    flops = {}
+    programs, flops, traced, compiled = {}, {}, {}, {}
+    state = {ratio: start_state(setting.policy, 1) for ratio, setting in settings.items()}
     for round_number in range(repeats + 3):
-        for ratio in ratios:
-            times = []
-
-            def clock(function, *arguments, times=times):
-                begin = time.perf_counter()
-                out = jax.block_until_ready(function(*arguments))
-                times.append(1e3 * (time.perf_counter() - begin))
-                return out
-
-            images = jnp.asarray(clock(preprocess))
-            tokens, where = clock(encode, variables, images), ids
-            if ratio < 1:
-                policy = DrivingPolicy(model, pruner, ratio)
-                tokens, where = clock(choose, policy, pruner_params, tokens, ids)
-            else:
-                times.append(0.0)
-            prefilled = clock(start, variables, tokens, where, prompt)
-            clock(finish, variables, prefilled)
+        for ratio, setting in settings.items():
+            times = {}
+            size = model.config.image_size
+            images = jnp.asarray(clock(times, "preprocess", preprocess, [jpeg], size))
+            encoded = clock(times, "vision", encode, model, pruner.needs, params, images)
+            inputs = setting, params, encoded, images, given, state[ratio]
             if round_number == 0:
-                cost = start.lower(variables, tokens, where, prompt).compile().cost_analysis()
-                flops[ratio] = float(cost["flops"])
+                programs[ratio] = compile_stages(trace_stages(*inputs, traced), compiled)
+                flops[ratio] = float(programs[ratio]["prefill"].cost_analysis()["flops"])
+            more, planned = time_stages(programs[ratio], *inputs)
+            state[ratio] = planned.state
             if round_number >= 3:
-                for stage, value in zip(STAGES, times, strict=True):
-                    spent[ratio][stage].append(value)
+                for stage in STAGES:
+                    spent[ratio][stage].append((times | more)[stage])
     medians = {
         ratio: {stage: float(np.median(values)) for stage, values in stages.items()}
         for ratio, stages in spent.items()

@@ -7,7 +7,6 @@ Same machine, same random weights, same type (float32), threads as many as cores
 """
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.frame_stages import clock
+from experiments.torch_qwen import peer_decode, peer_params, peer_prefill, random_peer, to_torch
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.inference.sampling import SamplingConfig, decode_text
 from fastdrive_jax.models.attention import attention_kernel
 from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, QwenVLConfig, VisionConfig
-from fastdrive_jax.models.qwen2_5_vl.hf_config import config_to_hf
 from fastdrive_jax.models.qwen2_5_vl.image_processor import process_pictures
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.patches import normalise
 from fastdrive_jax.models.qwen2_5_vl.sequence import Sample, collate
-from fastdrive_jax.models.qwen2_5_vl.weights import params_from_tensors
 
 CONFIG = QwenVLConfig(
     vision=VisionConfig(
@@ -80,19 +79,11 @@ class BenchModelArgs:
 
 def bench_model(args: BenchModelArgs) -> Path:
     """Measures, prints and writes the figures; returns their path."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UserError("bench-model needs transformers: pip install '.[parity]'.") from error
-    torch.set_num_threads(os.cpu_count() or 1)
-    torch.manual_seed(0)
-    hf = transformers.Qwen2_5_VLConfig(**config_to_hf(CONFIG), video_token_id=31_993)
-    theirs = transformers.Qwen2_5_VLForConditionalGeneration._from_config(
-        hf, attn_implementation="sdpa"
-    ).eval()
-    tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
-    params = jax.device_put(params_from_tensors(tensors, CONFIG.vision, CONFIG.text))
+    theirs = random_peer(CONFIG)
+    import torch
+    import transformers
+
+    params = jax.device_put(peer_params(theirs, CONFIG))
     kernel = attention_kernel(jnp.float32, CONFIG.text.head_dim)
     print(f"attention: {kernel}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     rows = []
@@ -108,7 +99,7 @@ def bench_model(args: BenchModelArgs) -> Path:
                 times, answers[side] = run()
                 if number:
                     for stage in STAGES:
-                        spent[side][stage].append(1e3 * times[stage])
+                        spent[side][stage].append(times[stage])
         for stage in STAGES:
             ours, other = (float(np.median(spent[side][stage])) for side in sides)
             print(
@@ -159,10 +150,10 @@ def our_stages(params, size, args: BenchModelArgs) -> Callable[[], tuple[dict, l
 
     def run():
         times = {}
-        tokens = _clock(times, "vision", lambda: encode(variables, device.rows))
-        logits, caches = _clock(times, "prefill", lambda: prefill(variables, tokens, device))
+        tokens = clock(times, "vision", lambda: encode(variables, device.rows))
+        logits, caches = clock(times, "prefill", lambda: prefill(variables, tokens, device))
         rest = logits, caches, device.next_position, jax.random.key(0), sampling
-        answer = _clock(times, "decode", lambda: decode_text(model, variables, *rest))
+        answer = clock(times, "decode", lambda: decode_text(model, variables, *rest))
         return times, np.asarray(answer.ids)[0].tolist()
 
     return run
@@ -174,15 +165,13 @@ def their_stages(theirs, size, args: BenchModelArgs) -> Callable[[], tuple[dict,
 
     sample = sample_of(size, args.text_tokens)
     batch = collate([sample], CONFIG)
-    patches = torch.from_numpy(np.array(normalise(sample.rows[0], CONFIG.vision)))
-    grid = torch.tensor([[1, *sample.grids[0]]])
-    ids = torch.from_numpy(batch.ids.astype(np.int64))
-    where = torch.from_numpy(batch.positions.astype(np.int64))
+    patches = to_torch(normalise(sample.rows[0], CONFIG.vision))
+    grid, ids, where = map(to_torch, ([[1, *sample.grids[0]]], batch.ids, batch.positions))
 
     @torch.inference_mode()
     def run():
         times = {}
-        tokens = _clock(
+        tokens = clock(
             times,
             "vision",
             lambda: theirs.model.visual(patches, grid_thw=grid).pooler_output,
@@ -191,32 +180,10 @@ def their_stages(theirs, size, args: BenchModelArgs) -> Callable[[], tuple[dict,
         def prefill():
             embeddings = theirs.get_input_embeddings()(ids)
             embeddings[ids == CONFIG.image_token_id] = tokens
-            return theirs(
-                inputs_embeds=embeddings, position_ids=where, use_cache=True, logits_to_keep=1
-            )
+            return peer_prefill(theirs, embeddings, where)
 
-        state = _clock(times, "prefill", prefill)
-
-        def decode():
-            out, past = [int(state.logits[0, -1].argmax())], state.past_key_values
-            for step in range(args.new_tokens - 1):
-                place = torch.full((3, 1, 1), int(batch.next_position[0]) + step)
-                following = theirs(
-                    input_ids=torch.tensor([[out[-1]]]),
-                    position_ids=place,
-                    past_key_values=past,
-                    use_cache=True,
-                )
-                out.append(int(following.logits[0, -1].argmax()))
-            return out
-
-        return times, _clock(times, "decode", decode)
+        state = clock(times, "prefill", prefill)
+        rest = theirs, state, int(batch.next_position[0]), args.new_tokens
+        return times, clock(times, "decode", lambda: peer_decode(*rest))[0].tolist()
 
     return run
-
-
-def _clock(times: dict, stage: str, function: Callable):
-    begin = time.perf_counter()
-    out = jax.block_until_ready(function())
-    times[stage] = time.perf_counter() - begin
-    return out

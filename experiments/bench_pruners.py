@@ -204,6 +204,30 @@ def method(name: str, config: DecoderConfig) -> Pruner:
     return make_pruner(name, **settings)
 
 
+def random_pruner_params(
+    pruner: Pruner,
+    on_recon: bool,
+    config: DecoderConfig,
+    tokens: tuple[int, int],
+    dtype: jnp.dtype,
+) -> Any:
+    """What training would have given a method; None where it gives nothing.
+
+    Args:
+        pruner: Of `method`.
+        on_recon: Whether its params are a ReconPruner's.
+        config: Of the language model.
+        tokens: Cameras, and visual tokens of each.
+        dtype: Of the params.
+    """
+    if on_recon:
+        tokens = jnp.zeros((1, 1, config.hidden_size), dtype)
+        return _initialised(ReconPruner(ReconPrunerConfig(config)), dtype, tokens)["params"]
+    if pruner.name == "prior":
+        return jax.random.uniform(jax.random.key(0), tokens)
+    return None
+
+
 def method_program(
     pruner: Pruner,
     plan: tuple[tuple[int, int], ...],
@@ -216,12 +240,7 @@ def method_program(
     """All that a method adds to a frame; `on_recon`: its params are a ReconPruner's."""
     found = [n, *(k for _, k in plan[:-1])]
     cuts = [example_cut(pruner, config, batch, found[: i + 1], dtype) for i in range(len(found))]
-    params = None
-    if on_recon:
-        module = ReconPruner(ReconPrunerConfig(config))
-        params = _initialised(module, dtype, cuts[0].inputs.tokens[:, :1])["params"]
-    elif pruner.name == "prior":
-        params = jax.random.uniform(jax.random.key(0), (1, n))
+    params = random_pruner_params(pruner, on_recon, config, (1, n), dtype)
     seen = Seen(
         action=jax.random.uniform(jax.random.key(0), (batch, n)),
         kept=jnp.arange(n) < jnp.full((batch, 1), plan[-1][1]),

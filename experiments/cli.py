@@ -15,6 +15,7 @@ from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.answer import AnswerArgs, answer
 from experiments.bench_data import BenchDataArgs, bench_data
+from experiments.bench_efficiency import bench_efficiency
 from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.bench_model import BenchModelArgs, bench_model
 from experiments.bench_pruners import BenchPrunersArgs, bench_pruners
@@ -24,6 +25,7 @@ from experiments.compile_model import CompileModelArgs, compile_model
 from experiments.compile_train import CompileTrainArgs, compile_train
 from experiments.data_commands import BuildArgs, MaskArgs, VerifyArgs, build, mask, verify
 from experiments.drive_closed_loop import DriveArgs, drive_closed_loop
+from experiments.efficiency_args import BenchEfficiencyArgs
 from experiments.eval_planning import EvalPlanningArgs, eval_planning
 from experiments.kill_data import KillDataArgs, kill_data
 from experiments.own_images import ImagesConfig, own_images
@@ -93,6 +95,7 @@ Command = (
     | Annotated[DataArgs, tyro.conf.subcommand("data")]
     | Annotated[BenchDataArgs, tyro.conf.subcommand("bench-data")]
     | Annotated[KillDataArgs, tyro.conf.subcommand("kill-data")]
+    | Annotated[BenchEfficiencyArgs, tyro.conf.subcommand("bench-efficiency")]
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
     | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
     | Annotated[BenchPrunersArgs, tyro.conf.subcommand("bench-pruners")]
@@ -135,6 +138,7 @@ RUN = {
     DataArgs: data,
     BenchDataArgs: bench_data,
     KillDataArgs: kill_data,
+    BenchEfficiencyArgs: bench_efficiency,
     BenchFrameArgs: bench_frame,
     BenchModelArgs: bench_model,
     BenchPrunersArgs: bench_pruners,

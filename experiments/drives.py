@@ -12,15 +12,8 @@ import numpy as np
 from data_pipelines.schema import Classes
 from experiments.planning import PlanningSplit
 from fastdrive_jax.evaluation.foreground import Areas, token_areas
-from fastdrive_jax.inference.policy import (
-    DrivingPolicy,
-    Plan,
-    driving_inputs,
-    picture_inputs,
-    plan_tokens,
-    start_state,
-    token_pixels,
-)
+from fastdrive_jax.inference.pictures import driving_inputs, picture_inputs, token_pixels
+from fastdrive_jax.inference.policy import DrivingPolicy, Plan, plan_tokens, start_state
 from fastdrive_jax.pruning import Pruner, builds_on_recon, make_pruner
 from fastdrive_jax.pruning.interface import VISION
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig

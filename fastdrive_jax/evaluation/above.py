@@ -9,7 +9,7 @@ from matplotlib.path import Path
 
 from fastdrive_jax.evaluation import palette
 from fastdrive_jax.evaluation.footprint import corners
-from fastdrive_jax.evaluation.plots import Rgb, figure_and_axes, figure_legend, figure_pixels
+from fastdrive_jax.evaluation.plots import Rgb, figure_of, legend_of, pixels_of
 from fastdrive_jax.evaluation.truth import DrivingTruth
 
 AHEAD, BEHIND, ASIDE = 34.0, 8.0, 14.0  # metres that are shown
@@ -32,7 +32,7 @@ def from_above(
       plans: name to waypoints in metres, x forward, y left.
       title: of the picture.
     """
-    figure, axes = figure_and_axes(3.9, 5.6)
+    figure, axes = figure_of(3.9, 5.6)
     axes.set_facecolor("#eef0e9")
     axes.grid(False)
     for area in truth.drivable[sample] if truth.drivable is not None else ():
@@ -63,8 +63,8 @@ def from_above(
     axes.tick_params(labelbottom=False, labelleft=False, length=0)
     if title:
         axes.set_title(title, color=palette.INK, fontsize=9, loc="left")
-    figure_legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=2)
-    return figure_pixels(figure)
+    legend_of(axes, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=2)
+    return pixels_of(figure)
 
 
 def _turned(points) -> np.ndarray:

@@ -5,7 +5,6 @@ Figures are built without pyplot, so nothing global is touched and threads may d
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -64,8 +63,8 @@ def curves(rows: Sequence[Row], metric: str, methods: Sequence[Method]) -> tuple
     return tuple(found)
 
 
-def figure_and_axes(width: float, height: float) -> tuple[Figure, Any]:
-    """An empty figure in the house style, sizes in inches."""
+def figure_of(width: float, height: float) -> tuple[Figure, object]:
+    """An empty figure of so many inches, and its axes, in the house's style."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=palette.PAPER, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     axes = figure.add_subplot()
@@ -80,22 +79,23 @@ def figure_and_axes(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def figure_pixels(figure: Figure) -> Rgb:
+def pixels_of(figure: Figure) -> Rgb:
     """The figure drawn."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _label(axes, x: str, y: str, title: str) -> None:
+def label_axes(axes, x: str, y: str, title: str) -> None:
+    """Names of both axes, and a title unless empty."""
     axes.set_xlabel(x, color=palette.INK, fontsize=10)
     axes.set_ylabel(y, color=palette.INK, fontsize=10)
     if title:
         axes.set_title(title, color=palette.INK, fontsize=11, loc="left", fontweight="bold")
 
 
-def figure_legend(axes: Any, **options: Any) -> None:
-    """A legend in the house style; options are matplotlib's."""
+def legend_of(axes, **options) -> None:
+    """A legend without a frame; options are matplotlib's."""
     legend = axes.legend(frameon=False, fontsize=9, **options)
     for text in legend.get_texts():
         text.set_color(palette.INK)
@@ -117,7 +117,7 @@ def loss_curves(
       smooth: width of the running mean in points; the raw values stay visible behind it.
       y_label: name of the loss axis.
     """
-    figure, axes = figure_and_axes(6.4, 3.4)
+    figure, axes = figure_of(6.4, 3.4)
     for i, (name, (steps, values)) in enumerate(series.items()):
         steps, values = np.asarray(steps, float), np.asarray(values, float)
         colour = palette.CYCLE[i % len(palette.CYCLE)]
@@ -129,11 +129,11 @@ def loss_curves(
         axes.plot(steps, values, color=colour, linewidth=1.8, label=name)
     if log:
         axes.set_yscale("log")
-    _label(axes, "training step", y_label, title)
+    label_axes(axes, "training step", y_label, title)
     axes.margins(x=0.01)
     if len(series) > 1:
-        figure_legend(axes)
-    return figure_pixels(figure)
+        legend_of(axes)
+    return pixels_of(figure)
 
 
 def ratio_curves(
@@ -150,7 +150,7 @@ def ratio_curves(
       title: of the plot.
       reference: (name, figure) of a horizontal line, such as the unpruned model.
     """
-    figure, axes = figure_and_axes(6.4, 3.8)
+    figure, axes = figure_of(6.4, 3.8)
     markers = "osD^vPX*"
     for i, curve in enumerate(curves):
         colour = palette.CYCLE[i % len(palette.CYCLE)]
@@ -168,9 +168,9 @@ def ratio_curves(
     axes.xaxis.set_major_locator(FixedLocator(ratios))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{100 * ratio:g}%" for ratio in ratios])
-    _label(axes, "visual tokens kept", y_label, title)
-    figure_legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure_pixels(figure)
+    label_axes(axes, "visual tokens kept", y_label, title)
+    legend_of(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return pixels_of(figure)
 
 
 def timing_bars(stages: Mapping[str, Mapping[str, float]], title: str = "") -> Rgb:
@@ -180,7 +180,7 @@ def timing_bars(stages: Mapping[str, Mapping[str, float]], title: str = "") -> R
       stages: setting -> {stage: milliseconds}; stages keep the order of first appearance.
       title: of the plot.
     """
-    figure, axes = figure_and_axes(6.4, 1.3 + 0.42 * len(stages))
+    figure, axes = figure_of(6.4, 1.3 + 0.42 * len(stages))
     names = list(dict.fromkeys(name for parts in stages.values() for name in parts))
     settings = list(stages)
     left = np.zeros(len(settings))
@@ -209,11 +209,9 @@ def timing_bars(stages: Mapping[str, Mapping[str, float]], title: str = "") -> R
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0, labelcolor=palette.INK)
-    _label(axes, "milliseconds a frame", "", title)
-    figure_legend(
-        axes, loc="lower center", bbox_to_anchor=(0.45, 1.0 if not title else 1.1), ncols=5
-    )
-    return figure_pixels(figure)
+    label_axes(axes, "milliseconds a frame", "", title)
+    legend_of(axes, loc="lower center", bbox_to_anchor=(0.45, 1.0 if not title else 1.1), ncols=5)
+    return pixels_of(figure)
 
 
 def birds_eye(
@@ -228,7 +226,7 @@ def birds_eye(
       plans: name -> [T, 2] planned waypoints.
       title: of the plot.
     """
-    figure, axes = figure_and_axes(3.8, 4.6)
+    figure, axes = figure_of(3.8, 4.6)
     paths = [("driven", future, palette.INK)] + [
         (name, plan, palette.CYCLE[i % len(palette.CYCLE)])
         for i, (name, plan) in enumerate(plans.items())
@@ -253,9 +251,9 @@ def birds_eye(
     axes.set_xlim(-half, half)
     axes.set_ylim(low, high)
     # metres to the side are drawn wider than metres ahead: plans differ there by little
-    _label(axes, "metres to the right", "metres ahead", title)
-    figure_legend(axes, loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2)
-    return figure_pixels(figure)
+    label_axes(axes, "metres to the right", "metres ahead", title)
+    legend_of(axes, loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2)
+    return pixels_of(figure)
 
 
 def interval_bars(
@@ -278,7 +276,7 @@ def interval_bars(
       title: of the plot.
       highlight: names drawn in the accent colour.
     """
-    figure, axes = figure_and_axes(6.4, 1.2 + 0.34 * len(names))
+    figure, axes = figure_of(6.4, 1.2 + 0.34 * len(names))
     for row, (name, value, low, high) in enumerate(zip(names, values, lows, highs, strict=True)):
         colour = palette.ACCENT if name in highlight else palette.MUTED
         if low is not None:
@@ -290,5 +288,5 @@ def interval_bars(
     axes.tick_params(axis="y", length=0, labelcolor=palette.INK)
     if axes.get_xlim()[0] < 0 < axes.get_xlim()[1]:
         axes.axvline(0, color=palette.INK, linewidth=1)
-    _label(axes, x_label, "", title)
-    return figure_pixels(figure)
+    label_axes(axes, x_label, "", title)
+    return pixels_of(figure)

@@ -31,7 +31,7 @@ def prefill(
     params: dict,
     tokens: Float[Array, "B K D"],
     visual_ids: Int[Array, "3 B K"],
-    prompt: Int[Array, "B 3"],
+    prompt: Int[Array, "B L"],
     **method: Any,
 ) -> segments.Prefilled:
     """Reads pictures and prompt, with caches that have room for the whole trajectory.
@@ -41,7 +41,7 @@ def prefill(
         params: {"params": ...} of it.
         tokens: Visual tokens in raster order.
         visual_ids: Their M-RoPE ids.
-        prompt: From `DrivingVocabulary.prompt`.
+        prompt: From `DrivingVocabulary.prompt`; an instruction may stand before it.
         method: What cuts further, from `pruner` on; see `segments.prefill`.
     """
     return segments.prefill(*live_prompt(model, params, tokens, visual_ids, prompt), **method)
@@ -52,7 +52,7 @@ def live_prompt(
     params: dict,
     tokens: Float[Array, "B K D"],
     visual_ids: Int[Array, "3 B K"],
-    prompt: Int[Array, "B 3"],
+    prompt: Int[Array, "B L"],
 ) -> tuple[Decoder, dict, segments.Live, Int[Array, " B"], int]:
     """What `segments.prefill` and `reuse.prefill` take first: the prompt before the first layer."""
     hidden, ids = model.apply(params, tokens, visual_ids, prompt, method="sequence")
@@ -68,7 +68,7 @@ def live_prompt(
         count=jnp.full(batch, count),
         length=jnp.full(batch, length),
     )
-    start = int(positions(model.config).after[0, 0]) + 4
+    start = int(positions(model.config).after[0, 0]) + 1 + prompt.shape[1]
     decoder, weights = Decoder(model.config.text), params["params"]["language_model"]
     return decoder, weights, live, jnp.full(batch, start), model.config.vocabulary.plan_length
 

@@ -10,20 +10,18 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from fastdrive_jax.inference import reuse
 from fastdrive_jax.inference.generate import decode, live_prompt, prefill
+from fastdrive_jax.inference.pictures import driving_inputs, picture_inputs, token_pixels
+from fastdrive_jax.inference.segments import Prefilled
 from fastdrive_jax.models.qwen2_5_vl.driving import (
-    DrivingConfig,
+    PROMPT_TOKENS,
     DrivingVLA,
     positions,
     visual_positions,
 )
-from fastdrive_jax.models.qwen2_5_vl.patches import patch_grid, patch_rows
-from fastdrive_jax.models.qwen2_5_vl.vision_evidence import vision_evidence
 from fastdrive_jax.pruning.budgets import split_pictures
 from fastdrive_jax.pruning.cd_pruner import text_relevance
 from fastdrive_jax.pruning.interface import (
-    VISION,
     Kept,
-    Need,
     Pruner,
     PrunerInputs,
     Seen,
@@ -87,21 +85,6 @@ def choose_tokens(
     return _keep(policy, pruner_params, inputs, key).indices
 
 
-def driving_inputs(config: DrivingConfig, tokens: Float[Array, "B N D"]) -> PrunerInputs:
-    """What follows from the model's layout alone; position ids count within a picture."""
-    rows, columns = config.token_grid
-    batch, cameras = len(tokens), len(config.cameras)
-    place = jnp.indices((rows, columns)).reshape(2, -1)
-    ids = jnp.concatenate([jnp.zeros((1, rows * columns), place.dtype), place])
-    ids = jnp.tile(ids, cameras)[:, None]
-    return PrunerInputs(
-        tokens=tokens,
-        position_ids=jnp.broadcast_to(ids, (3, batch, ids.shape[2])),
-        camera=jnp.broadcast_to(jnp.arange(cameras), (batch, cameras)),
-        grid=config.token_grid,
-    )
-
-
 def _keep(policy, pruner_params, inputs, key) -> Kept:
     """Scores are made of each picture by itself, for one budget; other methods see all."""
     pruner = policy.pruner
@@ -113,56 +96,19 @@ def _keep(policy, pruner_params, inputs, key) -> Kept:
     return Kept(kept, gather_tokens(inputs.tokens, kept))
 
 
-def picture_inputs(
-    model: DrivingVLA,
-    params: dict,
-    images: Shaped[Array, "B C H W 3"],
-    needs: frozenset[Need] = frozenset(),
-) -> PrunerInputs:
-    """Visual tokens of uint8 pictures, and what else a method needs of the pictures.
-
-    Args:
-        model: The VLA.
-        params: {"params": ...} of it.
-        images: Of the model's cameras.
-        needs: Of the method.
-    """
-    config = model.config
-    batch, cameras = images.shape[:2]
-    wanted = ["intermediates"] if needs & VISION else False
-    tokens = model.apply(params, images, method="encode", mutable=wanted)
-    if wanted:
-        tokens, kept = tokens
-    inputs = driving_inputs(config, tokens)
-    if wanted:
-        grid = patch_grid(*config.image_size, config.vision)
-        found = vision_evidence(kept["intermediates"]["visual"], config.vision, grid)
-        inputs = inputs.replace(
-            # A sample's tokens share 1, whatever the number of its cameras.
-            vision_received=found.received.reshape(batch, -1) / cameras,
-            vision_keys=found.keys.reshape(batch, -1, found.keys.shape[-1]),
-        )
-    if "pixels" in needs:
-        inputs = inputs.replace(pixels=token_pixels(images, config))
-    return inputs
-
-
-def token_pixels(
-    images: Shaped[Array, "B C H W 3"], config: DrivingConfig
-) -> Float[Array, "B N P"]:
-    """Each token's square of the picture, 0 for black [B, N, 3 * 28 * 28]."""
-    flat = images.reshape(-1, *images.shape[2:])
-    squares = patch_rows(flat, config.vision.token_pixels, 1).astype(jnp.float32)
-    return squares.reshape(len(images), -1, squares.shape[-1])
-
-
-def start_state(policy: DrivingPolicy, batch: int, dtype: jnp.dtype = jnp.float32) -> Any:
+def start_state(
+    policy: DrivingPolicy,
+    batch: int,
+    dtype: jnp.dtype = jnp.float32,
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> Any:
     """What a temporal method knows before the first frame of a drive; None for others.
 
     Args:
         policy: The model with a method.
         batch: B.
         dtype: Of the model's keys and values, if the method reuses them.
+        prompt_tokens: Of the prompt, if it is another than the vocabulary's.
     """
     if policy.pruner.temporal is None:
         return None
@@ -176,7 +122,7 @@ def start_state(policy: DrivingPolicy, batch: int, dtype: jnp.dtype = jnp.float3
     state = policy.pruner.temporal.init(inputs)
     if not policy.pruner.reuse:
         return state
-    layers, where = config.text.num_layers, positions(config)
+    layers, where = config.text.num_layers, positions(config, prompt_tokens)
     slots = sum(part.shape[1] for part in (where.before, where.visual, where.after))
     plan = cut_plan(policy.pruner, config.visual_tokens, policy.keep_ratio, layers)
     return reuse.Memory(state, reuse.no_caches(config.text, plan, batch, slots, dtype))
@@ -189,6 +135,124 @@ def reset_state(state: Any, start: Any, first: Bool[Array, " B"]) -> Any:
         return jnp.where(first.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
     return jax.tree.map(pick, state, start)
+
+
+class Chosen(flax.struct.PyTreeNode):
+    """What enters the language model.
+
+    Attributes:
+        inputs: Of the method, complete.
+        indices: Visual tokens [B, K]; of a method within the model, all of them.
+        tokens: [B, K, D].
+        position_ids: M-RoPE ids [3, B, K].
+    """
+
+    inputs: PrunerInputs
+    indices: Int[Array, "B K"]
+    tokens: Float[Array, "B K D"]
+    position_ids: Int[Array, "3 B K"]
+
+
+class ReadPrompt(flax.struct.PyTreeNode):
+    """What was read before the first answer token.
+
+    Attributes:
+        prefilled: Logits and caches.
+        last: Tokens that the last layer saw or, of a method that reuses, computed: places in
+            `Chosen.indices` [B, K].
+        reused: Caches and attention for the next frame, of a method that reuses.
+    """
+
+    prefilled: Prefilled
+    last: Int[Array, "B K"]
+    reused: reuse.Reused | None = None
+
+
+def stands_before(pruner: Pruner) -> bool:
+    """Whether a method is done before the language model, which then need not know it."""
+    return pruner.cuts is None and not pruner.renumber
+
+
+def choose_inputs(
+    policy: DrivingPolicy,
+    params: dict,
+    inputs: PrunerInputs,
+    prompt: Int[Array, "B L"],
+    key: jax.Array | None = None,
+) -> Chosen:
+    """First stage of `plan_tokens`: what a method that stands before the model does."""
+    model, pruner = policy.model, policy.pruner
+    if "relevance" in pruner.needs and inputs.relevance is None:
+        variables = {"params": params["vla"]}
+        text = model.apply(variables, prompt, method=lambda vla, ids: vla.language_model.embed(ids))
+        inputs = inputs.replace(relevance=text_relevance(inputs.tokens, text))
+    batch, total = inputs.tokens.shape[:2]
+    where = visual_positions(model.config, batch)
+    if not stands_before(pruner):
+        whole = jnp.broadcast_to(jnp.arange(total), (batch, total))
+        return Chosen(inputs, whole, inputs.tokens, where)
+    kept = _keep(policy, params["pruner"], inputs, key)
+    return Chosen(inputs, kept.indices, kept.tokens, gather_position_ids(where, kept.indices))
+
+
+def read_prompt(
+    policy: DrivingPolicy,
+    params: dict,
+    chosen: Chosen,
+    prompt: Int[Array, "B L"],
+    key: jax.Array | None = None,
+) -> ReadPrompt:
+    """Second stage of `plan_tokens`: the prefill, with what a method within the model does."""
+    model, pruner = policy.model, policy.pruner
+    variables = {"params": params["vla"]}
+    given = variables, chosen.tokens, chosen.position_ids, prompt
+    within: dict[str, Any] = {}
+    if not stands_before(pruner):
+        within = {
+            "pruner": pruner,
+            "pruner_params": params["pruner"],
+            "keep_ratio": policy.keep_ratio,
+            "inputs": chosen.inputs,
+            "key": key,
+        }
+    if pruner.reuse:
+        text_layers = pruner.temporal.text_layers(model.config.text.num_layers)
+        reused = reuse.prefill(*live_prompt(model, *given), **within, observe=text_layers)
+        return ReadPrompt(reused.read, reused.computed, reused)
+    read = prefill(model, *given, **within, observe=_observed(policy))
+    return ReadPrompt(read, read.segments[-1].ids)
+
+
+def answer_prompt(policy: DrivingPolicy, params: dict, chosen: Chosen, read: ReadPrompt) -> Plan:
+    """Last stage of `plan_tokens`: the trajectory, and what a temporal method remembers."""
+    model, pruner, inputs = policy.model, policy.pruner, chosen.inputs
+    answer = decode(model, {"params": params["vla"]}, read.prefilled, _observed(policy))
+    indices = jnp.take_along_axis(chosen.indices, read.last, axis=1)
+    state = None
+    if pruner.temporal is not None:
+        batch, total = inputs.tokens.shape[:2]
+        rows, reused = jnp.arange(batch)[:, None], read.reused
+        seen = Seen(
+            action=None
+            if answer.action is None
+            else jnp.zeros((batch, total)).at[rows, chosen.indices].set(answer.action),
+            kept=jnp.zeros((batch, total), bool).at[rows, indices].set(True),
+            pixels=inputs.pixels,
+            text=None if reused is None else reused.text,
+        )
+        if reused is None:
+            state = pruner.temporal.observe(inputs.state, seen)
+        else:
+            state = reuse.Memory(pruner.temporal.observe(inputs.state.frame, seen), reused.caches)
+    return Plan(model.config.vocabulary.decode(answer.ids), indices, state)
+
+
+def _observed(policy: DrivingPolicy) -> tuple[int, ...]:
+    """Layers whose action attention the method wants."""
+    pruner = policy.pruner
+    if pruner.temporal is None or pruner.reuse:
+        return ()
+    return pruner.temporal.layers(policy.model.config.text.num_layers)
 
 
 def plan_tokens(
@@ -210,57 +274,10 @@ def plan_tokens(
         command: 0 left, 1 straight, 2 right.
         key: For methods that draw.
     """
-    model, pruner = policy.model, policy.pruner
-    variables = {"params": params["vla"]}
-    batch, total = inputs.tokens.shape[:2]
-    prompt = model.config.vocabulary.prompt(speed, command)
-    if "relevance" in pruner.needs and inputs.relevance is None:
-        text = model.apply(variables, prompt, method=lambda vla, ids: vla.language_model.embed(ids))
-        inputs = inputs.replace(relevance=text_relevance(inputs.tokens, text))
-    where, tokens = visual_positions(model.config, batch), inputs.tokens
-    whole = jnp.broadcast_to(jnp.arange(total), (batch, total))
-    observe, reused = (), None
-    if pruner.temporal is not None and not pruner.reuse:
-        observe = pruner.temporal.layers(model.config.text.num_layers)
-    if pruner.cuts is None and not pruner.renumber:
-        kept = _keep(policy, params["pruner"], inputs, key)
-        whole, tokens = kept.indices, kept.tokens
-        where = gather_position_ids(where, whole)
-        within: dict[str, Any] = {}
-    else:
-        within = {
-            "pruner": pruner,
-            "pruner_params": params["pruner"],
-            "keep_ratio": policy.keep_ratio,
-            "inputs": inputs,
-            "key": key,
-        }
-    if pruner.reuse:
-        text_layers = pruner.temporal.text_layers(model.config.text.num_layers)
-        start = live_prompt(model, variables, tokens, where, prompt)
-        reused = reuse.prefill(*start, **within, observe=text_layers)
-        read, last = reused.read, reused.computed
-    else:
-        read = prefill(model, variables, tokens, where, prompt, **within, observe=observe)
-        last = read.segments[-1].ids
-    answer = decode(model, variables, read, observe)
-    indices = jnp.take_along_axis(whole, last, axis=1)
-    state = None
-    if pruner.temporal is not None:
-        rows = jnp.arange(batch)[:, None]
-        seen = Seen(
-            action=None
-            if answer.action is None
-            else jnp.zeros((batch, total)).at[rows, whole].set(answer.action),
-            kept=jnp.zeros((batch, total), bool).at[rows, indices].set(True),
-            pixels=inputs.pixels,
-            text=None if reused is None else reused.text,
-        )
-        if reused is None:
-            state = pruner.temporal.observe(inputs.state, seen)
-        else:
-            state = reuse.Memory(pruner.temporal.observe(inputs.state.frame, seen), reused.caches)
-    return Plan(model.config.vocabulary.decode(answer.ids), indices, state)
+    prompt = policy.model.config.vocabulary.prompt(speed, command)
+    chosen = choose_inputs(policy, params, inputs, prompt, key)
+    read = read_prompt(policy, params, chosen, prompt, key)
+    return answer_prompt(policy, params, chosen, read)
 
 
 def plan(

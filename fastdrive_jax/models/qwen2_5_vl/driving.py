@@ -26,6 +26,8 @@ from fastdrive_jax.models.trajectory_tokens import (
     DrivingVocabulary,
 )
 
+PROMPT_TOKENS = 3  # of `DrivingVocabulary.prompt`
+
 
 @dataclass(frozen=True)
 class DrivingConfig:
@@ -65,7 +67,7 @@ class Positions:
     Attributes:
         before: [3, 2] of BOS and VISION_START.
         visual: [3, N].
-        after: [3, 4 + 2 T] of VISION_END, the prompt and the trajectory.
+        after: [3, 1 + L + 2 T] of VISION_END, the prompt and the trajectory.
     """
 
     before: np.ndarray
@@ -73,15 +75,20 @@ class Positions:
     after: np.ndarray
 
 
-def positions(config: DrivingConfig) -> Positions:
-    """Text counts on by one; a picture starts after all before it and adds its row and column."""
+def positions(config: DrivingConfig, prompt_tokens: int = PROMPT_TOKENS) -> Positions:
+    """Text counts on by one; a picture starts after all before it and adds its row and column.
+
+    Args:
+        config: Of the model.
+        prompt_tokens: L, of a prompt that says more than the vocabulary's.
+    """
     rows, columns = config.token_grid
     row, column = np.mgrid[:rows, :columns].reshape(2, -1)
     grid = np.stack([np.zeros_like(row), row, column])
     edge = max(rows, columns)
     visual = [2 + camera * edge + grid for camera in range(len(config.cameras))]
     start = 2 + len(config.cameras) * edge
-    after = start + np.arange(4 + config.vocabulary.plan_length)
+    after = start + np.arange(1 + prompt_tokens + config.vocabulary.plan_length)
     return Positions(
         before=np.broadcast_to(np.arange(2), (3, 2)),
         visual=np.concatenate(visual, axis=1),
@@ -94,13 +101,15 @@ class DrivingVLA(nn.Module):
 
     Attributes:
         config: Sizes.
+        dtype: Type that it computes in; give parameters of the same.
     """
 
     config: DrivingConfig
+    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         """Names follow the published checkpoint's."""
-        self.visual = VisionEncoder(self.config.vision)
+        self.visual = VisionEncoder(self.config.vision, self.dtype)
         self.language_model = Decoder(self.config.text)
 
     def encode(self, images: Shaped[Array, "B C H W 3"]) -> Float[Array, "B N D"]:
@@ -123,7 +132,7 @@ class DrivingVLA(nn.Module):
             ids: Prompt and as much of the trajectory as is known.
         """
         batch, length = ids.shape
-        where = positions(self.config)
+        where = positions(self.config, length)
         marks = jnp.broadcast_to(jnp.array([BOS, VISION_START]), (batch, 2))
         ids = jnp.concatenate([jnp.full((batch, 1), VISION_END), ids], axis=1)
 
