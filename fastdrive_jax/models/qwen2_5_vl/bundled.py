@@ -1,4 +1,7 @@
-"""The tiny driving VLA that the package carries, trained by `experiments/train_vla.py`."""
+"""The tiny driving VLAs that the package carries, one for each set of cameras.
+
+Trained by `experiments/train_vla.py` (the front camera) and `experiments/widen_vla.py` (all six).
+"""
 
 from importlib import resources
 from pathlib import Path
@@ -12,7 +15,7 @@ from safetensors.flax import load_file, save_file
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
 
-BUNDLED = "tiny_vla.safetensors"
+BUNDLED = {1: "tiny_vla.safetensors", 6: "tiny_vla_six.safetensors"}  # by number of cameras
 
 
 def save_vla(path: Path, params: dict) -> None:
@@ -40,15 +43,23 @@ def load_vla(
     """The VLA and its float32 parameters.
 
     Args:
-        path: Of `save_vla`; None takes the weights in the package.
-        config: Of the weights; None means the default one, which the packaged weights have.
+        path: Of `save_vla`; None takes the weights in the package, for the front camera or for all
+            six. The shapes are the same for any cameras, so a file of your own is taken at its
+            word.
+        config: Of the weights; None means the default one, of the front camera.
 
     Raises:
         UserError: The file is missing, unreadable or of another config.
     """
     model = DrivingVLA(config or DrivingConfig())
     if path is None:
-        path = Path(str(resources.files("fastdrive_jax") / "assets" / BUNDLED))
+        count = len(model.config.cameras)
+        if count not in BUNDLED:
+            raise UserError(
+                f"The package has no VLA of {count} cameras; give the weights of one, or take the "
+                "front camera or all six."
+            )
+        path = Path(str(resources.files("fastdrive_jax") / "assets" / BUNDLED[count]))
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors raises several kinds
