@@ -21,6 +21,7 @@ from fastdrive_jax.evaluation import palette
 from fastdrive_jax.evaluation.bootstrap import interval
 from fastdrive_jax.evaluation.compare import difference_rows
 from fastdrive_jax.evaluation.files import write_bytes
+from fastdrive_jax.evaluation.footprint import corners
 from fastdrive_jax.evaluation.pictures import keep_overlay, write_png
 from fastdrive_jax.evaluation.results import Row
 
@@ -229,12 +230,12 @@ def birds_eye(
         if actor.category:
             boxes, there = actor_boxes(route, actor, longest[:end])
             if there[-1]:
-                axes.add_patch(Polygon(boxes[-1], color="#7a6a58", lw=0))
+                axes.add_patch(Polygon(corners(boxes[-1]), color="#7a6a58", lw=0))
     axes.plot(*reference[:, :2].T, color="black", lw=1.2, ls=":", label="reference")
     for (name, states, verdict), colour in zip(paths, palette.CYCLE, strict=False):
         driven = states[: verdict.end]
         axes.plot(*driven[:, :2].T, color=colour, lw=2, label=f"{name}: {verdict.score:.2f}")
-        axes.add_patch(Polygon(ego_boxes(driven)[-1], fill=False, color=colour, lw=2))
+        axes.add_patch(Polygon(corners(ego_boxes(driven)[-1]), fill=False, color=colour, lw=2))
         if verdict.collision:
             axes.plot(*driven[-1, :2], "x", color=colour, ms=12, mew=3)
         if verdict.off_road_time is not None:

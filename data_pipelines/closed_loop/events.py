@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from data_pipelines.closed_loop.boxes import corners, overlap
 from data_pipelines.closed_loop.route import Route, StopLine
 from data_pipelines.synthetic.config import ROAD
 from data_pipelines.synthetic.planner import DT, FRONT_OVERHANG
 from data_pipelines.synthetic.scene import Actor, Scene
+from fastdrive_jax.evaluation.footprint import corners, touching
 
 LENGTH, WIDTH = 4.084, 1.85  # metres, the recording car of nuScenes
 CENTRE = FRONT_OVERHANG - LENGTH / 2  # rear axle to the middle of the car
@@ -31,6 +31,7 @@ CORRIDOR = 3.0  # metres beside the route within which progress counts
 END_OF_ROAD = 8.0  # metres of route that are left when a drive is complete
 X, Y, YAW, SPEED, S, GAIN, RATE = range(7)  # columns of a drive's states
 _CELL = 0.1  # metres
+_GRAZE = 1e-6  # metres that a collision goes beyond touching
 _MARGIN = 30.0  # metres around the route beyond which nothing is road
 
 
@@ -128,23 +129,28 @@ def judge(route: Route, states: np.ndarray) -> Verdict:
 
 
 def ego_boxes(states: np.ndarray) -> np.ndarray:
-    """Corners `[n, 4, 2]` of the car at states `[n, 7]`."""
+    """Boxes `[n, 5]` of the car at states `[n, 7]`: x, y, yaw, length, width."""
     yaw = states[:, YAW]
     middle = states[:, :2] + CENTRE * np.stack([np.cos(yaw), np.sin(yaw)], -1)
-    return corners(middle, yaw, LENGTH, WIDTH)
+    return _boxes(middle, yaw, LENGTH, WIDTH)
+
+
+def _boxes(middle, yaw, length, width):
+    count = len(middle)
+    sides = (np.broadcast_to(value, (count, 1)) for value in (length, width))
+    return np.concatenate([middle, np.broadcast_to(yaw, count)[:, None], *sides], axis=1)
 
 
 def actor_boxes(route: Route, actor: Actor, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Corners `[n, 4, 2]` of a road user at a drive's times, and whether it is there `[n]`."""
+    """Boxes `[n, 5]` of a road user at a drive's times, and whether it is there `[n]`."""
     times = route.begin + np.arange(len(states)) * DT
     xy, yaw, there = np.asarray(actor.xy, float), actor.yaw, True
     if actor.motion is not None:
         xy, yaw = actor.motion.pose(times, states[:, S])
         there = getattr(actor.motion, "present", lambda t: True)(times)
-    count = len(states)
-    box = corners(np.broadcast_to(xy, (count, 2)), np.broadcast_to(yaw, count), actor.size[1],
-                  actor.size[0])  # fmt: skip
-    return box, np.broadcast_to(there, count)
+    count, (width, length, _) = len(states), actor.size
+    boxes = _boxes(np.broadcast_to(xy, (count, 2)), yaw, length, width)
+    return boxes, np.broadcast_to(there, count)
 
 
 def collisions(route: Route, states: np.ndarray) -> tuple[int | None, str, int]:
@@ -161,11 +167,11 @@ def collisions(route: Route, states: np.ndarray) -> tuple[int | None, str, int]:
             continue
         box, there = actor_boxes(route, actor, states)
         reach = (math.hypot(actor.size[0], actor.size[1]) + math.hypot(LENGTH, WIDTH)) / 2
-        offset = box.mean(1) - ego.mean(1)
+        offset = box[:, :2] - ego[:, :2]
         close = there & ((offset**2).sum(-1) < reach**2)
         if not close.any():
             continue
-        touch = close & overlap(ego, box)
+        touch = close & touching(ego, box, -_GRAZE)
         steps = np.flatnonzero(touch)
         if not len(steps) or steps[0] == 0:
             continue  # one that is inside the car from the start is a mistake of the log
@@ -207,7 +213,7 @@ def runs(route: Route, line: StopLine, states: np.ndarray) -> bool:
 def off_road(route: Route, states: np.ndarray) -> np.ndarray:
     """Whether a corner of the car is off the road at each state, bool `[n]`."""
     road, low = road_image(route.phases[0][1])
-    cells = np.floor((ego_boxes(states) - low) / _CELL).astype(int)
+    cells = np.floor((corners(ego_boxes(states)) - low) / _CELL).astype(int)
     inside = ((cells >= 0) & (cells < [road.shape[1], road.shape[0]])).all(-1)
     cells = np.where(inside[..., None], cells, 0)
     return ~(inside & (road[cells[..., 1], cells[..., 0]] > 0)).all(1)

@@ -2,11 +2,9 @@
 
 from dataclasses import replace
 
-import cv2
 import numpy as np
 import pytest
 
-from data_pipelines.closed_loop.boxes import corners, overlap
 from data_pipelines.closed_loop.events import CENTRE, LENGTH, PENALTY, WIDTH, judge
 from data_pipelines.closed_loop.route import Route, StopLine, state_rows
 from data_pipelines.schema import STRAIGHT
@@ -57,36 +55,6 @@ def _route(scene, actors=(), lines=(), reference=None, begin=0.0):
 def _car(x, y=0.0, motion=None):
     size = (2.0, 4.0, 1.6)
     return Actor(meshes.car((0, 0, 0), False, size), (x, y), 0.0, "vehicle.car", "", size, motion)
-
-
-def test_boxes_that_touch_do_not_overlap():
-    def box(x, y, yaw=0.0):
-        return corners(np.array([x, y], float), np.array(yaw), 4.0, 2.0)
-
-    assert not overlap(box(0, 0), box(4.0, 0))
-    assert overlap(box(0, 0), box(3.999, 0))
-    assert not overlap(box(0, 0), box(0, 2.0))
-    assert overlap(box(0, 0), box(0, 1.999))
-    # A box turned by 45 degrees reaches (2 + 1) / sqrt(2) along the axis: corner against edge.
-    reach = 3 / np.sqrt(2)
-    assert not overlap(box(0, 0), box(2 + reach + 1e-6, 0, np.pi / 4))
-    assert overlap(box(0, 0), box(2 + reach - 1e-3, 0, np.pi / 4))
-
-
-def test_overlap_agrees_with_opencv():
-    rng = np.random.default_rng(0)
-    spots, yaws = rng.uniform(-4, 4, (400, 2)), rng.uniform(-np.pi, np.pi, 400)
-    found = overlap(
-        corners(np.zeros(2), np.array(0.3), LENGTH, WIDTH), corners(spots, yaws, 4.5, 1.9)
-    )
-    ego = ((0.0, 0.0), (LENGTH, WIDTH), np.degrees(0.3))
-    for spot, yaw, answer in zip(spots, yaws, found, strict=True):
-        other = (tuple(spot.tolist()), (4.5, 1.9), np.degrees(yaw))
-        kind, region = cv2.rotatedRectangleIntersection(ego, other)
-        area = 0.0 if kind == cv2.INTERSECT_NONE else cv2.contourArea(cv2.convexHull(region))
-        if area > 1e-3 or kind == cv2.INTERSECT_NONE:
-            assert answer == (kind != cv2.INTERSECT_NONE)
-    assert 100 < found.sum() < 300
 
 
 def test_the_reference_scores_one(scene):
