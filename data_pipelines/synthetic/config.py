@@ -39,6 +39,9 @@ class WorldConfig:
         width: Picture width in pixels; the focal length scales with it.
         cameras: Camera channels to render, front first.
         jpeg_quality: OpenCV JPEG quality, 1 to 100.
+        recovery: Share of scenes that begin as a car's own driving may leave it and its teacher's
+            never does: off the lane's middle, turned, or standing with the way free. A model that
+            is to drive in a closed loop learns from them how to get back and to set off.
         workers: Worker processes; 0 takes the CPU count. Does not change the bytes written.
     """
 
@@ -50,6 +53,7 @@ class WorldConfig:
     width: int = 392
     cameras: tuple[str, ...] = CAMERAS
     jpeg_quality: int = 92
+    recovery: float = 0.0
     workers: int = 0
 
     def __post_init__(self):
@@ -71,6 +75,8 @@ class WorldConfig:
             )
         if not 1 <= self.jpeg_quality <= 100:
             raise UserError(f"jpeg_quality={self.jpeg_quality} is outside 1 to 100.")
+        if not 0 <= self.recovery <= 1:
+            raise UserError(f"recovery={self.recovery} is outside 0 to 1.")
         if self.workers < 0:
             raise UserError(f"workers={self.workers} is negative; give 0 to use every core.")
         unknown = [name for name in self.cameras if name not in CAMERAS]

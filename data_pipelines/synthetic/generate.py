@@ -90,6 +90,8 @@ def is_complete(root: Path, config: WorldConfig) -> bool:
 def _identity(config: WorldConfig) -> dict:
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
     del fields["workers"]
+    if not fields["recovery"]:
+        del fields["recovery"]  # as in data sets written before there was such a field
     return {"format": _FORMAT, **fields}
 
 

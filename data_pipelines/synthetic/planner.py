@@ -35,12 +35,14 @@ class Task:
         stops: Arc lengths that the front bumper must not pass.
         lead: (arc length of the lead's rear at time 0, its constant speed), or None.
         slow_zone: (begin, end, speed limit) of a passage beside barriers, or None.
+        hold: Seconds from time 0 on during which the car may not set off.
     """
 
     route: Path
     stops: tuple[float, ...] = ()
     lead: tuple[float, float] | None = None
     slow_zone: tuple[float, float, float] | None = None
+    hold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def _envelope(limit: float, distance: float, brake: float) -> float:
 
 def speed_limit(task: Task, state: EgoState, time: float) -> float:
     """Highest speed in m/s that the route, stops, lead and zones allow at this state."""
+    if time < task.hold - DT / 2:
+        return 0.0
     ahead = np.arange(0.0, 40.0, 1.0)
     curvature = np.abs(task.route.curvature(state.s + ahead))
     corner = LATERAL_ACCELERATION / np.maximum(curvature, 1e-3)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from data_pipelines.synthetic.scene import WARM_UP, Look, Scene
 
 TILE = 160.0  # metres of map that each scene gets
 TILES = 4  # tiles on each side of a map
+STANDING = 0.4  # of the scenes that begin as the driver's own never do
+OFF_LANE = np.array([1.2, 0.2])  # metres and radians, at most, of the others of them
 _ATTEMPTS = 400
 
 
@@ -50,11 +53,20 @@ def sample_scene(config: WorldConfig, split: str, index: int) -> Scene:
 
 
 def _draw(config, split, index, name, rng) -> Scene | None:
-    sit = build(name, rng)
+    # Drawn from a source of its own, so that all other scenes stay as they are without it.
+    own = np.random.default_rng([config.seed, SPLITS.index(split), 3, index])
+    recovers = own.random() < config.recovery
+    stands = recovers and own.random() < STANDING
+    sit = build(name, rng, stands)
     terrain = _terrain(rng)
-    offset, turn = rng.normal(0, 0.18), rng.normal(0, 0.03)
-    xy, heading = sit.task.route.beside(0.0, np.clip(offset, -0.45, 0.45))
-    yaw = float(heading + np.clip(turn, -0.08, 0.08))
+    offset, turn = np.clip(rng.normal(0, 0.18), -0.45, 0.45), rng.normal(0, 0.03)
+    turn = np.clip(turn, -0.08, 0.08)
+    if stands:
+        sit.task = replace(sit.task, hold=WARM_UP)  # at the first key frame it may go
+    elif recovers:
+        offset, turn = rng.uniform(-1, 1, 2) * OFF_LANE
+    xy, heading = sit.task.route.beside(0.0, offset)
+    yaw = float(heading + turn)
     start = EgoState(float(xy[0]), float(xy[1]), yaw, sit.speed, 0.0)
     keyframes = config.keyframes_per_scene
     pitch = float(rng.uniform(-0.11, 0.165))

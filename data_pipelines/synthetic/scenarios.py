@@ -124,12 +124,21 @@ def _junction(rng, main: Road, s: float, sides) -> list:
     ]
 
 
-def build(name: str, rng: np.random.Generator) -> Situation:
-    """Draws one situation called `name` (an entry of `CYCLE`)."""
+def build(name: str, rng: np.random.Generator, standing: bool = False) -> Situation:
+    """Draws one situation called `name` (an entry of `CYCLE`).
+
+    Args:
+        name: Which.
+        rng: Random source.
+        standing: The car stands; before a green light it stands at the line.
+    """
     two_lanes = name.startswith(("turn", "barrier", "straight")) or rng.random() < 0.75
     speed = float(rng.uniform(0.0, 3.0) if rng.random() < 0.15 else rng.uniform(2.5, 12.0))
     # Where things happen grows with the speed, so that they change the coming seconds.
     where = float(rng.uniform(9 + 1.4 * speed, 15 + 2.2 * speed))
+    if standing:
+        at_line = name == "green_light"
+        speed, where = 0.0, float(rng.uniform(*((5.2, 8.0) if at_line else (9.0, 24.0))))
     crossing = None
     if name in ("turn_left", "turn_right"):
         speed = min(speed, 9.5)

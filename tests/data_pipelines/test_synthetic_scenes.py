@@ -32,6 +32,7 @@ from data_pipelines.synthetic.sampler import (
 )
 from data_pipelines.synthetic.scenarios import CYCLE
 from data_pipelines.synthetic.scene import Actor
+from fastdrive_jax.errors import UserError
 
 CONFIG = WorldConfig(seed=3)
 KEYFRAMES = CONFIG.keyframes_per_scene
@@ -202,3 +203,30 @@ def test_plans_depend_on_more_than_the_speed():
     assert figures["hazard_share"] >= 0.65
     assert figures["constant_velocity_l2"] > 2.4
     assert figures["standing_share"] < 0.15
+
+
+def test_recovery_scenes_get_back_to_the_lane_and_set_off(scenes):
+    config = dataclasses.replace(CONFIG, recovery=1.0)
+    found = [sample_scene(config, "train", k) for k in range(len(CYCLE))]
+    standing = [scene for scene in found if scene.task.hold]
+    assert 2 < len(standing) < len(CYCLE) - 4
+    first = keyframe_indices(KEYFRAMES)[0]
+    for scene in found:
+        states = rollout(scene, KEYFRAMES)
+        lane = [scene.task.route.at(state.s)[0] for state in states]
+        off = np.hypot(*(np.array([(s.x, s.y) for s in states]) - lane).T)
+        if scene in standing:
+            assert states[first].speed == 0
+            assert waypoints(states, first)[-1, 0] > 1.5  # nothing keeps it
+        elif off[0] > 0.6:
+            assert off[-1] < 0.5 * off[0], scene.scenario
+    assert sum(not s.task.hold for s in found) == len(found) - len(standing)
+    # Without recovery all is as it was, and scenes keep their situations with it.
+    assert [s.scenario for s in found] == [s.scenario for s in scenes]
+    none = sample_scene(dataclasses.replace(CONFIG, recovery=0.0), "train", 0)
+    assert none.start == scenes[0].start
+
+
+def test_a_share_of_recovery_scenes_is_in_its_range():
+    with pytest.raises(UserError, match=r"recovery=1\.5 is outside 0 to 1"):
+        WorldConfig(recovery=1.5)
