@@ -11,7 +11,7 @@ makers' data sheets say. A run that was cut off goes on after its last whole rou
 
 Writes OUT/efficiency.json and OUT/efficiency.md and, given the errors of methods, a plot of speed
 against error. On 2 idle cores "100m" with three methods, transformers and two rounds of the encoder
-takes about 3 minutes, "1b" with one method about 5, and predicting "3b" about 20 seconds.
+takes about 3 minutes, "1b" with one method several, and predicting "3b" about 20 seconds.
 """
 
 from collections.abc import Mapping

@@ -6,9 +6,10 @@ is the process's largest resident set: with Python, the compiler and the weights
 
 import dataclasses
 import multiprocessing
+import os
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,13 +20,21 @@ from experiments.efficiency_args import At, BenchEfficiencyArgs, settings_of
 from experiments.efficiency_counts import MARKS, given_inputs, parameter_shapes
 from experiments.frame_inputs import random_params
 from experiments.frame_stages import compile_stages, time_stages, trace_stages, vision_stage
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row
 from fastdrive_jax.inference.policy import start_state
 from fastdrive_jax.pruning.interface import VISION
 
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+
 
 def memory_rows(args: BenchEfficiencyArgs, settings: Iterable[At]) -> list[Row]:
-    """Peak of every setting and batch size; the processes run one after the other."""
+    """Peak of every setting and batch size; the processes run one after the other.
+
+    Raises:
+        UserError: This process holds the accelerator's memory, so that no other gets any.
+    """
+    check_free(jax.default_backend(), os.environ)
     rows = []
     context = multiprocessing.get_context("spawn")  # a fork would inherit this process's peak
     for batch in args.batch:
@@ -36,6 +45,19 @@ def memory_rows(args: BenchEfficiencyArgs, settings: Iterable[At]) -> list[Row]:
             metric = f"measured_peak_bytes_batch_{batch}"
             rows.append(Row(label, ratio, metric, peak, None, None, 1, 0, "B"))
     return rows
+
+
+def check_free(backend: str, environment: Mapping[str, str]) -> None:
+    """Refuses where a second process would find no memory; see `memory_rows`."""
+    if backend == "tpu":
+        raise UserError(
+            "memory can't be measured on a TPU, which serves one process: leave it out."
+        )
+    if backend == "gpu" and environment.get(PREALLOCATE, "").lower() not in ("false", "0"):
+        raise UserError(
+            f"memory takes processes beside this one: set {PREALLOCATE}=false, so that it does not "
+            "hold most of the GPU."
+        )
 
 
 def peak_bytes(args: BenchEfficiencyArgs, at: At, batch: int) -> int:

@@ -11,7 +11,7 @@ from experiments import efficiency_rounds
 from experiments.bench_efficiency import bench_efficiency, frame_times
 from experiments.configs.models import MODELS, driving_config
 from experiments.efficiency_args import BenchEfficiencyArgs
-from experiments.efficiency_memory import peak_bytes
+from experiments.efficiency_memory import check_free, peak_bytes
 from experiments.efficiency_rounds import asked_of, write_rounds
 from experiments.efficiency_table import write_plots
 from experiments.program_flops import program_flops
@@ -222,6 +222,15 @@ def test_peak_memory_is_that_of_a_process(folder):
     """Here it is this one's, which has held more."""
     args = BenchEfficiencyArgs(folder, **TINY)
     assert peak_bytes(args, ("reconpruner", 0.5), 1) > 50e6
+
+
+def test_memory_is_not_measured_where_no_process_gets_any():
+    check_free("cpu", {})
+    check_free("gpu", {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    with pytest.raises(UserError, match="PREALLOCATE=false"):
+        check_free("gpu", {})
+    with pytest.raises(UserError, match="one process"):
+        check_free("tpu", {})
 
 
 def test_speed_against_error_is_drawn(tmp_path):
