@@ -8,8 +8,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Programs of these run once or twice on few numbers: compiling them well costs more than it gives.
 COMPILED_QUICKLY = (
-    *("/pruning/", "/inference/", "/docs/", "/test_bench_pruners.py", "/test_bench_efficiency.py"),
-    *("/test_eval_planning.py", "/test_plan_checkpoint.py", "/test_drive_closed_loop.py"),
+    *("/pruning/", "/inference/", "/docs/", "/models/", "/training/", "/export/", "/parallel/"),
+    *("/parity/", "/experiments/"),
 )
 
 
