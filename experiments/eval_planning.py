@@ -1,7 +1,7 @@
 """Open-loop planning with pruned tokens: the paper's table, its controls, and what is certain.
 
     fastdrive eval-planning --out runs/eval
-    fastdrive eval-planning --out runs/eval_six --benchmark.cameras six
+    fastdrive eval-planning --out runs/six --benchmark.cameras six --benchmark.vla six.safetensors
 
 Without more said, the tiny benchmark of `planning_benchmark`: 2,004 unseen frames of the synthetic
 world. For a driving VLA of your own on nuScenes see `plan_checkpoint`:

@@ -65,7 +65,8 @@ class BenchmarkConfig:
     Attributes:
         cameras: Through how many the VLA looks: the front one, or all six, of which the front one
             shows what decides the plan.
-        vla: Weights of `fastdrive train-vla` for these cameras; None takes the package's.
+        vla: Weights for these cameras, of `fastdrive train-vla` or `widen-vla`; None takes the
+            package's, which looks through one.
         train_scenes: That ReconPruners and the ego-history control learn from.
         scenes: That are planned, of six frames each.
         world_seed: Of the data set.

@@ -3,8 +3,8 @@
     fastdrive widen-vla --out runs/vla_six
 
 Encoder and decoder start from the packaged weights. The encoder stays as it is, so that every
-picture is encoded once; the decoder learns six times as many tokens in new places. This made the
-packaged six-camera weights.
+picture is encoded once; the decoder learns six times as many tokens in new places. Give what comes
+out to `fastdrive eval-planning --benchmark.cameras six --benchmark.vla OUT/vla.safetensors`.
 """
 
 from collections.abc import Callable, Iterator

@@ -9,14 +9,20 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Programs of these run once or twice on few numbers: compiling them well costs more than it gives.
 COMPILED_QUICKLY = (
     *("/pruning/", "/inference/", "/docs/", "/models/", "/training/", "/export/", "/parallel/"),
-    *("/parity/", "/experiments/"),
+    *("/parity/", "/experiments/", "/e2e/"),
 )
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_quickly(request):
-    """Turns most of the compiler's optimizations off, in some folders."""
+    """Turns most of the compiler's optimizations off, in some folders and the processes they start.
+
+    Both alike: what is compiled otherwise differs in the last bits.
+    """
     quickly = any(part in request.path.as_posix() for part in COMPILED_QUICKLY)
     jax.config.update("jax_disable_most_optimizations", quickly)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        if quickly:
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -111,17 +111,18 @@ def test_parts_find_what_one_process_finds(out, tmp_path):
     for path in out.iterdir():
         if path.name != "plans":
             (tmp_path / path.name).symlink_to(path)
-    both = [args(tmp_path, parts=2, part=part) for part in (1, 0)]
+    some = {"methods": ("reconpruner", "random"), "parts": 2}
+    both = [args(tmp_path, part=part, **some) for part in (1, 0)]
     for name in ("planning.json", "planning.csv", "planning.md", "report.html", "pictures"):
         (tmp_path / name).unlink(missing_ok=True)
     assert eval_planning(both[0]) is None  # ready.json is there, so it does not wait
     assert not (tmp_path / "planning.json").exists()
     assert eval_planning(both[1]) == tmp_path / "report.html"
     mine, theirs = rows_of(tmp_path), rows_of(out)
-    drawn = {"random", "random, seed 0", "random, seed 1"}  # keys follow the scenes of a batch
-    for key, row in theirs.items():
-        if not any(name in key[0] for name in drawn) and not key[2].endswith(("rank", "holm")):
-            assert mine[key]["value"] == pytest.approx(row["value"], abs=1e-5), key
+    assert ("random - unpruned", 0.5, "l2_temavg_difference") in mine
+    for key, row in mine.items():  # but draws, whose keys follow the scenes of a batch, and ranks
+        if "random" not in key[0] and not key[2].endswith(("rank", "holm")):
+            assert row["value"] == pytest.approx(theirs[key]["value"], abs=1e-5), key
 
 
 def test_bad_arguments_are_refused(tmp_path):

@@ -1,7 +1,4 @@
-"""The tiny driving VLAs that the package carries, one for each set of cameras.
-
-Trained by `experiments/train_vla.py` (the front camera) and `experiments/widen_vla.py` (all six).
-"""
+"""The tiny driving VLA that the package carries, trained by `experiments/train_vla.py`."""
 
 from importlib import resources
 from pathlib import Path
@@ -15,7 +12,7 @@ from safetensors.flax import load_file, save_file
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
 
-BUNDLED = {1: "tiny_vla.safetensors", 6: "tiny_vla_six.safetensors"}  # by number of cameras
+BUNDLED = "tiny_vla.safetensors"  # of the front camera
 
 
 def save_vla(path: Path, params: dict) -> None:
@@ -43,9 +40,8 @@ def load_vla(
     """The VLA and its float32 parameters.
 
     Args:
-        path: Of `save_vla`; None takes the weights in the package, for the front camera or for all
-            six. The shapes are the same for any cameras, so a file of your own is taken at its
-            word.
+        path: Of `save_vla`; None takes the weights in the package. The shapes are the same for any
+            cameras, so a file is taken at its word.
         config: Of the weights; None means the default one, of the front camera.
 
     Raises:
@@ -53,13 +49,12 @@ def load_vla(
     """
     model = DrivingVLA(config or DrivingConfig())
     if path is None:
-        count = len(model.config.cameras)
-        if count not in BUNDLED:
+        if len(model.config.cameras) > 1:
             raise UserError(
-                f"The package has no VLA of {count} cameras; give the weights of one, or take the "
-                "front camera or all six."
+                f"The package has no VLA of {len(model.config.cameras)} cameras; train one with "
+                "`fastdrive widen-vla` and give its weights."
             )
-        path = Path(str(resources.files("fastdrive_jax") / "assets" / BUNDLED[count]))
+        path = Path(str(resources.files("fastdrive_jax") / "assets" / BUNDLED))
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors raises several kinds

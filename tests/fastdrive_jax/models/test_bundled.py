@@ -7,6 +7,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.flax import load_file
 
+from data_pipelines.schema import CAMERAS
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl import bundled
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla, save_vla
@@ -84,3 +85,9 @@ def test_a_failed_write_is_one_sentence_and_leaves_the_old_file(one_camera, tmp_
         save_vla(path, params["vla"])
     assert [p.name for p in tmp_path.iterdir()] == ["vla.safetensors"]
     assert path.read_bytes() == before
+
+
+def test_the_package_looks_through_one_camera():
+    six = DrivingConfig(cameras=CAMERAS)
+    with pytest.raises(UserError, match="no VLA of 6 cameras; train one"):
+        load_vla(config=six)
