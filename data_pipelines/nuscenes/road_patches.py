@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import shapely
 
 from data_pipelines.nuscenes.map_layers import MapLayers, Polygon
-from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.truth import Area
 
 _AREA = (100.0, 100.0)  # metres along and across the car
@@ -49,17 +49,16 @@ def road_map(layers: MapLayers) -> RoadMap:
     ScenarioNet log, has its drivable area taken instead: there the two differ, since the drivable
     area also has car parks and the like.
     """
-    shapely = _shapely()
     drivable = layers.polygons["drivable_area"].shapes
     segments, lanes = (layers.polygons[name].shapes for name in ("road_segment", "lane"))
-    areas = _polygons(shapely, drivable)
+    areas = _polygons(drivable)
     # An invalid drivable area is repaired, since leaving it out would call road no road; the vector
     # map leaves out invalid road segments and lanes.
     repaired = np.where(shapely.is_valid(areas), areas, shapely.make_valid(areas))
-    areas = _parts(shapely, repaired)
+    areas = _parts(repaired)
     groups = [areas]
     if segments:
-        groups = [_polygons(shapely, found) for found in (segments, lanes) if found]
+        groups = [_polygons(found) for found in (segments, lanes) if found]
         groups = [polygons[shapely.is_valid(polygons)] for polygons in groups]
     return RoadMap(
         areas,
@@ -81,25 +80,23 @@ def road_patch(
     Returns:
         The areas in the map's order, and lines [n, 2].
     """
-    shapely = _shapely()
-    areas = _cut(shapely, road.areas, road.area_tree, center, yaw, _AREA, coarsely=True)
-    areas = _parts(shapely, areas)
+    areas = _cut(road.areas, road.area_tree, center, yaw, _AREA, coarsely=True)
+    areas = _parts(areas)
     found = tuple(
-        Area(_ring(shapely, ring), tuple(_ring(shapely, hole) for hole in holes))
-        for ring, holes in _rings(shapely, areas)
+        Area(_ring(ring), tuple(_ring(hole) for hole in holes)) for ring, holes in _rings(areas)
     )
     unions = [
-        shapely.union_all(_cut(shapely, polygons, tree, center, yaw, _LINES))
+        shapely.union_all(_cut(polygons, tree, center, yaw, _LINES))
         for polygons, tree in road.contours
     ]
-    whole = _parts(shapely, np.array([shapely.union_all(unions)]))
+    whole = _parts(np.array([shapely.union_all(unions)]))
     half = [side / 2 - _BORDER for side in _LINES]
     inside = shapely.box(-half[0], -half[1], half[0], half[1])
     lines = []
-    for ring, holes in _rings(shapely, whole):
+    for ring, holes in _rings(whole):
         # Clockwise outside and counterclockwise inside, since the raster of a line depends on its
         # direction.
-        for outline in (_turned(shapely, ring, False), *(_turned(shapely, h, True) for h in holes)):
+        for outline in (_turned(ring, False), *(_turned(h, True) for h in holes)):
             line = shapely.intersection(outline, inside)
             if line.geom_type == "GeometryCollection":  # it also touches the border in a point
                 line = shapely.multilinestrings(
@@ -115,21 +112,11 @@ def road_patch(
     return found, tuple(lines)
 
 
-def _shapely():
-    try:
-        import shapely
-    except ImportError as error:
-        raise UserError(
-            "cutting a vector map needs shapely; pip install 'fastdrive-jax[nuscenes]'."
-        ) from error
-    return shapely
-
-
-def _polygons(shapely, shapes: tuple[Polygon, ...]) -> np.ndarray:
+def _polygons(shapes: tuple[Polygon, ...]) -> np.ndarray:
     return np.array([shapely.Polygon(s.exterior, s.holes) for s in shapes], object)
 
 
-def _parts(shapely, geometries: np.ndarray) -> np.ndarray:
+def _parts(geometries: np.ndarray) -> np.ndarray:
     """The polygons in a list of anything, in order."""
     parts = shapely.get_parts(geometries)
     while (shapely.get_type_id(parts) > _POLYGON).any():  # collections, perhaps in collections
@@ -137,7 +124,7 @@ def _parts(shapely, geometries: np.ndarray) -> np.ndarray:
     return parts[(shapely.get_type_id(parts) == _POLYGON) & ~shapely.is_empty(parts)]
 
 
-def _cut(shapely, geometries, tree, center, yaw, sides, coarsely: bool = False) -> np.ndarray:
+def _cut(geometries, tree, center, yaw, sides, coarsely: bool = False) -> np.ndarray:
     """What of `geometries` lies in a rectangle around the car, in its frame.
 
     `coarsely` cuts along the map's axes first, which is cheap where an area has tens of thousands
@@ -158,15 +145,15 @@ def _cut(shapely, geometries, tree, center, yaw, sides, coarsely: bool = False) 
     return shapely.transform(pieces, lambda points: (points - center) @ axes.T)
 
 
-def _rings(shapely, polygons: np.ndarray):
+def _rings(polygons: np.ndarray):
     """Exterior and interiors of each polygon."""
     for polygon in polygons:
         yield polygon.exterior, tuple(polygon.interiors)
 
 
-def _turned(shapely, ring, counterclockwise: bool):
+def _turned(ring, counterclockwise: bool):
     return ring if bool(shapely.is_ccw(ring)) == counterclockwise else shapely.reverse(ring)
 
 
-def _ring(shapely, ring) -> np.ndarray:
+def _ring(ring) -> np.ndarray:
     return shapely.get_coordinates(ring)[:-1]

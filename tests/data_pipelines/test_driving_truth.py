@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 from nuscenes_fixture import write_nuscenes
 
 from data_pipelines.geometry import Pose
 from data_pipelines.nuscenes.driving import scene_moments
 from data_pipelines.nuscenes.frames import Boxes
 from data_pipelines.nuscenes.map_layers import Polygon, expansion_path, make_map, read_map_layers
+from data_pipelines.nuscenes.road_patches import road_map, road_patch
 from data_pipelines.nuscenes.scenario_log import read_scenario_log
 from data_pipelines.nuscenes.tables import open_nuscenes
+from data_pipelines.nuscenes.truth import agents_around, driving_truth, log_truth
 from data_pipelines.schema import AGENT_KINDS
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
@@ -25,11 +28,6 @@ from fastdrive_jax.evaluation.open_loop import protocol_metrics
 from fastdrive_jax.evaluation.protocols import PROTOCOLS
 from fastdrive_jax.evaluation.rasters import fill_areas
 from fastdrive_jax.evaluation.truth import KINDS, join_truths
-
-shapely = pytest.importorskip("shapely", reason="needs pip install 'fastdrive-jax[nuscenes]'")
-
-from data_pipelines.nuscenes.road_patches import road_map, road_patch  # noqa: E402
-from data_pipelines.nuscenes.truth import agents_around, driving_truth, log_truth  # noqa: E402
 
 WORLD = WorldConfig(
     seed=4, train_scenes=2, val_scenes=2, keyframes_per_scene=8, height=28, width=49,

@@ -5,6 +5,7 @@ import itertools
 import cv2
 import numpy as np
 import pytest
+import shapely
 from truths import random_truth, random_ways
 
 from fastdrive_jax.evaluation.open_loop import protocol_metrics
@@ -28,7 +29,6 @@ def _agents(truth, k, step, kinds, seen, now):
 
 
 def _polygon_hits(truth, k, way):
-    shapely = pytest.importorskip("shapely")
     way, ego = [np.zeros(2)], [np.zeros(2), *way]  # of the lidar and of the rear axle
     for before, here in itertools.pairwise(ego):
         dx, dy = here - before
@@ -161,7 +161,6 @@ def test_crossing_random_lines():
 @pytest.mark.parametrize("name", ["omnidrive", "bevplanner"])
 def test_boxes_that_almost_touch_and_ways_that_leave_the_grid(name):
     """One box a sample, within 30 cm of the car at one step, or at the grid's edge."""
-    shapely = pytest.importorskip("shapely")
     rng = np.random.default_rng(8)
     count = 150
     planned = np.cumsum(np.repeat(rng.uniform((1.1, -3), (10.5, 3), (count, 1, 2)), 6, 1), 1)
