@@ -79,6 +79,7 @@ def loader_config(config: TrainVLAConfig, train: bool) -> LoaderConfig:
         flip=train and config.model.cameras == ("CAM_FRONT",),
         jitter=ColorJitter(0.2, 0.2, 0.2) if train else ColorJitter(),
         remainder="drop" if train else "keep",
+        fields=("image", "labels", "speed", "command", "future"),
     )
 
 
@@ -136,9 +137,7 @@ def train_vla(workdir: Path, config: TrainVLAConfig, quiet: bool = False) -> dic
     step = make_train_step(
         lambda params, batch, key: driving_loss(model, config.loss, params, batch, key), optimizer
     )
-    names = ("image", "labels", "speed", "command", "future")
     batches = make_loader(shards, "train", loader_config(config, train=True))
-    batches = batches.map(lambda batch: {name: batch[name] for name in names})
     result = fit(
         workdir / "train",
         config,
