@@ -9,20 +9,17 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Programs of these run once or twice on few numbers: compiling them well costs more than it gives.
 COMPILED_QUICKLY = (
     *("/pruning/", "/inference/", "/docs/", "/models/", "/training/", "/export/", "/parallel/"),
-    *("/parity/", "/experiments/", "/e2e/"),
+    *("/parity/", "/experiments/"),
 )
+# It compares bits with processes of its own, which compile as ever.
+COMPILED_WELL = ("/test_interruptions.py",)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_quickly(request):
-    """Turns most of the compiler's optimizations off, in some folders and the processes they start.
-
-    Both alike: what is compiled otherwise differs in the last bits.
-    """
-    quickly = any(part in request.path.as_posix() for part in COMPILED_QUICKLY)
+    """Turns most of the compiler's optimizations off, in some folders."""
+    path = request.path.as_posix()
+    quickly = any(part in path for part in COMPILED_QUICKLY) and not path.endswith(COMPILED_WELL)
     jax.config.update("jax_disable_most_optimizations", quickly)
-    with pytest.MonkeyPatch.context() as patch:
-        if quickly:
-            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        yield
+    yield
     jax.config.update("jax_disable_most_optimizations", False)
