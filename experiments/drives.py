@@ -162,9 +162,9 @@ def drive(
             given = place(frame_of(drives, rows, cached, pictures))
             planned = step(policy, params, *given, key, state)
             state = planned.state
-            real = drives.frames[chosen, frame] >= 0
-            kept = np.asarray(planned.keep_indices)[real]
-            found.append((rows[real], np.asarray(planned.waypoints)[real], kept))
+            # Fetched at the end: the next frame's pictures are read while this one is planned.
+            found.append((rows, planned.waypoints, planned.keep_indices))
     rows, waypoints, kept = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    # A scene that had ended gave its first frame again; what was planned of it first counts.
     _, first = np.unique(rows, return_index=True)
     return waypoints[first], kept[first]

@@ -149,7 +149,8 @@ def _kill_builds(folder: Path, kills: int, seconds: float, rng) -> dict[str, int
     reference = _hashes(folder / "reference")
     counts = collections.Counter(dict.fromkeys(FAULTS[:2], 0))
     finished: dict[str, int] = {}
-    while counts["kills_of_builds"] < kills or finished:
+    # It goes on behind the last kill until a build has ended: what was killed must end well.
+    while counts["kills_of_builds"] < kills or building.is_dir() or not counts["builds"]:
         waiting = rng.exponential(seconds / _KILLS_A_RUN)
         if counts["kills_of_builds"] >= kills:
             waiting = None  # the last build may end
