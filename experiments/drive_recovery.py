@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_pipelines.closed_loop.policies import Policy, View
+from data_pipelines.closed_loop.policies import Policy
 from data_pipelines.closed_loop.route import Route, displaced, expert_waypoints
+from data_pipelines.closed_loop.simulate import view_of
 from data_pipelines.synthetic.planner import DT
 from fastdrive_jax.evaluation.bootstrap import interval
 from fastdrive_jax.evaluation.results import Row
@@ -76,21 +77,8 @@ def _sideways(policy, routes, chosen, cameras, batch, lateral, turn):
         numbers = np.resize(chosen[begin : begin + batch], batch).tolist()  # one compiled shape
         picked = [routes[k] for k in numbers]
         states = [displaced(route.reference[now], lateral, turn) for route in picked]
-        images, foreground = cameras(
-            [(k, state, TIME, frame) for k, state in zip(numbers, states, strict=True)]
-        )
-        view = View(
-            routes=picked,
-            states=states,
-            time=TIME,
-            frame=frame,
-            speed=np.array([s.speed for s in states], np.float32),
-            command=np.array(
-                [route.command(s) for route, s in zip(picked, states, strict=True)], np.int32
-            ),
-            images=images,
-            foreground=foreground,
-        )
+        jobs = [(k, state, TIME, frame) for k, state in zip(numbers, states, strict=True)]
+        view = view_of(picked, states, TIME, frame, *cameras(jobs))
         planned, _, _ = policy.plan(policy.start(batch), view)
         expert = [expert_waypoints(r, s, TIME) for r, s in zip(picked, states, strict=True)]
         count = min(batch, len(chosen) - begin)

@@ -12,6 +12,8 @@ from fastdrive_jax.evaluation.bootstrap import holm
 from fastdrive_jax.evaluation.plan_scores import (
     HEADLINE,
     Scores,
+    driven_collisions,
+    group_scores,
     mean_scores,
     measurable,
     paired_rows,
@@ -60,22 +62,20 @@ def measure(
     truth, scenes = case.truth, case.truth.scene
     there = measurable(truth)
     chosen = tuple(name for name in protocols if name in there)
-    groups = sample_groups(case)
+    groups, driven = sample_groups(case), driven_collisions(truth, chosen)
     rows: list[Row] = []
     scores: dict[Key, Scores] = {}
     for (method, ratio), runs in found.items():
         each = []
         for seed, planned in runs:
             read = None if planned.read.all() else planned.read
-            one = plan_scores(planned.waypoints, truth, chosen, read)
+            one = plan_scores(planned.waypoints, truth, chosen, read, driven)
             each.append(one)
             if len(runs) > 1:
                 rows += score_rows(f"{method}, seed {seed}", ratio, _headlines(one), scenes, seed)
         mean = scores[method, ratio] = mean_scores(each)
-        rows += score_rows(method, ratio, mean, scenes)
-        for name, among in groups.items():
-            short = _headlines(mean)
-            rows += score_rows(method, ratio, short, scenes, among=among, suffix=f"/{name}")
+        both = mean | group_scores(_headlines(mean), groups)
+        rows += score_rows(method, ratio, both, scenes)
         unread = np.mean([1 - planned.read.mean() for _, planned in runs])
         rows.append(Row(method, ratio, UNREAD, unread, None, None, len(scenes), None))
     rows += _comparisons(scores, scenes)

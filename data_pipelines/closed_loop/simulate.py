@@ -91,7 +91,7 @@ def simulate(
     states, memory = list(start), policy.start(len(routes))
     log, times, plans, kept = [state_rows(states)], [], [], []
     drawing = planning = 0.0
-    straight, _, _ = CONSTANT_VELOCITY.plan(None, _view(routes, states, 0.0, 0))
+    straight, _, _ = CONSTANT_VELOCITY.plan(None, view_of(routes, states, 0.0, 0))
     path, begun = _in_scene(now, straight), 0.0
     waiting: list[tuple[float, float, np.ndarray]] = []
     ticks, free = round(config.period / DT), 0.0
@@ -99,11 +99,11 @@ def simulate(
         time = k * DT
         if k % ticks == 0 and time >= free - 1e-9:
             frame = k // ticks
-            view = _view(routes, states, time, frame)
+            view = view_of(routes, states, time, frame)
             if policy.looks:
                 before = clock.perf_counter()
                 jobs = [(r, s, time, frame) for r, s in zip(numbers, states, strict=True)]
-                view = _view(routes, states, time, frame, *cameras(jobs))
+                view = view_of(routes, states, time, frame, *cameras(jobs))
                 drawing += clock.perf_counter() - before
             before = clock.perf_counter()
             planned, chosen, memory = policy.plan(memory, view)
@@ -160,7 +160,15 @@ def simulate_batches(
     )
 
 
-def _view(routes, states, time, frame, images=None, foreground=None) -> View:
+def view_of(
+    routes: Sequence[Route],
+    states: Sequence[EgoState],
+    time: float,
+    frame: int,
+    images: np.ndarray | None = None,
+    foreground: np.ndarray | None = None,
+) -> View:
+    """What there is to plan from where the cars are."""
     return View(
         routes=routes,
         states=states,

@@ -6,15 +6,13 @@ The distances, which the protocols share but for their average, are in `planning
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.bootstrap import interval
 from fastdrive_jax.evaluation.collisions import collisions
 from fastdrive_jax.evaluation.intersections import intersections
 from fastdrive_jax.evaluation.planning import HORIZONS
 from fastdrive_jax.evaluation.protocols import STEPS, Protocol, averaged
-from fastdrive_jax.evaluation.results import Row
 from fastdrive_jax.evaluation.truth import DrivingTruth
 
 
@@ -37,6 +35,7 @@ def protocol_metrics(
     planned: Float[np.ndarray, "S T 2"],
     truth: DrivingTruth,
     read: Bool[np.ndarray, " S"] | None = None,
+    driven: Bool[np.ndarray, "S T"] | None = None,
 ) -> ProtocolMetrics:
     """Collisions and, where the protocol has it, intersections of plans.
 
@@ -49,6 +48,7 @@ def protocol_metrics(
       truth: of the same samples.
       read: whether the model's answer could be read; None where all could. Of one that could not,
         "impromptu" scores a plan of zeros and "omnidrive" leaves the sample out.
+      driven: `collisions` of the true way, for callers that measure many plans; None finds them.
 
     Raises:
       ValueError: shapes differ, T is shorter than 3 s, or a plan that counts is not finite.
@@ -79,7 +79,8 @@ def protocol_metrics(
         )
     truth = truth if used.all() else truth.take(used)
     planned = planned[used]
-    hits = collisions(protocol, planned, truth) & ~collisions(protocol, truth.future, truth)
+    own = collisions(protocol, truth.future, truth) if driven is None else driven[used]
+    hits = collisions(protocol, planned, truth) & ~own
     values = _named("collision", protocol, hits)
     if protocol.intersection is not None:
         values |= _named("intersection", protocol, intersections(protocol, planned, truth))
@@ -91,21 +92,3 @@ def _named(kind: str, protocol: Protocol, hits: np.ndarray) -> dict[str, np.ndar
     name = f"{kind}_{protocol.name}"
     found = {f"{name}_{t}s": table[:, i] for i, t in enumerate(HORIZONS)}
     return found | {name: table.mean(1)}
-
-
-def protocol_rows(
-    method: str,
-    keep_ratio: float | None,
-    found: ProtocolMetrics,
-    clusters: Num[np.ndarray, " S"] | None = None,
-    seed: int | None = None,
-) -> list[Row]:
-    """One row, a share, for each metric; arguments as of `planning.planning_rows`."""
-    scenes = None if clusters is None else np.asarray(clusters)[found.used]
-    rows = []
-    for metric, values in found.values.items():
-        share = interval(values, scenes)
-        rows.append(
-            Row(method, keep_ratio, metric, share.value, share.low, share.high, share.n, seed)
-        )
-    return rows

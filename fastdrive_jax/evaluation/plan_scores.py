@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Num
 
 from fastdrive_jax.evaluation.bootstrap import mean_intervals
+from fastdrive_jax.evaluation.collisions import collisions
 from fastdrive_jax.evaluation.compare import difference_rows
 from fastdrive_jax.evaluation.open_loop import protocol_metrics
 from fastdrive_jax.evaluation.planning import planning_errors, planning_metrics
@@ -33,6 +34,7 @@ def plan_scores(
     truth: DrivingTruth,
     protocols: Iterable[str],
     read: Bool[np.ndarray, " S"] | None = None,
+    driven: Mapping[str, Bool[np.ndarray, "S T"]] | None = None,
 ) -> Scores:
     """[S] of each metric; NaN where a sample does not count.
 
@@ -42,6 +44,7 @@ def plan_scores(
       protocols: names in `PROTOCOLS`.
       read: which answers could be read; distances take the others as plans of zeros, as
         Impromptu-VLA's evaluation does.
+      driven: of `driven_collisions`, for callers that measure many plans; None finds them.
 
     Raises:
       ValueError: shapes differ, or a plan that counts is not finite.
@@ -54,9 +57,16 @@ def plan_scores(
         protocol = PROTOCOLS[name]
         if protocol.unread == "skip" and read is not None and not (read & errors.used).any():
             continue  # it has nothing to say of answers that cannot be read
-        metrics = protocol_metrics(protocol, planned, truth, read)
+        metrics = protocol_metrics(protocol, planned, truth, read, driven and driven[name])
         found |= {key: _spread(value, metrics.used) for key, value in metrics.values.items()}
     return found
+
+
+def driven_collisions(
+    truth: DrivingTruth, protocols: Iterable[str]
+) -> dict[str, Bool[np.ndarray, "S T"]]:
+    """Where the car's box on the true way collides, which is no plan's fault, by protocol."""
+    return {name: collisions(PROTOCOLS[name], truth.future, truth) for name in protocols}
 
 
 def _spread(values, used):
@@ -76,14 +86,24 @@ def mean_scores(runs: Sequence[Scores]) -> Scores:
     return found
 
 
+def group_scores(
+    scores: Mapping[str, Float[np.ndarray, " S"]],
+    groups: Mapping[str, Bool[np.ndarray, " S"]],
+) -> Scores:
+    """Each metric over the samples of each group alone, called METRIC/GROUP."""
+    return {
+        f"{metric}/{name}": np.where(among, values, np.nan)
+        for metric, values in scores.items()
+        for name, among in groups.items()
+    }
+
+
 def score_rows(
     method: str,
     keep_ratio: float | None,
     scores: Mapping[str, Float[np.ndarray, " S"]],
     scenes: Num[np.ndarray, " S"],
     seed: int | None = None,
-    among: Bool[np.ndarray, " S"] | None = None,
-    suffix: str = "",
 ) -> list[Row]:
     """A row for each metric, with its interval over scenes.
 
@@ -93,15 +113,14 @@ def score_rows(
       scores: of `plan_scores`.
       scenes: [S] drive of each sample.
       seed: of the measured run.
-      among: samples of a group; None takes all. A group of no sample has no rows.
-      suffix: put behind the metric's name, such as "/turn".
+
+    Returns:
+      None of a metric for which no sample counts.
     """
-    if among is not None:
-        scores = {name: np.where(among, values, np.nan) for name, values in scores.items()}
     rows = []
     for metric, found in mean_intervals(scores, scenes).items():
         figures = found.value, found.low, found.high, found.n
-        rows.append(Row(method, keep_ratio, metric + suffix, *figures, seed, unit_of(metric)))
+        rows.append(Row(method, keep_ratio, metric, *figures, seed, unit_of(metric)))
     return rows
 
 

@@ -78,32 +78,24 @@ class Protocol:
             raise ValueError(f"{self.name}: rasters are around the ego origin, not ahead of it")
 
 
+# Impromptu-VLA, planning_eval.py: every annotated box with a lidar point.
+_IMPROMPTU = Protocol(
+    name="impromptu",
+    overlap="polygon",
+    center_ahead=0.5,
+    origin_ahead=LIDAR_AHEAD,
+    yaw="central",
+    kinds=KINDS,
+    seen_only=True,
+    average="mean",
+)
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        # Impromptu-VLA, planning_eval.py: every annotated box with a lidar point.
-        Protocol(
-            name="impromptu",
-            overlap="polygon",
-            center_ahead=0.5,
-            origin_ahead=LIDAR_AHEAD,
-            yaw="central",
-            kinds=KINDS,
-            seen_only=True,
-            average="mean",
-        ),
+        _IMPROMPTU,
         # The same boxes in UniAD's average: the value at t is that of the step at t alone. UniAD's
         # own raster of 0.5 m is not imitated.
-        Protocol(
-            name="noavg",
-            overlap="polygon",
-            center_ahead=0.5,
-            origin_ahead=LIDAR_AHEAD,
-            yaw="central",
-            kinds=KINDS,
-            seen_only=True,
-            average="last",
-        ),
+        dataclasses.replace(_IMPROMPTU, name="noavg", average="last"),
         # OmniDrive, eval_planning.py and planning_utils.py: agents of now, rolled forward.
         Protocol(
             name="omnidrive",

@@ -8,7 +8,7 @@ from truths import STILL, one, random_truth, random_ways, straight
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.footprint import car_boxes, headings
-from fastdrive_jax.evaluation.open_loop import protocol_metrics, protocol_rows
+from fastdrive_jax.evaluation.open_loop import protocol_metrics
 from fastdrive_jax.evaluation.protocols import PROTOCOLS, averaged
 from fastdrive_jax.evaluation.truth import Area, join_truths
 
@@ -222,19 +222,6 @@ def test_driving_as_was_driven_never_collides(name):
     assert kept.values[f"collision_{name}"].sum() == 0
     other = protocol_metrics(protocol, random_ways(np.random.default_rng(2), 300), truth)
     assert other.values[f"collision_{name}"].sum() > 0
-
-
-def test_rows_resample_scenes():
-    truth = random_truth(np.random.default_rng(1))
-    found = protocol_metrics(
-        PROTOCOLS["impromptu"], random_ways(np.random.default_rng(2), 40), truth
-    )
-    rows = {row.metric: row for row in protocol_rows("m", 0.5, found, truth.scene, seed=3)}
-    assert set(rows) == {f"collision_impromptu{end}" for end in ("", "_1s", "_2s", "_3s")}
-    row = rows["collision_impromptu"]
-    assert row.value == pytest.approx(found.values["collision_impromptu"].mean())
-    assert row.low <= row.value <= row.high
-    assert (row.n, row.seed, row.unit) == (40, 3, "")
 
 
 def test_what_lacks_is_said():
