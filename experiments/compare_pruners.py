@@ -23,6 +23,7 @@ from experiments.drives import (
     UNPRUNED,
     Drives,
     Trained,
+    check_methods,
     drive,
     drives_from,
     frame_of,
@@ -47,7 +48,6 @@ from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PRUNERS, Pruner, builds_on_recon
 from fastdrive_jax.pruning.accounting import frame_cost, recon_pruner_flops
 from fastdrive_jax.pruning.interface import cut_plan
-from fastdrive_jax.pruning.select import num_keep
 
 BUDGETED = ("reconpruner", "prior")  # measured with one budget for all cameras and one for each
 WHAT = ("foreground", "object")
@@ -78,10 +78,7 @@ class ComparePrunersArgs:
     rounds: int = 7
 
     def __post_init__(self):
-        for name in self.methods:
-            builds_on_recon(name)  # says what there is
-        for ratio in self.ratios:
-            num_keep(1000, ratio)
+        check_methods(self.methods, self.ratios)
         if self.scenes < 1 or self.rounds < 1:
             raise UserError(f"scenes={self.scenes} and rounds={self.rounds} must be at least 1.")
 

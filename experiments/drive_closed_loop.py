@@ -11,7 +11,6 @@ a setting that is in OUT/drives already is not driven again. One setting on 100 
 import io
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +26,13 @@ from data_pipelines.closed_loop.route import Route, log_routes
 from data_pipelines.closed_loop.simulate import Drives, LoopConfig, simulate_batches
 from experiments.drive_recovery import recovery_rows
 from experiments.drive_report import draw_drives, markdown, rows_of
-from experiments.drives import DRAWN, UNPRUNED, label
+from experiments.drives import DRAWN, UNPRUNED, check_methods, label
 from experiments.driving_policies import CONTROLS, NO_IMAGE, driving_policy, frame_seconds
 from experiments.quickstart import RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes, write_text
 from fastdrive_jax.evaluation.results import read_rows, write_rows
-from fastdrive_jax.pruning import builds_on_recon
-from fastdrive_jax.pruning.select import num_keep
+from fastdrive_jax.models.dinov2.weights import params_digest
 from fastdrive_jax.training.run_config import claim_run_folder
 
 RECOVERY = "drives/recovery.json"
@@ -82,10 +80,7 @@ class DriveArgs:
     pictures: int = 4
 
     def __post_init__(self):
-        for name in self.methods:
-            builds_on_recon(name)  # says what there is
-        for ratio in self.ratios:
-            num_keep(1000, ratio)
+        check_methods(self.methods, self.ratios)
         for name in ("routes", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -136,10 +131,7 @@ def image_size(world: WorldRun) -> tuple[int, int]:
 
 def claim(args: DriveArgs, world: WorldRun) -> None:
     """Refuses a folder of other settings or other weights; methods and ratios may be added."""
-    leaves = jax.tree.leaves((world.params, world.trained["pruner"]))
-    weights = 0
-    for leaf in leaves:
-        weights = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).tobytes(), weights)
+    weights = params_digest({"vla": world.params, "pruner": world.trained["pruner"]})
     names = ("routes", "first", "seconds", "log_seconds", "latency", "latency_scale", "batch")
     kept = {name: getattr(args, name) for name in names} | {"seed": args.seed}
     kept |= {"logs": len(log_files(args)), "world_seed": args.quickstart.world.seed}

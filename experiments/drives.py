@@ -1,6 +1,6 @@
 """Drives of a driving VLA over recorded frames: all scenes at once, frame after frame."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from fastdrive_jax.inference.policy import DrivingPolicy, Plan, plan_tokens, sta
 from fastdrive_jax.pruning import Pruner, builds_on_recon, make_pruner
 from fastdrive_jax.pruning.interface import VISION
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
+from fastdrive_jax.pruning.select import num_keep
 
 UNPRUNED = "unpruned"
 DRAWN = {"random", "prune2drive"}
@@ -75,6 +76,18 @@ def scene_frames(scene: np.ndarray) -> np.ndarray:
     for row, samples in zip(frames, found, strict=True):
         row[: len(samples)] = samples
     return frames
+
+
+def check_methods(methods: Sequence[str], ratios: Sequence[float]) -> None:
+    """Refuses what no command can prune by.
+
+    Raises:
+        UserError: There is no such method, or a ratio is outside (0, 1].
+    """
+    for name in methods:
+        builds_on_recon(name)  # says what there is
+    for ratio in ratios:
+        num_keep(1000, ratio)
 
 
 def label(name: str) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from experiments.bench_pruners import method, random_pruner_params
 from experiments.configs.models import ModelName, driving_config
+from experiments.drives import check_methods
 from experiments.efficiency_counts import MARKS
 from experiments.frame_stages import Setting, unpruned
 from experiments.roofline import ACCELERATORS
@@ -15,7 +16,6 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.policy import DrivingPolicy
 from fastdrive_jax.models.qwen2_5_vl.driving import PROMPT_TOKENS, DrivingConfig, DrivingVLA
 from fastdrive_jax.pruning import PRUNERS, builds_on_recon
-from fastdrive_jax.pruning.select import num_keep
 
 UNPRUNED = "unpruned"
 At = tuple[str, float]  # a method's name and a ratio
@@ -65,10 +65,7 @@ class BenchEfficiencyArgs:
     accelerators: tuple[str, ...] = tuple(ACCELERATORS)
 
     def __post_init__(self):
-        for name in self.methods:
-            builds_on_recon(name)  # says what there is
-        for ratio in self.ratios:
-            num_keep(1000, ratio)
+        check_methods(self.methods, self.ratios)
         if not self.methods or not self.ratios or 1 in self.ratios:
             raise UserError("Give methods, and ratios below 1; the unpruned model is always timed.")
         if not self.batch or not 1 <= min(self.batch) <= max(self.batch) <= MOST_BATCH:

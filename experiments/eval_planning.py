@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jax
 
+from experiments.drives import check_methods
 from experiments.measure_planning import measure
 from experiments.plan_checkpoint import CheckpointConfig, checkpoint_case
 from experiments.planned import Case, Part, plan_part, read_planned
@@ -27,8 +28,7 @@ from experiments.planning_benchmark import BenchmarkConfig, benchmark_case, prep
 from experiments.report_planning import write_results
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.protocols import PROTOCOLS
-from fastdrive_jax.pruning import PRUNERS, builds_on_recon
-from fastdrive_jax.pruning.select import num_keep
+from fastdrive_jax.pruning import PRUNERS
 from fastdrive_jax.training.run_config import claim_run_folder, write_json
 
 RATIOS = (0.75, 0.5, 0.25)
@@ -71,10 +71,7 @@ class EvalPlanningArgs:
     quiet: bool = False
 
     def __post_init__(self):
-        for name in self.methods:
-            builds_on_recon(name)  # says what there is
-        for ratio in self.ratios:
-            num_keep(1000, ratio)
+        check_methods(self.methods, self.ratios)
         if unknown := sorted(set(self.protocols) - set(PROTOCOLS)):
             raise UserError(f"protocols {unknown} are unknown; there are {', '.join(PROTOCOLS)}.")
         if min(self.draws, self.scenes) < 1 or self.pictures < 0:
@@ -92,6 +89,7 @@ def eval_planning(args: EvalPlanningArgs) -> Path | None:
         part = Part(jax.process_index(), jax.process_count())
     case = prepare(args, part)
     plans = args.out / "plans"
+    claim_run_folder(plans, {"weights": case.weights})
     plan_part(case, plans, part, args.quiet)
     found = {}
     for setting in case.settings:

@@ -5,6 +5,7 @@ of the last three seconds and, where there is a CAN bus, the motion. It is not r
 are those of the lidar, 0.94 m ahead of our ego frame's origin; they are converted both ways.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ from experiments.drives import DRAWN, UNPRUNED, label
 from experiments.planned import Case, Planned, Setting
 from fastdrive_jax.configs import from_plain
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.footprint import headings
+from fastdrive_jax.evaluation.footprint import way_of_origin
 from fastdrive_jax.evaluation.protocols import LIDAR_AHEAD
 from fastdrive_jax.evaluation.truth import Agents, DrivingTruth
 from fastdrive_jax.export.bundle import read_bundle_safetensors
+from fastdrive_jax.export.manifest import NAME as MANIFEST
 from fastdrive_jax.inference.answering import UNFILLED, answer_pruned
 from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch
-from fastdrive_jax.models.qwen2_5_vl.checkpoint import load
+from fastdrive_jax.models.qwen2_5_vl.checkpoint import checkpoint_digest, load
 from fastdrive_jax.models.qwen2_5_vl.image_processor import smart_resize
 from fastdrive_jax.models.qwen2_5_vl.impromptu import (
     CAMERAS,
@@ -157,9 +159,19 @@ def checkpoint_case(
         view=lambda sample: np.stack(driver.pictures(sample)),
         cameras=cameras,
         grid=driver.grid,
+        weights=_digest(config),
         meta={"visual_tokens": driver.total, "shards": shards.digest, "dtype": config.dtype},
         notes=notes,
     )
+
+
+def _digest(config: CheckpointConfig) -> str:
+    """Of the checkpoint and the pruners, whose manifests hold sums of their files."""
+    digest = hashlib.sha256(checkpoint_digest(config.checkpoint).encode())
+    for folder in config.pruners:
+        read_bundle_safetensors(folder)  # says what is wrong with it before anything is planned
+        digest.update((folder / MANIFEST).read_bytes())
+    return digest.hexdigest()
 
 
 def _usable(methods: Sequence[str], config: CheckpointConfig) -> tuple[list[str], tuple[str, ...]]:
@@ -248,23 +260,24 @@ class _Driver:
         return [decode_image(record["image"], self.size) for record in self._records(sample)]
 
     def plan(self, setting: Setting, rows: np.ndarray) -> Planned:
-        """Plans of some samples."""
-        parts = [
-            found for batch in self._batches(rows) for found in [self._answers(setting, batch)]
-        ]
-        waypoints, kept, read = (
-            np.concatenate(part)[: len(rows)] for part in zip(*parts, strict=True)
-        )
-        return Planned(waypoints, kept, read)
+        """Plans of some samples; the next batch is decoded while one is answered."""
+        batches, parts = list(self._batches(rows)), []
+        make = partial(self._sample, setting.name != "no_image")
+        with ThreadPoolExecutor(4) as pool:
+            coming = pool.map(make, batches[0])
+            for batch, following in zip(batches, [*batches[1:], ()], strict=True):
+                made = list(coming)
+                coming = pool.map(make, following)
+                parts.append(self._answers(setting, batch, made))
+        joined = map(np.concatenate, zip(*parts, strict=True))
+        return Planned(*(values[: len(rows)] for values in joined))
 
     def _batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         size = self.config.batch_size
         for start in range(0, len(rows), size):
             yield rows[np.arange(start, start + size).clip(max=len(rows) - 1)]  # one shape
 
-    def _answers(self, setting: Setting, rows: np.ndarray):
-        with ThreadPoolExecutor(4) as pool:
-            made = list(pool.map(partial(self._sample, setting.name != "no_image"), rows))
+    def _answers(self, setting: Setting, rows: np.ndarray, made: Sequence[tuple]):
         samples, foreground = [one for one, _ in made], np.stack([share for _, share in made])
         batch = shard_where_it_divides(padded(samples, self.processor), self._mesh)
         key = jax.random.fold_in(jax.random.key(setting.seed or 0), int(rows[0]))
@@ -275,7 +288,7 @@ class _Driver:
         ]
         way = np.stack([points for points, _ in found])
         if self.config.frame == "lidar":
-            way = lidar_to_ego(way)
+            way = way_of_origin(way, LIDAR_AHEAD)
         read = np.array([count > 0 for _, count in found])
         return np.where(read[:, None, None], way, 0.0), kept, read
 
@@ -374,14 +387,6 @@ def past_of(
         return past, None
     rows = bus[:, columns].tolist()
     return past, [EgoStatus((ax, ay), speed, steering) for ax, ay, speed, steering in rows]
-
-
-def lidar_to_ego(way: Float[np.ndarray, "S T 2"]) -> Float[np.ndarray, "S T 2"]:
-    """Places of the ego origin from places of the lidar, both seen from where each is now."""
-    ego = way
-    for _ in range(3):  # the rear axle moves along the heading, the lidar does not quite
-        ego = way + LIDAR_AHEAD * (np.eye(2)[0] - _ahead(headings(ego, "central")))
-    return ego
 
 
 def ego_to_lidar(past: Float[np.ndarray, "T 2"]) -> Float[np.ndarray, "T 2"]:

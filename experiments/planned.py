@@ -5,6 +5,7 @@ there goes on to measure.
 """
 
 import io
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,16 @@ class Setting:
 
     @property
     def slug(self) -> str:
-        """A folder's name."""
-        parts = [self.method, "" if self.ratio is None else f"{self.ratio:g}"]
-        return "-".join([*filter(None, parts), *([] if self.seed is None else [f"s{self.seed}"])])
+        """A folder's name; another one once the file of an own method has changed."""
+        parts = [self.method]
+        if self.ratio is not None:
+            parts.append(f"{self.ratio:g}")
+        if self.seed is not None:
+            parts.append(f"s{self.seed}")
+        if ":" in self.name:
+            content = Path(self.name.rpartition(":")[0]).read_bytes()
+            parts.append(f"{zlib.crc32(content):08x}")
+        return "-".join(parts)
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,7 @@ class Case:
         view: uint8 pictures [C, H, W, 3] of one sample.
         cameras: Their names.
         grid: Token rows and columns of each.
+        weights: Digest of the model's and the methods', without which kept plans mean nothing.
         meta: What is kept beside the figures.
         notes: Sentences for the report.
     """
@@ -145,6 +154,7 @@ class Case:
     view: Callable[[int], np.ndarray]
     cameras: tuple[str, ...]
     grid: tuple[int, int]
+    weights: str
     meta: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 

@@ -42,6 +42,7 @@ from experiments.train_pruner import train_pruner
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.truth import DrivingTruth
 from fastdrive_jax.inference.policy import DrivingPolicy
+from fastdrive_jax.models.dinov2.weights import params_digest
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
 from fastdrive_jax.parallel.mesh import make_mesh, shard_where_it_divides
@@ -192,6 +193,7 @@ def benchmark_case(
             own = seeds if _is_trained(name) else range(draws) if name in DRAWN else (None,)
             settings += [Setting(label(name), ratio, seed, name) for seed in own]
     data, config = bench.drives.data, bench.model.config
+    own = {str(seed): one.pruner for seed, one in zip(seeds, bench.trained, strict=True)}
     return Case(
         title=f"the synthetic world, {len(config.cameras)} camera(s)",
         truth=bench.truth,
@@ -201,6 +203,7 @@ def benchmark_case(
         view=lambda sample: np.asarray(data.images[sample]),
         cameras=config.cameras,
         grid=config.token_grid,
+        weights=params_digest({"vla": bench.params, **own}),
         meta={
             "visual_tokens": config.visual_tokens,
             "layers": config.text.num_layers,

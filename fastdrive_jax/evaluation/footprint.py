@@ -53,6 +53,22 @@ def way_of_point(waypoints: Float[np.ndarray, "S T 2"], ahead: float) -> Float[n
     return waypoints + ahead * (_ahead(headings(waypoints, "step")) - [1.0, 0.0])
 
 
+def way_of_origin(way: Float[np.ndarray, "S T 2"], ahead: float) -> Float[np.ndarray, "S T 2"]:
+    """The way of the ego origin from that of a point before it: the inverse of `way_of_point`.
+
+    From one origin to the next point is a straight line through the next origin, `ahead` before it.
+    """
+    way = np.asarray(way, np.float64)
+    found, origin = [], np.zeros_like(way[:, 0])
+    for point in np.moveaxis(way, 1, 0):
+        line = point + ahead * np.eye(2)[0] - origin
+        length = np.linalg.norm(line, axis=-1, keepdims=True)
+        step = line * (1 - ahead / np.maximum(length, ahead))
+        origin = np.where(length - ahead < _SHORT, point, origin + step)
+        found.append(origin)
+    return np.stack(found, axis=1)
+
+
 def _ahead(yaw: np.ndarray) -> np.ndarray:
     return np.stack([np.cos(yaw), np.sin(yaw)], -1)
 

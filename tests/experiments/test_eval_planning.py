@@ -12,6 +12,7 @@ from experiments.eval_planning import EvalPlanningArgs, eval_planning
 from experiments.planned import Part, Setting, read_planned
 from experiments.planning_benchmark import CONTROLS, BenchmarkConfig
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.training.run_config import claim_run_folder
 
 METHODS = ("reconpruner", "random", "ground_truth", "vlapruner")
 BENCHMARK = BenchmarkConfig(
@@ -147,3 +148,17 @@ def test_damaged_plans_and_those_of_other_samples_are_named(out, tmp_path):
     path.write_bytes(b"PK broken")
     with pytest.raises(UserError, match=f"{path.name} is damaged"):
         read_planned(tmp_path, setting, Part(), tokens)
+
+
+def test_plans_belong_to_weights_and_to_the_file_of_a_method(out, tmp_path):
+    claimed = json.loads((out / "plans" / "config.json").read_text())
+    assert len(claimed["weights"]) == 64
+    with pytest.raises(UserError, match="another config"):
+        claim_run_folder(out / "plans", {"weights": "0" * 64})
+    file = tmp_path / "mine.py"
+    file.write_text("a = 1")
+    setting = Setting("best", 0.5, 2, f"{file}:best")
+    first = setting.slug
+    assert first.startswith("best-0.5-s2-")
+    file.write_text("a = 2")
+    assert setting.slug != first

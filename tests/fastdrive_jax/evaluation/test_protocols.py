@@ -7,7 +7,7 @@ import pytest
 from truths import STILL, one, random_truth, random_ways, straight
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.footprint import car_boxes, headings
+from fastdrive_jax.evaluation.footprint import car_boxes, headings, way_of_origin, way_of_point
 from fastdrive_jax.evaluation.open_loop import protocol_metrics
 from fastdrive_jax.evaluation.protocols import PROTOCOLS, averaged
 from fastdrive_jax.evaluation.truth import Area, join_truths
@@ -257,3 +257,16 @@ def test_samples_are_chosen_by_mask_index_and_token():
         truth.at(["t7", "x"])
     with pytest.raises(UserError, match="1 of 2 drives have no drivable, such as drive"):
         join_truths([truth, one(drivable=None)])
+
+
+def test_the_way_of_the_origin_is_the_inverse_of_a_points():
+    rng = np.random.default_rng(0)
+    steps = np.stack([rng.uniform(1.1, 6, (50, 6)), rng.uniform(-1, 1, (50, 6))], -1)
+    ways = np.concatenate([np.cumsum(steps, axis=1), 0.05 * np.cumsum(steps, axis=1)])
+    points = way_of_point(ways, 0.943713)
+    assert np.abs(points - ways).max() > 0.1
+    np.testing.assert_allclose(way_of_origin(points, 0.943713), ways, atol=1e-9)
+    radius, angle = 20.0, np.arange(1, 7) * 0.1  # headings of steps lag by half of one
+    ego = np.stack([radius * np.sin(angle), radius * (1 - np.cos(angle))], 1)
+    lidar = ego + 0.943713 * (np.stack([np.cos(angle), np.sin(angle)], 1) - [1, 0])
+    np.testing.assert_allclose(way_of_origin(lidar[None], 0.943713)[0], ego, atol=0.06)
