@@ -26,7 +26,7 @@ from data_pipelines.closed_loop.route import Route, log_routes
 from data_pipelines.closed_loop.simulate import Drives, LoopConfig, simulate_batches
 from experiments.drive_recovery import recovery_rows
 from experiments.drive_report import draw_drives, markdown, rows_of
-from experiments.drives import DRAWN, UNPRUNED, check_methods, label
+from experiments.drives import DRAWN, UNPRUNED, check_methods, label, own_file_sum
 from experiments.driving_policies import CONTROLS, NO_IMAGE, driving_policy, frame_seconds
 from experiments.quickstart import RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
@@ -182,9 +182,8 @@ def drive_all(
     found = {}
     with FrontCameras(routes, image_size(world), args.workers) as cameras:
         for name, ratio in tqdm(jobs, desc="drives", unit="setting", disable=config.quiet):
-            file = (
-                args.out / "drives" / f"{label(name)}{'' if ratio is None else f'_{ratio:g}'}.npz"
-            )
+            parts = [label(name), *([] if ratio is None else [f"{ratio:g}"]), *own_file_sum(name)]
+            file = args.out / "drives" / f"{'_'.join(parts)}.npz"
             if not file.exists():
                 policy = driving_policy(world, name, ratio, args.seed)
                 latency = args.latency

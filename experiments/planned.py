@@ -5,7 +5,7 @@ there goes on to measure.
 """
 
 import io
-import zlib
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from experiments.drives import own_file_sum
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes
 from fastdrive_jax.evaluation.truth import DrivingTruth
@@ -45,10 +46,7 @@ class Setting:
             parts.append(f"{self.ratio:g}")
         if self.seed is not None:
             parts.append(f"s{self.seed}")
-        if ":" in self.name:
-            content = Path(self.name.rpartition(":")[0]).read_bytes()
-            parts.append(f"{zlib.crc32(content):08x}")
-        return "-".join(parts)
+        return "-".join([*parts, *own_file_sum(self.name)])
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def read_planned(
         try:
             with np.load(path, allow_pickle=False) as file:
                 found.append({name: file[name] for name in ("tokens", *_FIELDS)})
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is damaged ({error}); delete it to plan again.") from error
     joined = {name: np.concatenate([one[name] for one in found]) for name in ("tokens", *_FIELDS)}
     place = {token: k for k, token in enumerate(joined["tokens"].tolist())}

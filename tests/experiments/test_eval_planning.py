@@ -145,9 +145,11 @@ def test_damaged_plans_and_those_of_other_samples_are_named(out, tmp_path):
         read_planned(out / "plans", setting, Part(), tokens[1:])
     path = Part().path(tmp_path, setting)
     path.parent.mkdir(parents=True)
-    path.write_bytes(b"PK broken")
-    with pytest.raises(UserError, match=f"{path.name} is damaged"):
-        read_planned(tmp_path, setting, Part(), tokens)
+    whole = Part().path(out / "plans", setting).read_bytes()
+    for damaged in (b"PK broken", whole[: len(whole) // 2], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{path.name} is damaged"):
+            read_planned(tmp_path, setting, Part(), tokens)
 
 
 def test_plans_belong_to_weights_and_to_the_file_of_a_method(out, tmp_path):
