@@ -21,7 +21,11 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.inference.sampling import SamplingConfig, decode_text
 from fastdrive_jax.models.attention import attention_kernel
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, QwenVLConfig, VisionConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import (
+    QwenVLConfig,
+    VisionConfig,
+)
 from fastdrive_jax.models.qwen2_5_vl.image_processor import process_pictures
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.patches import normalise

@@ -32,8 +32,9 @@ from jaxtyping import Array, Float
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.models.attention_rows import attention_received, attention_rows
-from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B, DecoderConfig
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
+from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B
 from fastdrive_jax.models.qwen2_5_vl.vision_evidence import token_evidence
 from fastdrive_jax.pruning import PRUNERS, Pruner, PrunerInputs, builds_on_recon, make_pruner
 from fastdrive_jax.pruning.accounting import FORMULA, frame_cost

@@ -12,7 +12,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, QwenVLConfig, VisionConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import (
+    QwenVLConfig,
+    VisionConfig,
+)
 from fastdrive_jax.models.qwen2_5_vl.hf_config import config_to_hf
 from fastdrive_jax.models.qwen2_5_vl.weights import params_from_tensors
 

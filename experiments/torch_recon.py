@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.losses import SsimConfig
 from fastdrive_jax.training.optimizer import OptimizerConfig

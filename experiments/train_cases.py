@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.configs.pruner import TINY
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.alignment import align_hidden, aligned_config
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
+from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer

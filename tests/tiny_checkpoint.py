@@ -7,8 +7,12 @@ import jax
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.checkpoint import save
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, QwenVLConfig, VisionConfig
+from fastdrive_jax.models.qwen2_5_vl.config import (
+    QwenVLConfig,
+    VisionConfig,
+)
 from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
 
 MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")

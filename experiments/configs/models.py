@@ -10,12 +10,12 @@ from types import MappingProxyType
 from typing import Literal
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.config import (
     QWEN2_5_VL_3B,
     QWEN2_5_VL_7B,
     TINY_DECODER,
     TINY_VISION,
-    DecoderConfig,
     VisionConfig,
 )
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig

@@ -6,11 +6,11 @@ from typing import Literal
 from data_pipelines.loader import LoaderConfig
 from experiments.encoders import EncoderName
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.config import (
     QWEN2_5_VL_3B,
     QWEN2_5_VL_7B,
     TINY_DECODER,
-    DecoderConfig,
 )
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.ema import check_decay

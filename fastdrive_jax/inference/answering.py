@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference import segments
 from fastdrive_jax.inference.sampling import SamplingConfig, decode_loop, ids_in
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
+from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.sequence import Batch
 from fastdrive_jax.models.qwen2_5_vl.vision_evidence import vision_evidence

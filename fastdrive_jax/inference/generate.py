@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.inference import segments
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
+from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, positions
 
 

@@ -33,8 +33,8 @@ from fastdrive_jax.inference.segments import (
     last_logits,
 )
 from fastdrive_jax.models.attention_rows import attention_rows
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder, LayerCache
+from fastdrive_jax.models.decoder import Decoder, LayerCache, rows_see
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, cut_plan, keep_tokens
 
 Caches = tuple[LayerCache, ...]
@@ -142,6 +142,7 @@ def prefill(
             held[at - first : layer - first] or None,
             room,
             places,
+            whole.length,
             method="span",
             mutable=["intermediates"],
         )
@@ -149,7 +150,7 @@ def prefill(
         for step in range(at, layer):
             if step in observe:
                 query = sown["intermediates"][f"layers_{step}"]["self_attn"]["query"][0]
-                text.append(_text_attention(whole, live, query, filled[step].key))
+                text.append(_text_attention(decoder, whole, live, query, filled[step].key))
         live, at = live.replace(hidden=hidden), layer
         if k:
             if layer == first:
@@ -181,6 +182,7 @@ def _last_frame(decoder, params, live, layer, room, caches):
             live.position_ids,
             (layer, decoder.config.num_layers),
             room=room,
+            lengths=live.length,
             method="span",
         )
 
@@ -193,11 +195,12 @@ def _last_frame(decoder, params, live, layer, room, caches):
     return jax.lax.cond(unknown.any(), compute, lambda caches: caches, caches)
 
 
-def _text_attention(whole, live, query, key):
+def _text_attention(decoder, whole, live, query, key):
     """Attention from the instruction to all visual tokens, mean over heads and rows [B, N]."""
     at = jnp.minimum(live.text, query.shape[1] - 1)
     query = jnp.take_along_axis(query, at[..., None, None], axis=1)
-    rows = attention_rows(query, key, whole.text + 1).mean(axis=1)
+    seen = rows_see(decoder.causal, whole.text, whole.length)
+    rows = attention_rows(query, key, seen).mean(axis=1)
     real = instruction(whole)[..., None]
     mean = jnp.sum(jnp.where(real, rows, 0), axis=1) / real.sum(axis=1)
     return jnp.take_along_axis(mean, whole.visual, axis=1, mode="clip")

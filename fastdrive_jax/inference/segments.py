@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.models.attention_rows import attention_received, attention_rows
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder, LayerCache
+from fastdrive_jax.models.decoder import Decoder, LayerCache, rows_see
 from fastdrive_jax.pruning.interface import Kept, Pruner, PrunerInputs, cut_plan, keep_tokens
 
 
@@ -190,7 +190,8 @@ def prefill(
                 sown[step] = found
                 caches.append(cache)
             segments.append(_segment(live, tuple(caches), (at, layer), next_position))
-            rows += [_last_row(live, *sown[step]) for step in observe if at <= step < layer]
+            observed = [step for step in observe if at <= step < layer]
+            rows += [_last_row(decoder, live, *sown[step]) for step in observed]
             evidence_of = live, sown[layer - 1]
             live, at = before, layer
         if k:
@@ -198,7 +199,7 @@ def prefill(
                 evidence_of = live, _run_layer(decoder, params, live, layer, room)[1]
             given = cut_inputs(start, live, number)
             if pruner.cuts is not None:
-                given = given.replace(**_evidence(pruner, *evidence_of))
+                given = given.replace(**_evidence(decoder, pruner, *evidence_of))
             fold = None if key is None else jax.random.fold_in(key, number)
             kept = keep_tokens(pruner, pruner_params, given, k, fold)
             live = keep_live(live, kept, pruner.renumber)
@@ -278,6 +279,7 @@ def _run_layer(decoder, params, live, layer, room):
         live.position_ids,
         (layer, layer + 1),
         room=room,
+        lengths=live.length,
         method="span",
         mutable=["intermediates"],
     )
@@ -318,29 +320,29 @@ def instruction(live: Live) -> Bool[Array, "B L"]:
     return (live.text > last) & (live.text < live.length[:, None])
 
 
-def _last_row(live, query, key):
+def _last_row(decoder, live, query, key):
     """Attention of the last token to the visual ones, mean over heads [B, N]."""
-    return _head_rows(live, query, key, live.length[:, None] - 1)[:, :, 0].mean(axis=1)
+    return _head_rows(decoder, live, query, key, live.length[:, None] - 1)[:, :, 0].mean(axis=1)
 
 
-def _head_rows(live, query, key, places):
+def _head_rows(decoder, live, query, key, places):
     """Attention of the tokens at some places to the visual ones [B, Q, R, N]."""
     places = jnp.minimum(places, query.shape[1] - 1)
     chosen = jnp.take_along_axis(query, places[..., None, None], axis=1)
-    rows = attention_rows(chosen, key, places + 1)
+    rows = attention_rows(chosen, key, rows_see(decoder.causal, places, live.length))
     return _take(rows, live.visual[:, None, None])
 
 
-def _evidence(pruner, live, found):
+def _evidence(decoder, pruner, live, found):
     """What the method reads of a layer's attention, of the tokens that the layer saw."""
     query, key = found
     out = {}
     if "last_row" in pruner.needs:
-        out["last_row"] = _head_rows(live, query, key, live.length[:, None] - 1)[:, :, 0]
+        out["last_row"] = _head_rows(decoder, live, query, key, live.length[:, None] - 1)[:, :, 0]
     if "text_rows" in pruner.needs:
-        out["text_rows"] = _head_rows(live, query, key, live.text)
+        out["text_rows"] = _head_rows(decoder, live, query, key, live.text)
     if "received" in pruner.needs:
-        received = attention_received(query, key, live.length, causal=True)
+        received = attention_received(query, key, live.length, causal=decoder.causal)
         out["received"] = _take(received, live.visual)
     return out
 

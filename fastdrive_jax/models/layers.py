@@ -1,5 +1,7 @@
 """Layers that the encoders and decoders share."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,22 +27,25 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward `down(silu(gate(x)) * up(x))`.
+    """Gated feed-forward `down(act(gate(x)) * up(x))`.
 
     Attributes:
         intermediate_size: F.
         use_bias: Whether the three projections have biases.
+        activation: Of the gate: SiLU, or GELU's tanh form, which makes it a GeGLU.
     """
 
     intermediate_size: int
     use_bias: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Maps x [..., D] to [..., D]."""
         gate = nn.Dense(self.intermediate_size, use_bias=self.use_bias, name="gate_proj")(x)
         up = nn.Dense(self.intermediate_size, use_bias=self.use_bias, name="up_proj")(x)
-        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="down_proj")(nn.silu(gate) * up)
+        gate = nn.silu(gate) if self.activation == "silu" else nn.gelu(gate, approximate=True)
+        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="down_proj")(gate * up)
 
 
 def rotate(

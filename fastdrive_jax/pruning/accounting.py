@@ -11,7 +11,8 @@ Published "FLOPs" of pruned models are often multiply-adds, half of what is coun
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 
 LAYER_FORMULA = "layer(n) = 2 n (2 D^2 + 2 D G d + 3 D F) + 4 n^2 D"
 FORMULA = (
@@ -90,10 +91,12 @@ def frame_cost(
     head = width * config.vocab_size
     pairs = list(zip(prompts, seen, strict=True))
     prefill = sum(layer_flops(config, *pair) for pair in pairs) + 2 * head
-    masked = sum(2 * prompt * (keys - 1) * width for prompt, keys in pairs)
-    decode = 2 * (layers * layer_products(config) + head) + 4 * sum(slots) * width
+    queries = config.num_heads * config.head_dim
+    masked = sum(2 * prompt * (keys - 1) * queries for prompt, keys in pairs)
     keys = config.num_kv_heads * config.head_dim
-    one_layer = layer_products(config) + (width + 2 * keys) + 2 * width  # biases and norms
+    decode = 2 * (layers * layer_products(config) + head) + 4 * sum(slots) * queries
+    biases = queries + 2 * keys if config.attention_bias else 0
+    one_layer = layer_products(config) + biases + 2 * width  # two norms
     return Cost(
         live=live,
         equivalent_tokens=sum(live) / layers,
@@ -116,14 +119,15 @@ def live_tokens(plan: Sequence[tuple[int, int]], n: int, num_layers: int) -> tup
 def layer_products(config: DecoderConfig) -> int:
     """Weights of a decoder layer's products, biases and norms left out."""
     width = config.hidden_size
-    keys = config.num_kv_heads * config.head_dim
-    return 2 * width**2 + 2 * width * keys + 3 * width * config.intermediate_size
+    queries, keys = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
+    return 2 * width * (queries + keys) + 3 * width * config.intermediate_size
 
 
 def layer_flops(config: DecoderConfig, count: int, keys: int | None = None) -> int:
     """Forward FLOPs of one decoder layer over `count` tokens that see `keys`; None: each other."""
     keys = count if keys is None else keys
-    return 2 * count * layer_products(config) + 4 * count * keys * config.hidden_size
+    queries = config.num_heads * config.head_dim
+    return 2 * count * layer_products(config) + 4 * count * keys * queries
 
 
 def recon_pruner_flops(layer: DecoderConfig, n: int) -> int:

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
-from fastdrive_jax.models.qwen2_5_vl.decoder import DecoderLayer, mrope_angles
+from fastdrive_jax.models.decoder import DecoderLayer, mrope_angles
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.pruning.interface import Pruner
 
 

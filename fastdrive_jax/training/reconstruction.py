@@ -15,9 +15,9 @@ import optax
 from jaxtyping import Array, Float, Int, UInt8
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.decoder import DecoderLayer, mrope_angles
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.layers import RMSNorm
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
-from fastdrive_jax.models.qwen2_5_vl.decoder import DecoderLayer, mrope_angles
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 from fastdrive_jax.training.losses import SsimConfig, ssim
 

@@ -11,7 +11,8 @@ from experiments.train_cases import CASES, TrainCase, abstract_inputs, make_step
 from experiments.training_cost import peak_flops, step_flops
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import read_rows
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.pruning.accounting import encoder_flops, layer_flops
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.reconstruction import ReconConfig

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 

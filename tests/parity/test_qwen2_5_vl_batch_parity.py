@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.checkpoint import load, save
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, QwenVLConfig, VisionConfig
+from fastdrive_jax.models.qwen2_5_vl.config import (
+    QwenVLConfig,
+    VisionConfig,
+)
 from fastdrive_jax.models.qwen2_5_vl.hf_config import config_to_hf
 from fastdrive_jax.models.qwen2_5_vl.image_processor import process_pictures
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
+from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, positions
 from fastdrive_jax.models.qwen2_5_vl.patches import patchify
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder

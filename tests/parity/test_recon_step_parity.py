@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fastdrive_jax.training.reconstruction import ReconConfig, init_params, recon_loss

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.decoder_config import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -39,52 +40,6 @@ class VisionConfig:
     def token_pixels(self) -> int:
         """Edge in pixels of the square that one visual token covers."""
         return self.patch_size * self.spatial_merge_size
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """The language decoder; defaults are those of Qwen2.5-VL-3B.
-
-    Attributes:
-        hidden_size: D.
-        intermediate_size: F.
-        num_layers: Decoder layers.
-        num_heads: Query heads Q.
-        num_kv_heads: Key/value heads G; divides `num_heads`.
-        vocab_size: Token ids.
-        rope_theta: Base of the rotary angles.
-        mrope_section: Rotary channel pairs that follow the temporal, row and column position.
-        rms_norm_eps: Of every norm.
-        tie_word_embeddings: Whether the output head is the embedding table.
-    """
-
-    hidden_size: int = 2048
-    intermediate_size: int = 11_008
-    num_layers: int = 36
-    num_heads: int = 16
-    num_kv_heads: int = 2
-    vocab_size: int = 151_936
-    rope_theta: float = 1_000_000.0
-    mrope_section: tuple[int, int, int] = (16, 24, 24)
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = True
-
-    def __post_init__(self):
-        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size} and be a "
-                f"multiple of num_kv_heads={self.num_kv_heads}."
-            )
-        if 2 * sum(self.mrope_section) != self.head_dim:
-            raise UserError(
-                f"mrope_section={self.mrope_section} must sum to half the head size "
-                f"{self.head_dim}."
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """d, size of a head."""
-        return self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, QwenVLConfig, VisionConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import (
+    QwenVLConfig,
+    VisionConfig,
+)
 
 MODEL_TYPE = "qwen2_5_vl"
 CONFIG_FILE = "config.json"

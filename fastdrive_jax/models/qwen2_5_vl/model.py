@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from fastdrive_jax.models.decoder import Decoder, LayerCache
 from fastdrive_jax.models.qwen2_5_vl.config import QwenVLConfig
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder, LayerCache
 from fastdrive_jax.models.qwen2_5_vl.patches import PictureLayout
 from fastdrive_jax.models.qwen2_5_vl.sequence import Batch
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder

@@ -13,8 +13,8 @@ import pytest
 from fastdrive_jax.inference.policy import DrivingPolicy, plan, reset_state, start_state
 from fastdrive_jax.inference.reuse import Memory, no_caches, prefill
 from fastdrive_jax.inference.segments import decode_token, live_sequence
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
+from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import Pruner, PrunerInputs, make_pruner
 from fastdrive_jax.pruning.interface import Cuts, Temporal, cut_plan
@@ -137,7 +137,7 @@ def reference_layer(params, layer, x, ids, seen, computed, held):
     """
     found = []
 
-    def explicit(query, key, value, causal=True):
+    def explicit(query, key, value, causal=True, lengths=None):
         keep = computed[..., None, None]
         key, value = (jnp.where(keep, *pair) for pair in zip((key, value), held, strict=True))
         keys, values = (jnp.repeat(y, 2, axis=2) for y in (key, value))
@@ -147,7 +147,7 @@ def reference_layer(params, layer, x, ids, seen, computed, held):
         return jnp.einsum("bhns,bshd->bnhd", share, values)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastdrive_jax.models.qwen2_5_vl.decoder.attention", explicit)
+        patch.setattr("fastdrive_jax.models.decoder.attention", explicit)
         x, _ = DECODER.apply({"params": params}, x, ids, (layer, layer + 1), method="span")
     return x, *found[0]
 

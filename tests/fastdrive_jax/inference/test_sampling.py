@@ -16,7 +16,11 @@ from fastdrive_jax.inference.sampling import (
     penalise,
     read_sampling,
 )
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, QwenVLConfig, VisionConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import (
+    QwenVLConfig,
+    VisionConfig,
+)
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.sequence import Sample, collate
 from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fastdrive_jax.inference.segments import decode_token, live_sequence, prefill
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
+from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.pruning import Pruner, PrunerInputs
 from fastdrive_jax.pruning.interface import Cuts
 
@@ -81,7 +81,7 @@ def masked(params, sequence, keeps, monkeypatch, observe=()):
     is_visual = np.pad(is_visual, ((0, 0), (0, STEPS)))
     weights = []
 
-    def explicit(query, key, value, causal=True):
+    def explicit(query, key, value, causal=True, lengths=None):
         mask = np.tril(np.ones((whole, whole), bool)) & visible[:, None]
         mask |= np.eye(whole, dtype=bool)  # so that no row is empty
         key, value = (jnp.repeat(y, query.shape[2] // key.shape[2], axis=2) for y in (key, value))
@@ -98,7 +98,7 @@ def masked(params, sequence, keeps, monkeypatch, observe=()):
                 kept[sample, places] = True
             visible &= kept | ~is_visual
         with monkeypatch.context() as patch:
-            patch.setattr("fastdrive_jax.models.qwen2_5_vl.decoder.attention", explicit)
+            patch.setattr("fastdrive_jax.models.decoder.attention", explicit)
             x, _ = DECODER.apply({"params": params}, x, ids, (layer, layer + 1), method="span")
         if layer in observe:
             found.append(np.zeros((batch, VISUAL)))

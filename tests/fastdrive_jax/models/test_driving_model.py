@@ -5,7 +5,8 @@ import pytest
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.generate import decode, generate, prefill
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.driving import (
     DrivingConfig,
     DrivingVLA,

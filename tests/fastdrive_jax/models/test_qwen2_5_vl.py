@@ -12,8 +12,9 @@ import pytest
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.generate import generate
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
+from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
 from fastdrive_jax.models.qwen2_5_vl.patches import (
     layout_of,

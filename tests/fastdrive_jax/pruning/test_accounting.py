@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from fastdrive_jax.models.attention import attention
-from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B, DecoderConfig
-from fastdrive_jax.models.qwen2_5_vl.decoder import Decoder
+from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B
 from fastdrive_jax.pruning.accounting import frame_cost, recon_pruner_flops
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 
@@ -35,7 +36,7 @@ PLANS = {
 def all_scores_at_once(monkeypatch):
     """XLA counts the body of a loop once, so the kernel must have none."""
     monkeypatch.setattr(
-        "fastdrive_jax.models.qwen2_5_vl.decoder.attention",
+        "fastdrive_jax.models.decoder.attention",
         functools.partial(attention, kernel="xla"),
     )
 

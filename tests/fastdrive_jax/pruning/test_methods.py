@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
-from fastdrive_jax.models.qwen2_5_vl.decoder import DecoderLayer
+from fastdrive_jax.models.decoder import DecoderLayer
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.pruning import PrunerInputs, keep_indices, make_pruner, pruner_scores
 from fastdrive_jax.pruning.position_prior import mean_fractions
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig

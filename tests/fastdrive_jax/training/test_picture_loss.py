@@ -8,7 +8,8 @@ import optax
 import pytest
 from flax import traverse_util
 
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig, VisionConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder
 from fastdrive_jax.parallel.mesh import batch_sharding, make_mesh
 from fastdrive_jax.parallel.rules import tree_shardings

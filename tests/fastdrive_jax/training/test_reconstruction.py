@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 from fastdrive_jax.training.reconstruction import (
     TOKEN,

@@ -1,7 +1,7 @@
-"""The Qwen2.5-VL decoder: grouped-query attention with M-RoPE, SwiGLU, RMSNorm, a KV cache.
+"""The decoder of Qwen2.5-VL, Llama and Gemma: rotary positions, a gated MLP, a KV cache.
 
-One layer serves three masters: the language model (causal, cached), ReconPruner's PrunerLayer and
-the reconstruction decoder (both without a causal mask).
+One layer serves them all: language models (causal or, where actions are decoded at once, not),
+ReconPruner's PrunerLayer and the reconstruction decoder.
 """
 
 import flax.linen as nn
@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.models.attention import attention
 from fastdrive_jax.models.attention_rows import attend_rows
+from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.layers import RMSNorm, SwiGLU, rotate
-from fastdrive_jax.models.qwen2_5_vl.config import DecoderConfig
 from fastdrive_jax.parallel.rules import constrain
 
 Angles = tuple[Float[Array, "B N d"], Float[Array, "B N d"]]
@@ -78,8 +78,15 @@ def mrope_angles(config: DecoderConfig, position_ids: Int[Array, "3 B N"]) -> An
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def rows_see(
+    causal: bool, places: Int[Array, "B R"], lengths: Int[Array, " B"]
+) -> Int[Array, "B R"]:
+    """How many tokens, from the first, those at some places see."""
+    return places + 1 if causal else jnp.broadcast_to(lengths[:, None], places.shape)
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with biases on q, k and v.
+    """Grouped-query attention.
 
     Attributes:
         config: Sizes.
@@ -97,6 +104,7 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         room: int = 0,
         places: Int[Array, "B N"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B N D"], LayerCache | None]:
         """Attends over x [B, N, D] or, with a cache, over what it holds and the new tokens.
 
@@ -106,7 +114,8 @@ class Attention(nn.Module):
             cache: Decodes: gets the new token behind each sample's last.
             room: Prefills, if above 0: the cache made of x has that many free slots.
             places: Where the tokens stand in the cache, whose length stays: each replaces what is
-                there and sees all up to itself.
+                there and sees all up to itself or, without a causal mask, all.
+            lengths: Real tokens of each sample, which only a model that is not causal must be told.
 
         Returns:
             The output [B, N, D] and the filled cache, None if neither was asked for.
@@ -115,7 +124,8 @@ class Attention(nn.Module):
         batch, count, _ = x.shape
 
         def heads(name, number):
-            y = nn.Dense(number * config.head_dim, name=name)(x)
+            bias = config.attention_bias
+            y = nn.Dense(number * config.head_dim, use_bias=bias, name=name)(x)
             return y.reshape(batch, count, number, config.head_dim)
 
         query = heads("q_proj", config.num_heads)
@@ -128,14 +138,16 @@ class Attention(nn.Module):
         self.sow("intermediates", "key", key)
         if places is not None:
             cache = cache.put(key, value, places)
-            out = attend_rows(query, cache.key, cache.value, places + 1)
+            seen = rows_see(self.causal, places, lengths)
+            out = attend_rows(query, cache.key, cache.value, seen)
         elif cache is not None:
             if count != 1:
                 raise ValueError(f"a cache takes one token at a time, not {count}")
             cache = cache.append(key, value)
             out = attention(query, cache.key, cache.value, lengths=cache.length)
         else:
-            out = attention(query, key, value, causal=self.causal)
+            seen = None if self.causal else lengths
+            out = attention(query, key, value, causal=self.causal, lengths=seen)
             if room:
                 free = ((0, 0), (0, room), (0, 0), (0, 0))
                 length = jnp.full(batch, count, jnp.int32)
@@ -163,15 +175,17 @@ class DecoderLayer(nn.Module):
         cache: LayerCache | None = None,
         room: int = 0,
         places: Int[Array, "B N"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B N D"], LayerCache | None]:
         """Maps hidden states [B, N, D] to the same shape; see `Attention` for the rest."""
         config = self.config
+        y = RMSNorm(config.rms_norm_eps, name="input_layernorm")(x)
         y, cache = Attention(config, self.causal, name="self_attn")(
-            RMSNorm(config.rms_norm_eps, name="input_layernorm")(x), angles, cache, room, places
+            y, angles, cache, room, places, lengths
         )
         x = constrain(x + y, "batch", "token", "embed")
         y = RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(x)
-        x = x + SwiGLU(config.intermediate_size, name="mlp")(y)
+        x = x + SwiGLU(config.intermediate_size, activation=config.activation, name="mlp")(y)
         return constrain(x, "batch", "token", "embed"), cache
 
 
@@ -180,15 +194,17 @@ class Decoder(nn.Module):
 
     Attributes:
         config: Sizes.
+        causal: See `Attention`.
     """
 
     config: DecoderConfig
+    causal: bool = True
 
     def setup(self):
         """Names follow the published checkpoint's."""
         config = self.config
         self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config) for _ in range(config.num_layers)]
+        self.layers = [DecoderLayer(config, self.causal) for _ in range(config.num_layers)]
         self.norm = RMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(config.vocab_size, use_bias=False)
@@ -230,6 +246,7 @@ class Decoder(nn.Module):
         caches: tuple[LayerCache, ...] | None = None,
         room: int = 0,
         places: Int[Array, "B N"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B N D"], tuple[LayerCache | None, ...]]:
         """Some layers that follow each other, with one token count.
 
@@ -240,6 +257,7 @@ class Decoder(nn.Module):
             caches: Decodes: one for each of them.
             room: See `__call__`.
             places: Where in the caches x is written, see `Attention`; None is behind the last.
+            lengths: See `Attention`.
 
         Returns:
             Hidden states that leave the last one, and a cache, or None, for each.
@@ -248,7 +266,7 @@ class Decoder(nn.Module):
         filled = []
         for number, layer in enumerate(self.layers[slice(*layers)]):
             cache = None if caches is None else caches[number]
-            x, cache = layer(x, angles, cache, room, places)
+            x, cache = layer(x, angles, cache, room, places, lengths)
             filled.append(cache)
             self.sow("intermediates", f"hidden_{layers[0] + number}", x)
         return x, tuple(filled)
