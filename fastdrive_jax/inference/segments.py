@@ -254,15 +254,40 @@ def decode_token(
             method="span",
             mutable=["intermediates"],
         )
-        for step in observe:
-            if segment.layers[0] <= step < segment.layers[1]:
-                query = sown["intermediates"][f"layers_{step}"]["self_attn"]["query"][0]
-                cache = caches[step - segment.layers[0]]
-                row = attention_rows(query, cache.key, cache.length[:, None]).mean(axis=(1, 2))
-                action.append(spread(_take(row, segment.visual), segment, total))
+        action += observed_rows(sown["intermediates"], segment, caches, observe, total)
         after.append(segment.replace(caches=caches, next_position=segment.next_position + 1))
     logits = decoder.apply({"params": params}, x, method="finish")[:, 0]
     return logits, tuple(after), sum(action) / len(observe) if observe else None
+
+
+def observed_rows(
+    sown: dict,
+    segment: Segment,
+    caches: tuple[LayerCache, ...],
+    observe: Sequence[int],
+    total: int,
+) -> list[Float[Array, "B N"]]:
+    """Attention of new tokens to visual ones in each observed layer of a segment.
+
+    Args:
+        sown: What the decoder's layers sowed of the new tokens.
+        segment: The layers that ran.
+        caches: Theirs, with the new tokens, all of which see all that is in them.
+        observe: Layers whose rows are wanted.
+        total: N, visual tokens before all cuts.
+
+    Returns:
+        Means over heads and new tokens.
+    """
+    rows = []
+    for step in observe:
+        if segment.layers[0] <= step < segment.layers[1]:
+            query = sown[f"layers_{step}"]["self_attn"]["query"][0]
+            cache = caches[step - segment.layers[0]]
+            seen = jnp.broadcast_to(cache.length[:, None], query.shape[:2])
+            row = attention_rows(query, cache.key, seen).mean(axis=(1, 2))
+            rows.append(spread(_take(row, segment.visual), segment, total))
+    return rows
 
 
 def spread(values: Float[Array, "B K"], segment: Segment, total: int) -> Float[Array, "B N"]:
