@@ -108,7 +108,7 @@ def start_state(
     tokens = jnp.zeros((batch, config.visual_tokens, config.text.hidden_size))
     inputs = driving_inputs(config, tokens)
     if "pixels" in policy.pruner.needs:
-        shape = jax.eval_shape(lambda x: token_pixels(x, config), images)
+        shape = jax.eval_shape(lambda x: token_pixels(x, config.vision.token_pixels), images)
         inputs = inputs.replace(pixels=jnp.zeros(shape.shape, shape.dtype))
     where = positions(config, prompt_tokens)
     slots = sum(part.shape[1] for part in (where.before, where.visual, where.after))

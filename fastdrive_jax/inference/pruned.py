@@ -1,6 +1,6 @@
 """A prompt read with a pruner, wherever that stands, and what a frame leaves to the next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -23,6 +23,19 @@ from fastdrive_jax.pruning.interface import (
     pruner_scores,
 )
 from fastdrive_jax.pruning.select import gather_tokens, top_k
+
+
+class Decoded(flax.struct.PyTreeNode):
+    """An answer of a known length.
+
+    Attributes:
+        ids: [B, M].
+        action: Attention that each visual token got from the queries that gave them, mean over
+            queries, heads and the observed layers [B, N]; None if none was observed.
+    """
+
+    ids: Int[Array, "B M"]
+    action: Float[Array, "B N"] | None
 
 
 class Read(flax.struct.PyTreeNode):
@@ -122,6 +135,38 @@ def read_pruned(
         given, within = (decoder, params, live, next_position, room), ()
     read = segments.prefill(*given, *within, observe=observe, acting=acting, total=total)
     return Read(read, read.segments[-1].ids)
+
+
+def decode_tokens(
+    decoder: Decoder,
+    params: dict,
+    prefilled: segments.Prefilled,
+    count: int,
+    choose: Callable[[Float[Array, "B V"]], Int[Array, " B"]],
+    observe: Sequence[int] = (),
+) -> Decoded:
+    """An answer of `count` tokens, one after the other, in one scan.
+
+    Args:
+        decoder: The language model.
+        params: Its parameters.
+        prefilled: With room for the answer.
+        count: M, static.
+        choose: Logits to the next token.
+        observe: The layers that were observed in prefill.
+    """
+    total = prefilled.action.shape[1] if observe else 0
+
+    def step(carry, _):
+        ids, parts = carry
+        logits, parts, row = segments.decode_token(decoder, params, ids, parts, observe, total)
+        following = choose(logits)
+        return (following, parts), (following, row)
+
+    ids = choose(prefilled.logits)
+    _, (rest, rows) = jax.lax.scan(step, (ids, prefilled.segments), length=count - 1)
+    action = (prefilled.action + rows.sum(axis=0)) / count if observe else None
+    return Decoded(jnp.concatenate([ids[:, None], rest.T], axis=1), action)
 
 
 def start_memory(
