@@ -225,6 +225,7 @@ class Decoder(nn.Module):
         position_ids: Int[Array, "3 B N"],
         caches: tuple[LayerCache, ...] | None = None,
         room: int = 0,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B N D"], tuple[LayerCache, ...] | None]:
         """Hidden states after the final norm, and the caches if there are any.
 
@@ -233,9 +234,10 @@ class Decoder(nn.Module):
             position_ids: M-RoPE positions.
             caches: Decodes: one a layer.
             room: Prefills, if above 0: free slots of the caches that it makes.
+            lengths: See `Attention`.
         """
         layers = 0, self.config.num_layers
-        x, filled = self.span(embeddings, position_ids, layers, caches, room)
+        x, filled = self.span(embeddings, position_ids, layers, caches, room, lengths=lengths)
         return self.norm(x), filled if caches is not None or room else None
 
     def span(

@@ -13,6 +13,8 @@ from fastdrive_jax.models.dinov2.weights import (
     load_dinov2,
     params_from_tensors,
 )
+from fastdrive_jax.models.vit import ViT
+from fastdrive_jax.models.vit_config import ViTConfig
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None,
@@ -34,11 +36,11 @@ def torch_model(config, layerscale: float = 1.0):
 
     hf = Dinov2Config(
         hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
+        num_hidden_layers=config.depth,
         num_attention_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
+        mlp_ratio=config.intermediate_size // config.hidden_size,
         patch_size=config.patch_size,
-        image_size=config.patch_size * config.position_grid,
+        image_size=config.image_size,
         layerscale_value=layerscale,
     )
     return Dinov2Model(hf).eval()
@@ -83,20 +85,16 @@ def test_random_tiny_model_equals_transformers_with_its_own_state_dict(size):
     import torch
 
     torch.manual_seed(0)
-    from fastdrive_jax.models.dinov2.config import Dinov2Config
-
-    config = Dinov2Config(hidden_size=128, num_layers=2, num_heads=2, position_grid=4)
+    config = ViTConfig(2, hidden_size=128, intermediate_size=512, num_heads=2, image_size=56)
     peer = torch_model(config, layerscale=0.7)
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.normal_(0, 0.1)
     tensors = {k: v.numpy() for k, v in peer.state_dict().items()}
     assert config_of(tensors) == config
-    from fastdrive_jax.models.dinov2.model import Dinov2
-
     params = params_from_tensors(tensors, config)
     pixels = pixels_of(*size, batch=2)
-    ours = Dinov2(config).apply({"params": params}, pixels)
+    ours = ViT(config).apply({"params": params}, pixels)
     np.testing.assert_allclose(np.asarray(ours), torch_tokens(peer, pixels), atol=2e-5)
 
 

@@ -2,21 +2,12 @@
 
 from typing import Literal
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from fastdrive_jax.models.dinov2.model import Dinov2
+from fastdrive_jax.models.vit import ViT, normalise_pictures
 
 Merge = Literal["mean", "concat"]
 MERGE_SIZE = 2  # patches along a token, as in Qwen2.5-VL's merger
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def normalize(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """RGB bytes to the float32 values that DINOv2 was trained on."""
-    mean, std = (jnp.asarray(v, jnp.float32) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def merge_patches(
@@ -40,7 +31,7 @@ def merge_patches(
 
 
 def encode_pictures(
-    model: Dinov2, params: dict, images: UInt8[Array, "B H W 3"], merge: Merge = "mean"
+    model: ViT, params: dict, images: UInt8[Array, "B H W 3"], merge: Merge = "mean"
 ) -> Float[Array, "B N E"]:
     """Visual tokens [B, N, E] of RGB pictures; N = H / 28 * W / 28.
 
@@ -52,5 +43,5 @@ def encode_pictures(
     """
     patch = model.config.patch_size
     grid = (images.shape[1] // patch, images.shape[2] // patch)
-    tokens = model.apply({"params": params}, normalize(images))
-    return merge_patches(tokens[:, 1:], grid, merge)
+    tokens = model.apply({"params": params}, normalise_pictures(images, model.config))
+    return merge_patches(tokens[:, model.config.prefix :], grid, merge)

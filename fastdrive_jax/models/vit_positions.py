@@ -30,21 +30,21 @@ def _kernel(x: np.ndarray) -> np.ndarray:
 
 
 def interpolate_positions(
-    positions: Float[Array, "1 S D"], grid: tuple[int, int]
-) -> Float[Array, "1 P1 D"]:
-    """Class position and patch positions [1, 1 + h * w, D] for a grid (h, w) of patches.
+    positions: Float[Array, "S D"], stored: tuple[int, int], grid: tuple[int, int]
+) -> Float[Array, "P D"]:
+    """Positions [h * w, D] for a grid (h, w) of patches.
 
     Args:
-        positions: [1, 1 + G * G, D], the class token's first.
+        positions: Of the grid that the encoder was trained on, in raster order.
+        stored: Its rows and columns.
         grid: Patch rows and columns of the picture.
     """
-    side = round((positions.shape[1] - 1) ** 0.5)
-    if grid == (side, side):
+    if grid == stored:
         return positions
-    square = positions[0, 1:].reshape(side, side, -1)
-    rows, columns = (jnp.asarray(cubic_matrix(size, side)) for size in grid)
+    square = positions.reshape(*stored, -1)
+    rows, columns = (jnp.asarray(cubic_matrix(*sizes)) for sizes in zip(grid, stored, strict=True))
     # Exact products: a faster matmul mode would shift every token of the encoder.
     patches = jnp.einsum(
         "ya,xb,abd->yxd", rows, columns, square, precision=jax.lax.Precision.HIGHEST
     )
-    return jnp.concatenate([positions[:, :1], patches.reshape(1, grid[0] * grid[1], -1)], axis=1)
+    return patches.reshape(grid[0] * grid[1], -1)

@@ -1,0 +1,1 @@
+"""OpenVLA and OpenVLA-OFT: pictures and an instruction in, robot actions out."""
