@@ -57,7 +57,8 @@ class Block(nn.Module):
         y = Attention(config, name="attn")(norm(x, "norm1"))
         x = constrain(x + scaled(y, "ls1"), "batch", "token", "embed")
         y = nn.Dense(config.intermediate_size, name="fc1")(norm(x, "norm2"))
-        y = nn.Dense(config.hidden_size, name="fc2")(nn.gelu(y, approximate=False))
+        y = nn.gelu(y, approximate=config.activation == "gelu_tanh")
+        y = nn.Dense(config.hidden_size, name="fc2")(y)
         return constrain(x + scaled(y, "ls2"), "batch", "token", "embed")
 
 

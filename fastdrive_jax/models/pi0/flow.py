@@ -1,8 +1,8 @@
 """Flow matching: how pi0's action expert learns and how it acts.
 
-With noise n and actions a, x_t = t n + (1 - t) a; a velocity v(x_t, t) learns n - a, and Euler steps
-from t = 1 to 0 turn noise into actions. The paper counts time the other way round; its released code
-does as here.
+With noise n and actions a, x_t = t n + (1 - t) a. A velocity v(x_t, t) learns n - a, and Euler steps
+from t = 1 to 0 turn noise into actions. The paper counts time the other way round, its released
+code as here.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +19,8 @@ from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.pi0.expert import ActionExpert
 from fastdrive_jax.models.pi0.model import Pi0
 from fastdrive_jax.pruning.interface import PrunerInputs
+
+Actions = Float[Array, "B H A"]
 
 _EARLIEST = 0.001  # flow time that training draws
 _ALPHA, _BETA = 1.5, 1.0  # of its distribution, which leans to noise
@@ -38,19 +40,19 @@ class Sampled(flax.struct.PyTreeNode):
 
 
 def euler(
-    velocity: Callable[[Float[Array, "B H A"], Float[Array, ""]], tuple[Float[Array, "B H A"], Any]],
-    noise: Float[Array, "B H A"],
+    velocity: Callable[[Actions, Float[Array, ""]], tuple[Actions, Any]],
+    noise: Actions,
     steps: int,
-) -> tuple[Float[Array, "B H A"], Any]:
-    """x at time 0, of a velocity that is followed in equal steps from noise at time 1.
+) -> tuple[Actions, Any]:
+    """Where a velocity leads, in equal steps, from noise at time 1 to time 0.
 
     Args:
         velocity: (x, time) to the velocity there and anything else.
-        noise: x at time 1.
+        noise: The x at time 1.
         steps: Number of steps; static.
 
     Returns:
-        x, and the mean over steps of anything else.
+        The x at time 0, and the mean over steps of anything else.
     """
 
     def step(x, number):
@@ -62,8 +64,8 @@ def euler(
 
 
 def matching_loss(
-    velocity: Callable[[Float[Array, "B H A"], Float[Array, " B"]], Float[Array, "B H A"]],
-    actions: Float[Array, "B H A"],
+    velocity: Callable[[Actions, Float[Array, " B"]], Actions],
+    actions: Actions,
     key: jax.Array,
 ) -> Float[Array, ""]:
     """Mean squared error of a velocity at points between noise and actions.
@@ -101,12 +103,12 @@ def read_prompt(
         lengths: See `Pi0.prompt`.
         views: See `Pi0.prompt`.
         method: What prunes, from `pruner` on; see `segments.prefill`. Its `inputs` need hold no
-            more than what `prompt_inputs` leaves out.
+            more than what does not follow from the sequence.
     """
     config = model.config
     live = model.apply({"params": params}, tokens, ids, lengths, views, method="prompt")
-    given = method.pop("inputs", None) or PrunerInputs(tokens)
-    given = given.replace(
+    given = method.pop("inputs", None)
+    given = (PrunerInputs(tokens) if given is None else given).replace(
         camera=jnp.broadcast_to(jnp.arange(config.views), (len(tokens), config.views)),
         count=None if views is None else live.count,
         grid=config.token_grid,
@@ -179,9 +181,7 @@ def flow_loss(
     """
     tokens = model.apply({"params": params}, batch["images"], method="encode")
     views = batch.get("views")
-    prefilled = read_prompt(
-        model, params, tokens, batch["ids"], batch["lengths"], views, **method
-    )
+    prefilled = read_prompt(model, params, tokens, batch["ids"], batch["lengths"], views, **method)
     expert = action_expert(model)
 
     def apply(*inputs, method):

@@ -246,9 +246,7 @@ def _vision_table(config: ViTConfig) -> Table:
             table |= _layer_norm(f"{source}.layer_norm{part}", (*block, f"norm{part}"), size)
         qkv = tuple(f"{source}.self_attn.{part}_proj" for part in "qkv")
         table |= _dense(qkv, size, size, place=(*block, "attn", "qkv"))
-        table |= _dense(
-            f"{source}.self_attn.out_proj", size, size, place=(*block, "attn", "proj")
-        )
+        table |= _dense(f"{source}.self_attn.out_proj", size, size, place=(*block, "attn", "proj"))
         inner = config.intermediate_size
         table |= _dense(f"{source}.mlp.fc1", inner, size, place=(*block, "fc1"))
         table |= _dense(f"{source}.mlp.fc2", size, inner, place=(*block, "fc2"))
