@@ -1,8 +1,8 @@
 """Flow matching: how pi0's action expert learns and how it acts.
 
-With noise n and actions a, x_t = t n + (1 - t) a. A velocity v(x_t, t) learns n - a, and Euler steps
-from t = 1 to 0 turn noise into actions. The paper counts time the other way round, its released
-code as here.
+With noise n and actions a, x_t = t n + (1 - t) a. A velocity v(x_t, t) learns n - a, and Euler
+steps from t = 1 to 0 turn noise into actions. The paper counts time the other way round, its
+released code as here.
 """
 
 from collections.abc import Callable, Sequence
