@@ -10,7 +10,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.qwen2_5_vl.hf_config import read_json
+from fastdrive_jax.models.hf_files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
