@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from fastdrive_jax.errors import UserError
@@ -26,6 +27,7 @@ from fastdrive_jax.parallel.rules import parameter_sharding
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILE = "tokenizer.json"
 _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 _SAMPLE = 1 << 12  # bytes at each end of a tensor that its digest covers
 _ROWS_AT_ONCE = 1 << 24  # bytes of a table that are compared at once
@@ -202,3 +204,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; take the checkpoint's own file.")
     return content
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.exists():
+        raise UserError(f"{folder} holds no {TOKENIZER_FILE}; fetch the checkpoint's own.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(f"{path} cannot be read: {error}.") from error
