@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.qwen2_5_vl.hf_config import GENERATION_FILE, read_json
+from fastdrive_jax.models.hf_files import read_json
+from fastdrive_jax.models.qwen2_5_vl.hf_config import GENERATION_FILE
 from fastdrive_jax.models.qwen2_5_vl.model import Caches, QwenVL
 from fastdrive_jax.models.qwen2_5_vl.sequence import Batch
 

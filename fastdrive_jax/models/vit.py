@@ -87,14 +87,14 @@ class ViT(nn.Module):
         x = nn.Dense(size, name="patch_embed")(x.reshape(batch, rows * columns, -1))
         small = nn.initializers.truncated_normal(0.02)
         stored = config.grid[0] * config.grid[1]
-        positions = self.param("position_embeddings", small, (stored, size))
+        positions = self.param("position_embeddings", small, (1, stored, size))
         x = x + interpolate_positions(positions, config.grid, (rows, columns)).astype(x.dtype)
         prefix = []
         if config.class_token:
-            prefix.append(self.param("class_token", small, (1, size)))
+            prefix.append(self.param("class_token", small, (1, 1, size)))
         if config.registers:
-            prefix.append(self.param("register_tokens", small, (config.registers, size)))
-        prefix = [jnp.broadcast_to(tokens, (batch, *tokens.shape)) for tokens in prefix]
+            prefix.append(self.param("register_tokens", small, (1, config.registers, size)))
+        prefix = [jnp.broadcast_to(tokens, (batch, *tokens.shape[1:])) for tokens in prefix]
         x = jnp.concatenate([*prefix, x], axis=1)
         for number in range(config.depth if self.whole else config.depth - 1):
             x = Block(config, name=f"blocks_{number}")(x)

@@ -30,9 +30,9 @@ def _kernel(x: np.ndarray) -> np.ndarray:
 
 
 def interpolate_positions(
-    positions: Float[Array, "S D"], stored: tuple[int, int], grid: tuple[int, int]
-) -> Float[Array, "P D"]:
-    """Positions [h * w, D] for a grid (h, w) of patches.
+    positions: Float[Array, "1 S D"], stored: tuple[int, int], grid: tuple[int, int]
+) -> Float[Array, "1 P D"]:
+    """Positions [1, h * w, D] for a grid (h, w) of patches.
 
     Args:
         positions: Of the grid that the encoder was trained on, in raster order.
@@ -41,10 +41,10 @@ def interpolate_positions(
     """
     if grid == stored:
         return positions
-    square = positions.reshape(*stored, -1)
+    square = positions[0].reshape(*stored, -1)
     rows, columns = (jnp.asarray(cubic_matrix(*sizes)) for sizes in zip(grid, stored, strict=True))
     # Exact products: a faster matmul mode would shift every token of the encoder.
     patches = jnp.einsum(
         "ya,xb,abd->yxd", rows, columns, square, precision=jax.lax.Precision.HIGHEST
     )
-    return patches.reshape(grid[0] * grid[1], -1)
+    return patches.reshape(1, grid[0] * grid[1], -1)

@@ -22,11 +22,12 @@ INTO = {
     "gate_proj",
     "up_proj",
     "mlp_0",
+    "fc1",
     "lm_head",
     "in_proj",
     "head",
 }
-OUT_OF = {"o_proj", "proj", "down_proj", "mlp_2"}
+OUT_OF = {"o_proj", "proj", "down_proj", "mlp_2", "fc2"}
 ACTIVATIONS = {  # axes of the mesh by what an axis of an array counts
     "batch": BATCH_AXES,
     "token": None,

@@ -156,11 +156,11 @@ def _linen_params(tensors: Mapping[str, np.ndarray], depth: int) -> dict:
     def norm(name):
         return {"scale": tensors[f"{name}.weight"], "bias": tensors[f"{name}.bias"]}
 
-    positions = tensors["embeddings.position_embeddings"][0]
+    positions = tensors["embeddings.position_embeddings"]  # the first is the class token's
     params = {
         "patch_embed": dense("embeddings.patch_embeddings.projection"),
-        "class_token": tensors["embeddings.cls_token"][0] + positions[:1],
-        "position_embeddings": positions[1:],
+        "class_token": tensors["embeddings.cls_token"] + positions[:, :1],
+        "position_embeddings": positions[:, 1:],
         "norm": norm("layernorm"),
     }
     for layer in range(depth):

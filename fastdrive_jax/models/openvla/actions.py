@@ -4,7 +4,6 @@ The published intervals are uneven in one way: 256 edges in [-1, 1] make 255 int
 256th id, of the number 1 alone, is read as the last of them.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.hf_files import CONFIG_FILE, read_json
 from fastdrive_jax.models.openvla.config import OpenVLAConfig
 
 STATISTICS_FILE = "dataset_statistics.json"  # of fine-tuned models; it goes before config.json's
-CONFIG_FILE = "config.json"
 _EPS = 1e-8  # added to the range of a number, as in training
 
 
@@ -120,10 +119,10 @@ def read_statistics(checkpoint_dir: Path, key: str | None = None) -> ActionStati
     folder = Path(checkpoint_dir)
     path = folder / STATISTICS_FILE
     if path.exists():
-        found = _read(path)
+        found = read_json(path)
     else:
         path = folder / CONFIG_FILE
-        found = _read(path).get("norm_stats") if path.exists() else None
+        found = read_json(path).get("norm_stats") if path.exists() else None
     if not isinstance(found, Mapping) or not found:
         raise UserError(
             f"{folder} holds no action statistics; it needs {STATISTICS_FILE}, or norm_stats in "
@@ -164,10 +163,3 @@ def _bounds(entry: Mapping[str, Any] | None, name: str, path: Path | str) -> Bou
     if not len(low) == len(high) == len(mask) == len(unused):
         raise UserError(f"{path} holds lists of different lengths under {name}.")
     return Bounds(low, high, mask, unused)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error

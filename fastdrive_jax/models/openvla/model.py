@@ -35,20 +35,25 @@ class Sequence(flax.struct.PyTreeNode):
 
 
 class Projector(nn.Module):
-    """Fused patches to visual tokens.
+    """Patches to visual tokens.
 
     Attributes:
         size: D.
+        fused: Whether the patches are of several encoders, which takes one more layer.
     """
 
     size: int
+    fused: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N W"]) -> Float[Array, "B N D"]:
         """Maps patches [B, N, W] to tokens [B, N, D]."""
-        x = nn.gelu(nn.Dense(4 * x.shape[-1], name="fc1")(x), approximate=False)
-        x = nn.gelu(nn.Dense(self.size, name="fc2")(x), approximate=False)
-        return nn.Dense(self.size, name="fc3")(x)
+        sizes = (4 * x.shape[-1], self.size, self.size) if self.fused else (self.size, self.size)
+        for number, size in enumerate(sizes, 1):
+            x = nn.Dense(size, name=f"fc{number}")(x)
+            if number < len(sizes):
+                x = nn.gelu(x, approximate=False)
+        return x
 
 
 class OpenVLA(nn.Module):
@@ -67,7 +72,7 @@ class OpenVLA(nn.Module):
         config = self.config
         size = config.text.hidden_size
         self.encoders = [ViT(encoder, whole=False) for encoder in config.encoders]
-        self.projector = Projector(size)
+        self.projector = Projector(size, fused=len(config.encoders) > 1)
         self.language_model = Decoder(config.text, causal=not config.parallel)
         if config.proprio_dim:
             self.proprio_projector = ProprioProjector(size)

@@ -10,9 +10,8 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.qwen2_5_vl.hf_config import read_json
+from fastdrive_jax.models.hf_files import read_json, read_tokenizer
 
-TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", TOKENIZER_CONFIG_FILE)
 IMAGE_MARK = "<image>"
@@ -68,14 +67,7 @@ def read_chat(checkpoint_dir: Path) -> Chat:
         UserError: A file is missing or damaged.
     """
     folder = Path(checkpoint_dir)
-    path = folder / TOKENIZER_FILE
-    if not path.exists():
-        raise UserError(f"{folder} holds no {TOKENIZER_FILE}; fetch the checkpoint's own.")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    return Chat(tokenizer, _read_template(folder))
+    return Chat(read_tokenizer(folder), _read_template(folder))
 
 
 def user_message(text: str) -> Message:

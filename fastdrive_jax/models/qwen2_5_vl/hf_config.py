@@ -4,20 +4,19 @@ Published files hold the decoder's sizes at the top level, those that transforme
 them under `text_config`; both are read, the second is written.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.hf_files import CONFIG_FILE, read_json
 from fastdrive_jax.models.qwen2_5_vl.config import (
     QwenVLConfig,
     VisionConfig,
 )
 
 MODEL_TYPE = "qwen2_5_vl"
-CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 _VISION_NAMES = (
     "depth",
@@ -162,22 +161,3 @@ def _refuse_variants(text, vision, rope, path) -> None:
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in one of a checkpoint's JSON files.
-
-    Raises:
-        UserError: There is no such file, or no object in it.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path.parent} holds no {path.name}; give the folder of a checkpoint."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; take the checkpoint's own file.")
-    return content

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.qwen2_5_vl.hf_config import read_json
+from fastdrive_jax.models.hf_files import read_json
 from fastdrive_jax.models.qwen2_5_vl.patches import IMAGE_MEAN, IMAGE_STD, patch_rows
 from fastdrive_jax.models.resize import resize_bicubic
 

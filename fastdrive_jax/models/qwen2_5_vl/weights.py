@@ -12,6 +12,16 @@ from jaxtyping import Array, Float, Int
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.hf_names import (
+    Place,
+    Table,
+    decoder_table,
+    dense,
+    feed_forward,
+    fit_table,
+    norm,
+    to_linen,
+)
 from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder
 
@@ -23,9 +33,6 @@ _PREFIXES = (
     (r"^model\.language_model\.", "language_model."),
     (r"^model\.", "language_model."),
 )
-
-# Tensor name to Linen path and the shape that the tensor has on file.
-Table = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
 
 
 def params_from_tensors(
@@ -61,7 +68,7 @@ def params_from_tensors(
 
 def fit_names(
     shapes: Mapping[str, tuple[int, ...]], vision: VisionConfig, text: DecoderConfig
-) -> dict[str, tuple[str, ...]]:
+) -> dict[str, Place]:
     """The place among our parameters of every given tensor; a tied head that is given has none.
 
     Args:
@@ -70,37 +77,16 @@ def fit_names(
         text: Sizes of the decoder.
 
     Raises:
-        UserError: Names the doubled, unmapped, unfilled and misshapen tensors, all at once.
+        UserError: See `fit_table`.
     """
-    names: dict[str, str] = {}
-    doubled = []
-    for name in shapes:
-        own = canonical_name(name)
-        if own in names:
-            doubled.append(own)
-        names[own] = name
-    ours = traverse_util.flatten_dict(abstract_params(vision, text))
-    table = name_table(vision, text)
-    if set(ours) != {place for place, _ in table.values()}:
-        raise ValueError("the name table does not cover the model")
-    known = set(table) | ({HEAD} if text.tie_word_embeddings else set())
-    faults = {
-        "given twice": sorted(doubled),
-        "unmapped": sorted(set(names) - known),
-        "unfilled": sorted(set(table) - set(names)),
-        "misshapen": sorted(
-            f"{name} {tuple(shapes[names[name]])}, not {shape}"
-            for name, (_, shape) in table.items()
-            if name in names and tuple(shapes[names[name]]) != shape
-        ),
-    }
-    if any(faults.values()):
-        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-        raise UserError(
-            f"The weights do not fit a Qwen2.5-VL of {vision.depth} vision blocks and "
-            f"{text.num_layers} decoder layers: {found}."
-        )
-    return {names[name]: place for name, (place, _) in table.items()}
+    return fit_table(
+        shapes,
+        name_table(vision, text),
+        traverse_util.flatten_dict(abstract_params(vision, text)),
+        f"a Qwen2.5-VL of {vision.depth} vision blocks and {text.num_layers} decoder layers",
+        canonical_name,
+        lambda name: text.tie_word_embeddings and name == HEAD,
+    )
 
 
 def untied_head(name: str) -> UserError:
@@ -109,17 +95,6 @@ def untied_head(name: str) -> UserError:
         f"The weights are unlike the embedding table in {name}, though tie_word_embeddings says "
         "that they are the same; set it to false in config.json."
     )
-
-
-def to_linen(value: np.ndarray, place: tuple[str, ...]) -> np.ndarray:
-    """A tensor in our layout: PyTorch keeps kernels [out, in], a patch convolution [out, in...]."""
-    return value.reshape(len(value), -1).T if place[-1] == "kernel" else value
-
-
-def from_linen(value: np.ndarray, place: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """A parameter in PyTorch's layout; the inverse of `to_linen`."""
-    value = value.T if place[-1] == "kernel" else value
-    return np.ascontiguousarray(value).reshape(shape)
 
 
 def abstract_params(vision: VisionConfig, text: DecoderConfig) -> dict:
@@ -155,23 +130,7 @@ def published_name(name: str) -> str:
 
 def name_table(vision: VisionConfig, text: DecoderConfig) -> Table:
     """Every tensor's canonical name, its place among our parameters and its shape on file."""
-    return _vision_table(vision) | _decoder_table(text)
-
-
-def _dense(name: str, place: tuple[str, ...], out: int, into: int, bias: bool) -> Table:
-    table = {f"{name}.weight": ((*place, "kernel"), (out, into))}
-    return table | ({f"{name}.bias": ((*place, "bias"), (out,))} if bias else {})
-
-
-def _norm(name: str, place: tuple[str, ...], size: int) -> Table:
-    return {f"{name}.weight": ((*place, "scale"), (size,))}
-
-
-def _feed_forward(name: str, place: tuple[str, ...], size: int, inner: int, bias: bool) -> Table:
-    table = {}
-    for part in ("gate_proj", "up_proj"):
-        table |= _dense(f"{name}.{part}", (*place, part), inner, size, bias)
-    return table | _dense(f"{name}.down_proj", (*place, "down_proj"), size, inner, bias)
+    return _vision_table(vision) | decoder_table(text, "language_model", HEAD)
 
 
 def _vision_table(config: VisionConfig) -> Table:
@@ -184,35 +143,14 @@ def _vision_table(config: VisionConfig) -> Table:
     }
     for number in range(config.depth):
         source, block = f"visual.blocks.{number}", ("visual", f"blocks_{number}")
-        for norm in ("norm1", "norm2"):
-            table |= _norm(f"{source}.{norm}", (*block, norm), size)
-        table |= _dense(f"{source}.attn.qkv", (*block, "attn", "qkv"), 3 * size, size, True)
-        table |= _dense(f"{source}.attn.proj", (*block, "attn", "proj"), size, size, True)
+        for part in ("norm1", "norm2"):
+            table |= norm(f"{source}.{part}", (*block, part), size)
+        table |= dense(f"{source}.attn.qkv", (*block, "attn", "qkv"), 3 * size, size, True)
+        table |= dense(f"{source}.attn.proj", (*block, "attn", "proj"), size, size, True)
         inner = config.intermediate_size
-        table |= _feed_forward(f"{source}.mlp", (*block, "mlp"), size, inner, True)
+        table |= feed_forward(f"{source}.mlp", (*block, "mlp"), size, inner, True)
     merged, merger = size * config.spatial_merge_size**2, ("visual", "merger")
-    table |= _norm("visual.merger.ln_q", (*merger, "ln_q"), size)
-    table |= _dense("visual.merger.mlp.0", (*merger, "mlp_0"), merged, merged, True)
+    table |= norm("visual.merger.ln_q", (*merger, "ln_q"), size)
+    table |= dense("visual.merger.mlp.0", (*merger, "mlp_0"), merged, merged, True)
     out = config.out_hidden_size
-    return table | _dense("visual.merger.mlp.2", (*merger, "mlp_2"), out, merged, True)
-
-
-def _decoder_table(config: DecoderConfig) -> Table:
-    size, root = config.hidden_size, ("language_model",)
-    vocabulary = (config.vocab_size, size)
-    table = {EMBEDDING: ((*root, "embed_tokens", "embedding"), vocabulary)}
-    table |= _norm("language_model.norm", (*root, "norm"), size)
-    if not config.tie_word_embeddings:
-        table[HEAD] = ((*root, "lm_head", "kernel"), vocabulary)
-    shared = config.num_kv_heads * config.head_dim
-    for number in range(config.num_layers):
-        source, layer = f"language_model.layers.{number}", (*root, f"layers_{number}")
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            table |= _norm(f"{source}.{norm}", (*layer, norm), size)
-        name, place = f"{source}.self_attn", (*layer, "self_attn")
-        for part, out in (("q_proj", size), ("k_proj", shared), ("v_proj", shared)):
-            table |= _dense(f"{name}.{part}", (*place, part), out, size, True)
-        table |= _dense(f"{name}.o_proj", (*place, "o_proj"), size, size, False)
-        inner = config.intermediate_size
-        table |= _feed_forward(f"{source}.mlp", (*layer, "mlp"), size, inner, False)
-    return table
+    return table | dense("visual.merger.mlp.2", (*merger, "mlp_2"), out, merged, True)

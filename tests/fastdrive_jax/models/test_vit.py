@@ -58,7 +58,7 @@ def test_patch_order_is_raster(params):
 
 
 def test_positions_of_the_stored_grid_are_untouched():
-    positions = jax.random.normal(jax.random.key(0), (16, 8))
+    positions = jax.random.normal(jax.random.key(0), (1, 16, 8))
     np.testing.assert_array_equal(interpolate_positions(positions, (4, 4), (4, 4)), positions)
 
 
@@ -75,7 +75,7 @@ def test_positions_keep_rows_and_columns_apart():
     square = np.zeros((4, 4, 2), np.float32)
     square[..., 0] = np.arange(4)[:, None]
     square[..., 1] = np.arange(4)
-    positions = jnp.asarray(square.reshape(16, 2))
+    positions = jnp.asarray(square.reshape(1, 16, 2))
     out = np.asarray(interpolate_positions(positions, (4, 4), (2, 8))).reshape(2, 8, 2)
     assert np.ptp(out[..., 0], axis=1).max() < 1e-5
     assert np.ptp(out[..., 1], axis=0).max() < 1e-5
