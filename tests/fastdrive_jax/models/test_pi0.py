@@ -16,7 +16,7 @@ from fastdrive_jax.models.pi0 import flow
 from fastdrive_jax.models.pi0.config import TINY_PI0, Pi0Config
 from fastdrive_jax.models.pi0.expert import time_embedding
 from fastdrive_jax.models.pi0.model import Pi0
-from fastdrive_jax.models.pi0.weights import abstract_params
+from fastdrive_jax.models.pi0.weights import abstract_params as uncached
 from fastdrive_jax.pruning import PRUNERS, PrunerInputs, make_pruner
 from fastdrive_jax.pruning.interface import Seen, cut_plan
 
@@ -42,6 +42,7 @@ CONFIG = Pi0Config(
 )
 MODEL = Pi0(CONFIG)
 BATCH, WORDS, STEPS, N = 3, 6, 4, CONFIG.visual_tokens
+abstract_params = functools.cache(uncached)
 ALL = tuple(range(PREFIX.num_layers))
 
 
@@ -57,14 +58,7 @@ def inputs(batch=BATCH):
     }
 
 
-START = PrunerInputs(
-    jnp.zeros((BATCH, N, PREFIX.hidden_size)),
-    relevance=jnp.zeros((BATCH, N)),
-    foreground=jnp.zeros((BATCH, N)),
-    vision_received=jnp.zeros((BATCH, N)),
-    vision_keys=jnp.zeros((BATCH, N, 8)),
-    pixels=jnp.zeros((BATCH, N, 192)),
-)
+START = PrunerInputs(jnp.zeros((BATCH, N, PREFIX.hidden_size)))
 VIEWS = jnp.asarray([[True, True], [False, True], [True, True]])
 
 
@@ -198,15 +192,15 @@ def test_it_is_joint_attention():
 
 
 @pytest.mark.parametrize(
-    ("name", "views"), [(None, VIEWS), ("uniform", None), ("fastv", VIEWS), ("pyramiddrop", None)]
+    ("name", "views"), [("uniform", None), ("fastv", VIEWS), ("pyramiddrop", None)]
 )
 def test_what_was_cut_might_as_well_be_out_of_sight(name, views):
     """Steps, and what the actions look at, against Euler steps of joint attention."""
     given, (params, tokens) = inputs(), drawn()
-    method = {} if name is None else {"pruner": make_pruner(name), "keep_ratio": 0.4}
+    method = {"pruner": make_pruner(name), "keep_ratio": 0.4}
     run = jax.jit(lambda *given: act(*given, views, observe=(1, 3), **method))
     sampled, prefilled = run(params, tokens, given)
-    cuts = {None: 0, "uniform": 0, "fastv": 1, "pyramiddrop": 3}
+    cuts = {"uniform": 0, "fastv": 1, "pyramiddrop": 3}
     assert len(prefilled.segments) == 1 + cuts[name]
     last = prefilled.segments[-1]
     assert last.caches[0].key.shape[1] == last.ids.shape[1] + WORDS + CONFIG.room
@@ -221,29 +215,37 @@ def test_what_was_cut_might_as_well_be_out_of_sight(name, views):
 
 @pytest.mark.parametrize("name", sorted(PRUNERS.keys() - {"reconpruner", "jointpruner", "prior"}))
 def test_every_method_stands_in_the_prefix(name):
-    """Those left out have parameters that were learned from data."""
-    pruner = make_pruner(name)
-    state = None if pruner.temporal is None else pruner.temporal.init(START)
+    """Shapes alone; those left out have parameters that were learned from data."""
+    pruner, model, layers = make_pruner(name), Pi0(TINY_PI0), TINY_PI0.prefix.num_layers
+    total, given = TINY_PI0.visual_tokens, inputs()
+    rows = jnp.zeros((BATCH, total))
+    tokens = jnp.zeros((BATCH, total, TINY_PI0.prefix.hidden_size))
+    start = flow.pruner_inputs(model, tokens).replace(
+        relevance=rows,
+        foreground=rows,
+        vision_received=rows,
+        vision_keys=jnp.zeros((BATCH, total, 8)),
+        pixels=jnp.zeros((BATCH, total, 192)),
+    )
+    state = None if pruner.temporal is None else pruner.temporal.init(start)
 
-    def run(params, tokens, given, key):
-        prompt = flow.live_prompt(MODEL, params, tokens, given["ids"], given["lengths"])
+    def run(params, key):
+        prompt = flow.live_prompt(model, params, tokens, given["ids"], given["lengths"])
         method = {"pruner": pruner, "pruner_params": None, "keep_ratio": 0.25, "key": key}
-        start = START.replace(**vars(flow.pruner_inputs(MODEL, tokens)) | {"state": state})
         if not pruner.reuse:
-            read = segments.prefill(*prompt, **method, inputs=start)
-        else:
-            plan, slots = cut_plan(pruner, N, 0.25, len(ALL)), N + WORDS + CONFIG.room
-            caches = reuse.no_caches(PREFIX, plan, BATCH, slots, tokens.dtype)
-            start = start.replace(state=reuse.Memory(state, caches))
-            read = reuse.prefill(*prompt, **method, inputs=start).read
-        expert, rest = flow.action_expert(MODEL), (given["state"], given["noisy"], 1, ALL, N)
-        return flow.sample_actions(expert, params["expert"], read, *rest), read
+            return segments.prefill(*prompt, **method, inputs=start.replace(state=state))
+        plan, slots = cut_plan(pruner, total, 0.25, layers), total + WORDS + TINY_PI0.room
+        caches = reuse.no_caches(TINY_PI0.prefix, plan, BATCH, slots, tokens.dtype)
+        memory = start.replace(state=reuse.Memory(state, caches))
+        return reuse.prefill(*prompt, **method, inputs=memory).read
 
-    shapes = jax.eval_shape(drawn)
-    sampled, read = jax.eval_shape(run, *shapes, inputs(), jax.random.key(0))
-    assert sampled.actions.shape == (BATCH, 4, 3)
-    assert sampled.attention.shape == (BATCH, N)
-    assert (read.segments[-1].ids.shape[1] < N) != pruner.reuse
+    read = jax.eval_shape(run, abstract_params(TINY_PI0), jax.random.key(0))
+    layers = [segment.layers for segment in read.segments]
+    assert (layers[0][0], layers[-1][1]) == (0, 5)
+    for segment in read.segments:
+        (kept,) = {cache.key.shape[1] - WORDS - TINY_PI0.room for cache in segment.caches}
+        assert segment.ids.shape == (BATCH, kept)
+    assert (kept < total) != pruner.reuse
 
 
 def test_vla_pruner_remembers_what_the_actions_looked_at():
