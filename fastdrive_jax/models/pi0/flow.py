@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.inference import segments
-from fastdrive_jax.inference.segments import Prefilled
+from fastdrive_jax.inference.segments import Live, Prefilled
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.pi0.expert import ActionExpert
 from fastdrive_jax.models.pi0.model import Pi0
@@ -56,7 +56,7 @@ def euler(
     """
 
     def step(x, number):
-        found, other = velocity(x, 1 - number / steps)
+        found, other = velocity(x, (steps - number) / steps)
         return x - found / steps, other
 
     x, others = jax.lax.scan(step, noise, jnp.arange(steps))
@@ -84,6 +84,43 @@ def matching_loss(
     return jnp.mean(jnp.square(found - (noise - actions)))
 
 
+def live_prompt(
+    model: Pi0,
+    params: dict,
+    tokens: Float[Array, "B N D"],
+    ids: Int[Array, "B L"],
+    lengths: Int[Array, " B"],
+    views: Bool[Array, "B V"] | None = None,
+) -> tuple[Decoder, dict, Live, Int[Array, " B"], int]:
+    """What `segments.prefill` and `reuse.prefill` take first, with room for state and actions.
+
+    Args:
+        model: pi0.
+        params: Its parameters.
+        tokens: Visual tokens, of `Pi0.encode`.
+        ids: See `Pi0.prompt`.
+        lengths: See `Pi0.prompt`.
+        views: See `Pi0.prompt`.
+    """
+    live = model.apply({"params": params}, tokens, ids, lengths, views, method="prompt")
+    decoder = Decoder(model.config.prefix, causal=False)
+    return decoder, params["language_model"], live, live.length, model.config.room
+
+
+def pruner_inputs(
+    model: Pi0, tokens: Float[Array, "B N D"], views: Bool[Array, "B V"] | None = None
+) -> PrunerInputs:
+    """What methods may know of the pictures from the model's layout; see `live_prompt`."""
+    config, batch = model.config, len(tokens)
+    rows, columns = config.token_grid
+    return PrunerInputs(
+        tokens,
+        camera=jnp.broadcast_to(jnp.arange(config.views), (batch, config.views)),
+        count=None if views is None else rows * columns * views.sum(axis=1),
+        grid=config.token_grid,
+    )
+
+
 def read_prompt(
     model: Pi0,
     params: dict,
@@ -93,35 +130,20 @@ def read_prompt(
     views: Bool[Array, "B V"] | None = None,
     **method: Any,
 ) -> Prefilled:
-    """Pictures and prompt through the prefix's decoder, with room for the state and the actions.
+    """Pictures and prompt through the prefix's decoder; arguments as of `live_prompt`.
 
     Args:
         model: pi0.
         params: Its parameters.
-        tokens: Visual tokens, of `Pi0.encode`.
-        ids: See `Pi0.prompt`.
-        lengths: See `Pi0.prompt`.
-        views: See `Pi0.prompt`.
-        method: What prunes, from `pruner` on; see `segments.prefill`. Its `inputs` need hold no
-            more than what does not follow from the sequence.
+        tokens: Visual tokens.
+        ids: Prompts.
+        lengths: Real ids of each.
+        views: Which views a sample has.
+        method: What prunes, from `pruner` on; see `segments.prefill`. Its `inputs` are those of
+            `pruner_inputs` unless given.
     """
-    config = model.config
-    live = model.apply({"params": params}, tokens, ids, lengths, views, method="prompt")
-    given = method.pop("inputs", None)
-    given = (PrunerInputs(tokens) if given is None else given).replace(
-        camera=jnp.broadcast_to(jnp.arange(config.views), (len(tokens), config.views)),
-        count=None if views is None else live.count,
-        grid=config.token_grid,
-    )
-    return segments.prefill(
-        Decoder(config.prefix, causal=False),
-        params["language_model"],
-        live,
-        live.length,
-        config.room,
-        inputs=given,
-        **method,
-    )
+    prompt = live_prompt(model, params, tokens, ids, lengths, views)
+    return segments.prefill(*prompt, **{"inputs": pruner_inputs(model, tokens, views)} | method)
 
 
 def sample_actions(

@@ -1,9 +1,10 @@
-"""pi0 weights in, from the files of openpi and lerobot."""
+"""pi0 weights in, from the files of openpi's PyTorch model and of lerobot."""
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +12,16 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.decoder_config import DecoderConfig
-from fastdrive_jax.models.pi0.config import PI0, Pi0Config
+from fastdrive_jax.models.hf_files import Readable, list_tensors, load_shards
+from fastdrive_jax.models.hf_names import Place, Table, decoder_table, dense, fit_table, norm
+from fastdrive_jax.models.pi0.config import Pi0Config
 from fastdrive_jax.models.pi0.model import Pi0
-from fastdrive_jax.models.qwen2_5_vl.checkpoint import list_tensors
 from fastdrive_jax.models.vit_config import ViTConfig
-from fastdrive_jax.parallel.mesh import make_mesh
-from fastdrive_jax.parallel.rules import parameter_sharding
 
 _COLOURS = 3
 _EMBEDDING, _HEAD = "language_model.embed_tokens.weight", "language_model.lm_head.weight"
-_UNUSED = ("expert.lm_head.weight", "expert.embed_tokens.weight")  # the expert reads no words
-# Names of all releases to ours: lerobot saves below "model.", and transformers has moved parts.
+_UNUSED = (_HEAD, "expert.lm_head.weight", "expert.embed_tokens.weight")  # no words are answered
+# Names of all releases to one: lerobot saves below "model.", and transformers has moved parts.
 _RENAMED = (
     (r"^model\.", ""),
     (r"^paligemma_with_expert\.", ""),
@@ -36,244 +34,154 @@ _RENAMED = (
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a parameter is made of.
+class _Joined:
+    """Tensors side by side along their outputs.
 
     Attributes:
-        names: Tensors; several are put side by side along their outputs.
-        shape: Of each of them on file.
-        plus: Is added; Gemma's norms are kept as what differs from 1.
+        parts: The tensors.
+        shape: Of all together.
+        plus: Is added: Gemma's norms are kept as what differs from 1.
     """
 
-    names: tuple[str, ...]
+    parts: tuple[Readable, ...]
     shape: tuple[int, ...]
-    plus: float = 0.0
+    plus: float
 
-
-Table = dict[tuple[str, ...], Source]
-
-
-def params_from_tensors(
-    tensors: Mapping[str, np.ndarray], config: Pi0Config, dtype: np.dtype = np.float32
-) -> dict:
-    """Linen parameters of pi0.
-
-    Args:
-        tensors: Named as by openpi's or lerobot's PyTorch models, in PyTorch's layouts.
-        config: Sizes.
-        dtype: Of the parameters.
-
-    Raises:
-        UserError: Names the doubled, unmapped, unfilled and misshapen tensors, all at once.
-    """
-    sources = fit_names({name: value.shape for name, value in tensors.items()}, config)
-    return traverse_util.unflatten_dict(
-        {
-            place: _parameter(tensors.__getitem__, place, source, dtype)
-            for place, source in sources.items()
-        }
-    )
+    def read(self) -> np.ndarray:
+        """Their values; a sum is in float32."""
+        values = [part.read() for part in self.parts]
+        value = np.concatenate(values) if len(values) > 1 else values[0]
+        value = value.astype(np.float32) + np.float32(self.plus) if self.plus else value
+        return value.reshape(self.shape)
 
 
 def load(
-    folder: Path, config: Pi0Config = PI0, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32
-) -> dict:
-    """Parameters of a checkpoint folder, one at a time into its shards.
+    folder: Path,
+    config: Pi0Config,
+    mesh: Mesh | None = None,
+    dtype: jnp.dtype = jnp.float32,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Parameters of a folder with `model.safetensors`, or several of them and an index.
 
     Args:
-        folder: Holds safetensors, one file or several with an index.
-        config: Sizes; a pi0 file does not tell all of them.
+        folder: The checkpoint.
+        config: Sizes, which its files do not all tell.
         mesh: Of `make_mesh`; None takes the first device.
         dtype: Of the parameters.
+        progress: Show a progress bar.
 
     Raises:
         UserError: A file is missing or cut off, or the tensors do not fit the sizes.
     """
     tensors = list_tensors(Path(folder))
-    mesh = make_mesh(1, devices=jax.local_devices()[:1]) if mesh is None else mesh
-    sources = fit_names({name: tensor.shape for name, tensor in tensors.items()}, config)
-    flat = {}
-    for place, source in sources.items():
-        value = _parameter(lambda name: tensors[name].read(), place, source, dtype)
-        flat[place] = jax.device_put(value, parameter_sharding(place, value.shape, mesh))
-        flat[place].block_until_ready()  # else many of them wait on the host for their transfer
-    return traverse_util.unflatten_dict(flat)
+    places = fit_names({name: tensor.shape for name, tensor in tensors.items()}, config)
+    ours = traverse_util.flatten_dict(abstract_params(config))
+    joined, targets = {}, {}
+    for place in dict.fromkeys(places.values()):
+        parts = tuple(tensors[name] for name, at in places.items() if at == place)
+        shape = ours[place].shape
+        if place[-1] == "kernel":  # still as PyTorch keeps it
+            shape = (shape[1], *parts[0].shape[1:])
+        name = ".".join(place)
+        joined[name], targets[name] = _Joined(parts, shape, float(_is_gemma_norm(place))), place
+    return load_shards(joined, targets, mesh, dtype, progress)
 
 
-def fit_names(shapes: Mapping[str, tuple[int, ...]], config: Pi0Config) -> Table:
-    """What each of our parameters is made of, by the names as they were given.
+def fit_names(shapes: Mapping[str, tuple[int, ...]], config: Pi0Config) -> dict[str, Place]:
+    """The place among our parameters of every given tensor; one that is not used has none.
+
+    Queries, keys and values of a vision block share a place, in that order.
 
     Args:
         shapes: Tensor names and their shapes on file.
         config: Sizes.
 
     Raises:
-        UserError: Names the doubled, unmapped, unfilled and misshapen tensors, all at once.
+        UserError: See `fit_table`.
     """
-    names: dict[str, str] = {}
-    doubled = []
-    for name in shapes:
+    # Tied tensors may be saved under one of their names alone.
+    whole = any(canonical_name(name) == _EMBEDDING for name in shapes)
+
+    def canonical(name):
         own = canonical_name(name)
-        if own in names:
-            doubled.append(own)
-        names[own] = name
-    # Tied tensors are saved under one of their names.
-    head = names.pop(_HEAD, None)
-    if head is not None:
-        names.setdefault(_EMBEDDING, head)
-    table = name_table(config)
-    wanted = {name: source.shape for source in table.values() for name in source.names}
-    faults = {
-        "given twice": sorted(doubled),
-        "unmapped": sorted(set(names) - set(wanted) - set(_UNUSED)),
-        "unfilled": sorted(set(wanted) - set(names)),
-        "misshapen": sorted(
-            f"{name} {tuple(shapes[names[name]])}, not {shape}"
-            for name, shape in wanted.items()
-            if name in names and tuple(shapes[names[name]]) != shape
-        ),
-    }
-    if any(faults.values()):
-        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-        raise UserError(
-            f"The weights do not fit a pi0 of {config.vision.depth} vision blocks and "
-            f"{config.prefix.num_layers} decoder layers: {found}."
-        )
-    return {
-        place: replace(source, names=tuple(names[name] for name in source.names))
-        for place, source in table.items()
-    }
+        return _EMBEDDING if own == _HEAD and not whole else own
+
+    return fit_table(
+        shapes,
+        name_table(config),
+        traverse_util.flatten_dict(abstract_params(config)),
+        f"a pi0 of {config.vision.depth} vision blocks and {config.prefix.num_layers} decoder "
+        "layers",
+        canonical,
+        lambda name: name in _UNUSED,
+    )
 
 
 def canonical_name(name: str) -> str:
-    """A published tensor's name without the wrappers of the model that saved it."""
+    """A published name without the wrappers of the model that saved the tensor."""
     for pattern, replacement in _RENAMED:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def abstract_params(config: Pi0Config, dtype: jnp.dtype = jnp.float32) -> dict:
+def abstract_params(config: Pi0Config) -> dict:
     """Shapes and types of the parameters, none allocated."""
-    shapes = {
-        "images": ((1, config.views, config.image_size, config.image_size, _COLOURS), jnp.uint8),
-        "ids": ((1, 1), jnp.int32),
-        "lengths": ((1,), jnp.int32),
-        "state": ((1, config.action_dim), jnp.float32),
-        "noisy": ((1, config.horizon, config.action_dim), jnp.float32),
-        "time": ((1,), jnp.float32),
+    edge = config.image_size
+    inputs = {
+        "images": jax.ShapeDtypeStruct((1, config.views, edge, edge, _COLOURS), jnp.uint8),
+        "ids": jax.ShapeDtypeStruct((1, 1), jnp.int32),
+        "lengths": jax.ShapeDtypeStruct((1,), jnp.int32),
+        "state": jax.ShapeDtypeStruct((1, config.action_dim), jnp.float32),
+        "noisy": jax.ShapeDtypeStruct((1, config.horizon, config.action_dim), jnp.float32),
+        "time": jax.ShapeDtypeStruct((1,), jnp.float32),
     }
-    inputs = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-    params = jax.eval_shape(Pi0(config).init, jax.random.key(0), **inputs)["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+    init = Pi0(config).init
+    return jax.eval_shape(lambda inputs: init(jax.random.key(0), **inputs), inputs)["params"]
 
 
 def name_table(config: Pi0Config) -> Table:
-    """Every parameter's place, and the canonical names and shapes of what it is made of."""
-    width, into = config.expert.hidden_size, config.action_dim
-    size = config.prefix.hidden_size
-    table: Table = {
-        ("language_model", "embed_tokens", "embedding"): Source(
-            (_EMBEDDING,), (config.prefix.vocab_size, size)
-        )
-    }
-    table |= _vision_table(config.vision)
-    table |= _dense("multi_modal_projector", size, config.vision.hidden_size)
-    table |= _decoder_table("language_model", ("language_model",), config.prefix)
-    table |= _decoder_table("expert", ("expert", "model"), config.expert)
-    for name, (out, from_) in {
-        "state_proj": (width, into),
-        "action_in_proj": (width, into),
-        "action_time_mlp_in": (width, 2 * width),
-        "action_time_mlp_out": (width, width),
-        "action_out_proj": (into, width),
-    }.items():
-        table |= _dense(name, out, from_, place=("expert", name))
+    """Every tensor's canonical name, its place among our parameters and its shape on file."""
+    width, size = config.expert.hidden_size, config.prefix.hidden_size
+    table = _vision_table(config.vision)
+    name = "multi_modal_projector"
+    table |= dense(name, (name,), size, config.vision.hidden_size)
+    table |= decoder_table(config.prefix, "language_model", _HEAD)
+    for name, (place, shape) in decoder_table(config.expert, "expert", "").items():
+        if name not in _UNUSED:
+            table[name] = (("expert", "model", *place[1:]), shape)
+    for name, out, into in (
+        ("state_proj", width, config.action_dim),
+        ("action_in_proj", width, config.action_dim),
+        ("action_time_mlp_in", width, 2 * width),
+        ("action_time_mlp_out", width, width),
+        ("action_out_proj", config.action_dim, width),
+    ):
+        table |= dense(name, ("expert", name), out, into)
     return table
 
 
-def _parameter(
-    read: Callable[[str], np.ndarray], place: tuple[str, ...], source: Source, dtype: np.dtype
-) -> np.ndarray:
-    """A parameter in Linen's layout; PyTorch keeps kernels [out, in], convolutions [out, in...]."""
-    values = [np.asarray(read(name)) for name in source.names]
-    value = values[0] if len(values) == 1 else np.concatenate(values)
-    if place[-1] == "kernel":
-        value = value.reshape(len(value), -1).T
-    if source.plus:
-        value = value.astype(np.float32) + np.float32(source.plus)
-    return np.ascontiguousarray(value.astype(dtype))
-
-
-def _dense(
-    names: str | tuple[str, ...],
-    out: int,
-    into: int,
-    place: tuple[str, ...] | None = None,
-    bias: bool = True,
-) -> Table:
-    names = (names,) if isinstance(names, str) else names
-    place = tuple(names[0].split(".")) if place is None else place
-    weights = tuple(f"{name}.weight" for name in names)
-    table = {(*place, "kernel"): Source(weights, (out, into))}
-    if bias:
-        biases = tuple(f"{name}.bias" for name in names)
-        table[(*place, "bias")] = Source(biases, (out,))
-    return table
-
-
-def _layer_norm(name: str, place: tuple[str, ...], size: int) -> Table:
-    return {
-        (*place, "scale"): Source((f"{name}.weight",), (size,)),
-        (*place, "bias"): Source((f"{name}.bias",), (size,)),
-    }
+def _is_gemma_norm(place: Place) -> bool:
+    return place[0] in ("language_model", "expert") and place[-1] == "scale"
 
 
 def _vision_table(config: ViTConfig) -> Table:
     root, size, patch = "vision_tower", config.hidden_size, config.patch_size
-    rows, columns = config.grid
-    patches = f"{root}.embeddings.patch_embedding"
-    positions = f"{root}.embeddings.position_embedding.weight"
-    table: Table = {
-        (root, "patch_embed", "kernel"): Source(
-            (f"{patches}.weight",), (size, _COLOURS, patch, patch)
-        ),
-        (root, "patch_embed", "bias"): Source((f"{patches}.bias",), (size,)),
-        (root, "position_embeddings"): Source((positions,), (rows * columns, size)),
-    }
+    source = f"{root}.embeddings"
+    table = dense(f"{source}.patch_embedding", (root, "patch_embed"), size, 0)
+    table[f"{source}.patch_embedding.weight"] = (
+        (root, "patch_embed", "kernel"),
+        (size, _COLOURS, patch, patch),
+    )
+    positions = config.grid[0] * config.grid[1], size
+    table[f"{source}.position_embedding.weight"] = ((root, "position_embeddings"), positions)
     for number in range(config.depth):
-        source, block = f"{root}.encoder.layers.{number}", (root, f"blocks_{number}")
+        name, place = f"{root}.encoder.layers.{number}", (root, f"blocks_{number}")
         for part in (1, 2):
-            table |= _layer_norm(f"{source}.layer_norm{part}", (*block, f"norm{part}"), size)
-        qkv = tuple(f"{source}.self_attn.{part}_proj" for part in "qkv")
-        table |= _dense(qkv, size, size, place=(*block, "attn", "qkv"))
-        table |= _dense(f"{source}.self_attn.out_proj", size, size, place=(*block, "attn", "proj"))
-        inner = config.intermediate_size
-        table |= _dense(f"{source}.mlp.fc1", inner, size, place=(*block, "fc1"))
-        table |= _dense(f"{source}.mlp.fc2", size, inner, place=(*block, "fc2"))
-    return table | _layer_norm(f"{root}.post_layernorm", (root, "norm"), size)
-
-
-def _decoder_table(name: str, root: tuple[str, ...], config: DecoderConfig) -> Table:
-    size, inner = config.hidden_size, config.intermediate_size
-    own, shared = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
-
-    def norm(name, place):
-        return {(*place, "scale"): Source((f"{name}.weight",), (size,), plus=1.0)}
-
-    table = norm(f"{name}.norm", (*root, "norm"))
-    for number in range(config.num_layers):
-        source, layer = f"{name}.layers.{number}", (*root, f"layers_{number}")
-        for part in ("input_layernorm", "post_attention_layernorm"):
-            table |= norm(f"{source}.{part}", (*layer, part))
-        for part, out, into in (
-            ("self_attn.q_proj", own, size),
-            ("self_attn.k_proj", shared, size),
-            ("self_attn.v_proj", shared, size),
-            ("self_attn.o_proj", size, own),
-            ("mlp.gate_proj", inner, size),
-            ("mlp.up_proj", inner, size),
-            ("mlp.down_proj", size, inner),
-        ):
-            place = (*layer, *part.split("."))
-            table |= _dense(f"{source}.{part}", out, into, place, bias=False)
-    return table
+            table |= norm(f"{name}.layer_norm{part}", (*place, f"norm{part}"), size, bias=True)
+        for part in "qkv":
+            table |= dense(f"{name}.self_attn.{part}_proj", (*place, "attn", "qkv"), size, size)
+        table |= dense(f"{name}.self_attn.out_proj", (*place, "attn", "proj"), size, size)
+        table |= dense(f"{name}.mlp.fc1", (*place, "fc1"), config.intermediate_size, size)
+        table |= dense(f"{name}.mlp.fc2", (*place, "fc2"), size, config.intermediate_size)
+    return table | norm(f"{root}.post_layernorm", (root, "norm"), size, bias=True)
