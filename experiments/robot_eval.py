@@ -6,7 +6,7 @@ r"""Policies move robots, with pruned tokens or without: success, and how often 
 
 Every setting begins at the same initial states, so settings are compared in pairs. Writes
 OUT/robot.json, OUT/robot.md and films; an episode that is in OUT/episodes is not run again. An
-action takes about 8 ms of a core on the tabletop, both pictures included, and 0.2 s on LIBERO.
+action takes about 8 ms of a core on the tabletop, both pictures included, and 0.4 s on LIBERO.
 """
 
 import json

@@ -108,7 +108,8 @@ def make_episode_loader(
         if process_count > 1:
             block = HostBlocks(rest, config.batch_size, process_index, process_count)
             rest = grain.MapDataset.source(block)
-        batches = rest.batch(config.batch_size)
+        # Batches are whole; without this, Grain cannot count endless batches of one.
+        batches = rest.batch(config.batch_size, drop_remainder=True)
         return iter(read_batches(batches, config.read_threads, config.num_workers))
 
     return Loader(start, together)
