@@ -5,7 +5,7 @@ position is one number, of steps given so far, and holds for other hosts and bat
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import cv2
@@ -113,6 +113,18 @@ def make_episode_loader(
         return iter(read_batches(batches, config.read_threads, config.num_workers))
 
     return Loader(start, together)
+
+
+def identity(episodes: Episodes, split: str, config: EpisodeLoaderConfig) -> dict[str, object]:
+    """What the stream of steps depends on, as JSON values: keep it beside a checkpoint.
+
+    Batch size, hosts, workers and threads are not part of it, since a position holds for any.
+    """
+    fields = asdict(config)
+    for name in ("batch_size", "num_workers", "read_threads"):
+        del fields[name]
+    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}
+    return {"data": episodes.digest, "split": split, **plain}
 
 
 class _Steps:

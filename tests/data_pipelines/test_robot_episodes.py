@@ -9,7 +9,7 @@ import pytest
 from data_pipelines.decode import decode_image
 from data_pipelines.robot import demonstrations, rendering
 from data_pipelines.robot.demonstrations import DemoConfig, record_demonstrations
-from data_pipelines.robot.episode_loader import EpisodeLoaderConfig, make_episode_loader
+from data_pipelines.robot.episode_loader import EpisodeLoaderConfig, identity, make_episode_loader
 from data_pipelines.robot.episodes import (
     HORIZON,
     StepSource,
@@ -171,6 +171,9 @@ def test_an_epoch_has_each_step_once_and_goes_on_where_it_stopped(recorded):
     resumed.set_state(state)
     for a, b in zip(ahead, taken(resumed, 2), strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
+    stream = identity(recorded, "train", EpisodeLoaderConfig(3))
+    assert stream == identity(recorded, "train", EpisodeLoaderConfig(8, num_workers=2))
+    assert stream != identity(recorded, "train", EpisodeLoaderConfig(3, seed=1))
     # Two hosts share what one host has.
     config = EpisodeLoaderConfig(3, read_threads=1)
     one = next(iter(make_episode_loader(recorded, "train", EpisodeLoaderConfig(6))))

@@ -11,5 +11,5 @@ def test_the_function_is_taken_from_its_file(tmp_path):
     assert own_function(f"{tmp_path}/mine.py:make", "pruner")(4) == 8
     with pytest.raises(UserError, match=r"mine\.py has no function 'other' that makes a pruner"):
         own_function(f"{tmp_path}/mine.py:other", "pruner")
-    with pytest.raises(UserError, match="no file .*yours"):
+    with pytest.raises(UserError, match=r"no file .*yours"):
         own_function(f"{tmp_path}/yours.py:make", "pruner")
