@@ -209,7 +209,8 @@ def make_loader(
         if process_count > 1:
             block = HostBlocks(rest, config.batch_size, process_index, process_count)
             rest = grain.MapDataset.source(block)
-        batches = rest.batch(config.batch_size)
+        # Nothing is dropped from an endless stream, but Grain cannot count its batches of one.
+        batches = rest.batch(config.batch_size, drop_remainder=config.num_epochs is None)
         return iter(read_batches(batches, config.read_threads, config.num_workers))
 
     return Loader(start, together)

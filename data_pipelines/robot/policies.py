@@ -57,10 +57,12 @@ class RobotPolicy:
         start: Batch size to the memory of the first call, a pytree of leaves `[B, ...]`.
         act: (observations, memory, first) to `Acted`; first `[B]` marks samples whose episode
             begins, whose memory is of another one.
+        grid: Rows and columns of the visual tokens of each view, to draw which are kept.
     """
 
     start: Callable[[int], Any]
     act: Callable[[Sequence[Observation], Any, np.ndarray], Acted]
+    grid: tuple[int, int] | None = None
 
 
 def random_policy(seed: int = 0, chunk: int = 1) -> RobotPolicy:

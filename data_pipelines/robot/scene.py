@@ -130,12 +130,15 @@ def scene_xml(scene: Scene, size: tuple[int, int]) -> str:
     </default>
     <default class="thing"><geom density="500" condim="6"/></default>
   </default>
+  <asset>
+    <texture type="skybox" builtin="flat" rgb1="0.45 0.5 0.55" width="8" height="48"/>
+  </asset>
   <worldbody>
     <light pos="{_text(*scene.light, 1.2)}" castshadow="false" diffuse="0.5 0.5 0.5"/>
     <camera name="front" pos="0.56 0 0.46" xyaxes="0 1 0 -0.57 0 0.822" fovy="46"/>
     <geom name="table" type="box" size="0.5 0.5 0.02" pos="0 0 -0.02"
       rgba="{_text(*scene.wood, 1)}"/>
-    <geom name="floor" type="plane" size="3 3 0.1" pos="0 0 -0.5" rgba="0.45 0.5 0.55 1"/>
+    <geom name="floor" type="plane" size="3 3 0.1" pos="0 0 -0.5" rgba="0.4 0.45 0.5 1"/>
 {_tray(scene.tray)}
 {_gripper()}
 {"".join(_thing(k, placed) for k, placed in enumerate(scene.things))}

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from data_pipelines.robot.environment import Suite
-from data_pipelines.robot.policies import ACTION_SIZE, RobotPolicy
+from data_pipelines.robot.policies import ACTION_SIZE, Observation, RobotPolicy
 from data_pipelines.robot.worker import Ended, Failed, Job, Waiting, work
 from fastdrive_jax.errors import UserError
 
@@ -133,8 +133,12 @@ def _act(
     rows = np.array(slots + slots[:1] * (batch - len(slots)))
     observations = [team.waiting[slot] for slot in rows.tolist()]
     first = np.array([not team.running[slot].begun for slot in rows.tolist()])
+    given = observations, _take(memory, rows), first
+    if not team.warm:  # the first call compiles; it is made again, so that this is not timed
+        policy.act(*given)
+        team.warm = True
     begin = time.perf_counter()
-    acted = policy.act(observations, _take(memory, rows), first)
+    acted = policy.act(*given)
     actions = np.asarray(acted.actions, np.float32)
     kept = None if acted.kept is None else np.asarray(acted.kept)
     spent = {POLICY: time.perf_counter() - begin, **acted.seconds}
@@ -169,12 +173,13 @@ class _Team:
     Attributes:
         running: Slot to its episode.
         waiting: Slot to what it sees, of those that need actions.
+        warm: Whether the policy has acted.
     """
 
     def __init__(self, suite: Suite, size: int):
-        self.size = size
+        self.size, self.warm = size, False
         self.running: dict[int, _Running] = {}
-        self.waiting: dict[int, Any] = {}
+        self.waiting: dict[int, Observation] = {}
         self._suite, self._processes, self._connections = suite, [], []
 
     def __enter__(self) -> "_Team":
