@@ -16,15 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.robot.environment import TABLETOP
+from data_pipelines.loader import Loader
 from data_pipelines.robot.episode_loader import (
     EpisodeLoaderConfig,
     identity,
     make_episode_loader,
 )
 from data_pipelines.robot.episodes import Episodes, open_episodes
+from data_pipelines.robot.policies import ACTION_SIZE, GRIPPER
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.openvla.actions import normalise, read_statistics
+from fastdrive_jax.models.openvla.actions import (
+    Bounds,
+    decode_actions,
+    encode_actions,
+    normalise,
+    read_statistics,
+)
 from fastdrive_jax.models.openvla.config import TINY_OPENVLA, OpenVLAConfig
 from fastdrive_jax.models.openvla.model import OpenVLA
 from fastdrive_jax.models.openvla.policy_file import PolicySpec, save_policy
@@ -33,6 +40,7 @@ from fastdrive_jax.parallel.mesh import make_mesh
 from fastdrive_jax.training.loop import fit
 from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fastdrive_jax.training.robot import RobotLossConfig, init_robot, robot_loss
+from fastdrive_jax.training.run_config import claim_run_folder
 from fastdrive_jax.training.state import init_train_state, make_train_step
 
 
@@ -84,7 +92,7 @@ def robot_train(config: RobotTrainConfig) -> Path:
     """
     episodes = open_episodes(config.demos)
     check_views(config.model, episodes)
-    statistics = read_statistics(config.demos, TABLETOP)
+    statistics = read_statistics(config.demos)
     prompts = word_prompts(episodes.instructions, config.model)
     model = OpenVLA(config.model)
     optimizer = make_optimizer(config.optimizer)
@@ -97,8 +105,13 @@ def robot_train(config: RobotTrainConfig) -> Path:
     def init(key):
         return init_robot(model, config.loss, key)
 
-    loaded = loader_config(config, train=True)
-    evaluate = action_error(model, config, episodes, statistics.action, with_prompts)
+    views = episodes.views[: config.model.views]
+    loaded = loader_config(config, views, train=True)
+    claim_run_folder(config.out, {"data": identity(episodes, "train", loaded)})
+    validation = partial(
+        make_episode_loader, episodes, "val", loader_config(config, views, train=False)
+    )
+    evaluate = action_error(model, statistics.action, validation, with_prompts)
     result = fit(
         config.out / "train",
         config,
@@ -112,11 +125,10 @@ def robot_train(config: RobotTrainConfig) -> Path:
         evaluate_every=500,
         quiet=config.quiet,
         ignore=("demos", "out", "quiet"),
-        identity=identity(episodes, "train", loaded),
         name="train robot VLA",
     )
     path = config.out / "policy.safetensors"
-    spec = PolicySpec(config.model, prompts, statistics, episodes.views[: config.model.views])
+    spec = PolicySpec(config.model, prompts, statistics, views)
     save_policy(path, jax.device_get(result.state.params["vla"]), spec)
     return path
 
@@ -138,11 +150,14 @@ def check_views(model: OpenVLAConfig, episodes: Episodes) -> None:
         raise UserError("model.head must be 'tokens' without proprio_dim; others are not trained.")
 
 
-def loader_config(config: RobotTrainConfig, train: bool) -> EpisodeLoaderConfig:
+def loader_config(
+    config: RobotTrainConfig, views: tuple[str, ...], train: bool
+) -> EpisodeLoaderConfig:
     """Training batches are shuffled; validation ones come once, in order."""
     return EpisodeLoaderConfig(
         batch_size=config.batch_size,
         chunk=config.model.chunk,
+        views=views,
         segments=train,
         shuffle=train,
         seed=config.seed,
@@ -157,13 +172,15 @@ def add_prompts(ids: jax.Array, lengths: jax.Array, batch: dict) -> dict:
 
 
 def action_error(
-    model: OpenVLA, config: RobotTrainConfig, episodes: Episodes, bounds, with_prompts: Callable
+    model: OpenVLA,
+    bounds: Bounds,
+    validation: Callable[[], Loader],
+    with_prompts: Callable[[dict], dict],
 ) -> Callable[[dict], dict[str, float]]:
     """Mean error of normalised actions on the validation split, a function of VLA params.
 
     Each number is given the true ones before it; with all visual tokens.
     """
-    from fastdrive_jax.models.openvla.actions import decode_actions, encode_actions
 
     @jax.jit
     def errors(params, batch):
@@ -177,9 +194,8 @@ def action_error(
         return jnp.abs(found - true).mean(axis=0)
 
     def evaluate(params):
-        loader = make_episode_loader(episodes, "val", loader_config(config, train=False))
-        found = [np.asarray(errors(params, batch)) for batch in loader]
-        moved, _, grip = np.split(np.mean(found, axis=0)[:7], [3, 6])
+        found = [np.asarray(errors(params, batch)) for batch in validation()]
+        moved, _, grip = np.split(np.mean(found, axis=0)[:ACTION_SIZE], [3, GRIPPER])
         return {"move_error": float(moved.mean()), "grip_error": float(grip.mean())}
 
     return evaluate
