@@ -32,12 +32,18 @@ from data_pipelines.disk import check_space, disk_errors, locked, read_json, wri
 from data_pipelines.duplicates import without_duplicates
 from data_pipelines.pictures import check_picture
 from data_pipelines.schema import Record, Source, tfds_features
-from data_pipelines.shard_files import run_jobs, write_shard_file
+from data_pipelines.shard_files import (
+    NOTES,
+    check_new,
+    remove_strangers,
+    run_jobs,
+    write_shard_file,
+    write_tfds_metadata,
+)
 from data_pipelines.shards import DATASET, FORMAT, MANIFEST, VERSION, Shards, open_shards
 from fastdrive_jax.errors import UserError
 
 RECORDS_PER_SHARD = 512
-NOTES = "notes"  # folder of the finished shards' notes, gone when the set is whole
 _VERSIONED = ("array-record", "tensorflow-datasets", "numpy", "opencv-python-headless", "pillow")
 
 
@@ -119,8 +125,7 @@ def build_shards(
         UserError: `out_dir` exists, a picture of the source is unusable, or the disk is full.
     """
     out_dir = Path(out_dir)
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} already exists; choose another folder or delete it.")
+    check_new(out_dir)
     for name, value, least in (("workers", workers, 1), ("skip_bad", skip_bad, 0)):
         if value < least:
             raise UserError(f"{name}={value} must be at least {least}.")
@@ -135,7 +140,7 @@ def build_shards(
         jobs = plan_jobs(source, records_per_shard, skip_bad)
         notes = finished_notes(building, jobs)
         check_space(source.size * (len(jobs) - len(notes)) // len(jobs), building)
-        _remove_strangers(building, jobs, notes)
+        remove_strangers(building, notes)
         waiting = [job for job in jobs if job.name not in notes]
         bar = stack.enter_context(
             tqdm(
@@ -268,52 +273,21 @@ def _check_bad(notes: Iterable[ShardNote], limit: int) -> None:
         raise UserError(_too_many(bad, limit))
 
 
-def _remove_strangers(building: Path, jobs: Sequence[ShardJob], notes: dict) -> None:
-    """Leaves only finished shards: a killed writer's parts and another plan's shards go."""
-    (building / NOTES).mkdir(exist_ok=True)
-    for path in building.iterdir():
-        if path.name not in notes and path.name not in (NOTES, ".lock"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in (building / NOTES).iterdir():
-        if path.stem not in notes:
-            path.unlink()
-
-
 def _finish(building: Path, source: Source, notes: Sequence[ShardNote], dropped: dict) -> None:
     """TFDS's metadata and the manifest."""
     for split in source.samples:
         if not sum(note.samples for note in notes if note.split == split):
             raise UserError(f"No sample of split {split} of {source.name} is usable.")
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=building, dataset_name=DATASET, filetype_suffix="array_record"
-    )
-    infos = [
-        tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=[note.records for note in notes if note.split == split],
-            num_bytes=sum(note.bytes for note in notes if note.split == split),
-            filename_template=template,
-        )
-        for split in source.samples
-    ]
-    tfds.folder_dataset.write_metadata(
-        data_dir=building,
-        features=tfds_features(),
-        split_infos=infos,
-        version=VERSION,
-        filename_template=template,
-        check_data=False,  # reads through TensorFlow
-        description="Driving pictures with foreground masks, ego state and way ahead.",
-        disable_shuffling=True,
-    )
+    splits = {split: [note for note in notes if note.split == split] for split in source.samples}
+    description = "Driving pictures with foreground masks, ego state and way ahead."
+    write_tfds_metadata(building, DATASET, VERSION, tfds_features(), splits, description)
     write_json(
         building / MANIFEST,
         {
             "format": FORMAT,
             "source": source.name,
             "samples": {
-                split: sum(note.samples for note in notes if note.split == split)
-                for split in source.samples
+                split: sum(note.samples for note in part) for split, part in splits.items()
             },
             "cameras": source.cameras,
             "classes": asdict(source.classes),

@@ -172,7 +172,9 @@ def run_setting(
         for episode in run_episodes(suite, jobs, policy, workers, batch):
             if episode.film is not None:
                 file = f"{name}_task{episode.task}_trial{episode.trial}.gif"
-                write_bytes(args.out / "films" / file, film_gif(episode.film, policy.grid))
+                write_bytes(
+                    args.out / "films" / file, film_gif(episode.film, policy.grid, suite.hz)
+                )
             outcome = outcome_of(episode)
             append_outcome(kept, outcome)
             found[outcome.task, outcome.trial] = outcome

@@ -237,7 +237,7 @@ def _percent(row: Row) -> str:
     return text if row.low is None else f"{text} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
 
 
-def film_gif(film: Film, grid: tuple[int, int] | None, milliseconds: int = 200) -> bytes:
+def film_gif(film: Film, grid: tuple[int, int] | None, hz: float) -> bytes:
     """An animated GIF of an episode, views side by side, with the tokens that were kept.
 
     Tokens are those of the last time that the policy acted: while it executes a chunk of actions
@@ -246,7 +246,7 @@ def film_gif(film: Film, grid: tuple[int, int] | None, milliseconds: int = 200) 
     Args:
         film: What was seen.
         grid: Rows and columns of the visual tokens of each view; None draws none.
-        milliseconds: Of a frame.
+        hz: Frames a second.
     """
     frames, decision = [], -1
     for step, views in enumerate(film.frames):
@@ -258,7 +258,7 @@ def film_gif(film: Film, grid: tuple[int, int] | None, milliseconds: int = 200) 
         frames.append(Image.fromarray(np.concatenate(list(views), axis=1)))
     buffer = io.BytesIO()
     frames[0].save(
-        buffer, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0
+        buffer, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / hz), loop=0
     )
     return buffer.getvalue()
 

@@ -46,7 +46,7 @@ class Counter:
 
 
 def counting_suite() -> Suite:
-    return Suite("counting", INSTRUCTIONS, MAX_STEPS, None, 4, Counter)
+    return Suite("counting", INSTRUCTIONS, MAX_STEPS, None, 4, 5.0, Counter)
 
 
 def remembering_policy(chunk: int = 1, log: list | None = None) -> RobotPolicy:

@@ -40,11 +40,17 @@ from data_pipelines.robot.expert import expert_action
 from data_pipelines.robot.policies import ACTION_SIZE, Observation
 from data_pipelines.robot.tabletop import VIEWS, Tabletop, TabletopState
 from data_pipelines.robot.tasks import TASKS
-from data_pipelines.shard_files import run_jobs, write_shard_file
+from data_pipelines.shard_files import (
+    NOTES,
+    check_new,
+    remove_strangers,
+    run_jobs,
+    write_shard_file,
+    write_tfds_metadata,
+)
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.pictures import encode_jpeg
 
-NOTES = "notes"  # folder of the finished shards' notes, gone when the set is whole
 # Evaluations count their trials from 0, so none of them begins as a demonstration does.
 FIRST_TRIAL = {"train": 1_000_000, "val": 2_000_000}
 _JPEG_QUALITY = 95
@@ -134,8 +140,7 @@ def record_demonstrations(
         UserError: `out_dir` exists, MuJoCo is missing, or the disk is full.
     """
     out_dir = Path(out_dir)
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} already exists; choose another folder or delete it.")
+    check_new(out_dir)
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1.")
     Tabletop(config.image_size).close()  # what is missing is said before anything is written
@@ -143,10 +148,9 @@ def record_demonstrations(
     with disk_errors(out_dir), contextlib.ExitStack() as stack:
         building.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(building))
-        (building / NOTES).mkdir(exist_ok=True)
         jobs = plan_jobs(config)
         notes = finished_notes(building, jobs)
-        _remove_strangers(building, notes)
+        remove_strangers(building, notes)
         bar = stack.enter_context(
             tqdm(
                 total=sum(len(job.episodes) for job in jobs),
@@ -270,41 +274,11 @@ def finished_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardN
     return notes
 
 
-def _remove_strangers(building: Path, notes: dict[str, ShardNote]) -> None:
-    """Leaves only finished shards: a killed writer's parts and another plan's shards go."""
-    for path in building.iterdir():
-        if path.name not in notes and path.name not in (NOTES, ".lock"):
-            path.unlink()
-    for path in (building / NOTES).iterdir():
-        if path.stem not in notes:
-            path.unlink()
-
-
 def _finish(building: Path, config: DemoConfig, notes: Sequence[ShardNote]) -> None:
     """TFDS's metadata, the statistics of what is learnt from, and the manifest."""
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=building, dataset_name=DATASET, filetype_suffix="array_record"
-    )
     splits = {split: [note for note in notes if note.split == split] for split in FIRST_TRIAL}
-    infos = [
-        tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=[note.records for note in part],
-            num_bytes=sum(note.bytes for note in part),
-            filename_template=template,
-        )
-        for split, part in splits.items()
-    ]
-    tfds.folder_dataset.write_metadata(
-        data_dir=building,
-        features=step_features(VIEWS),
-        split_infos=infos,
-        version=VERSION,
-        filename_template=template,
-        check_data=False,  # reads through TensorFlow
-        description="Steps of a scripted expert at a tabletop in MuJoCo.",
-        disable_shuffling=True,
-    )
+    description = "Steps of a scripted expert at a tabletop in MuJoCo."
+    write_tfds_metadata(building, DATASET, VERSION, step_features(VIEWS), splits, description)
     episodes = {
         split: tuple(itertools.chain.from_iterable(note.episodes for note in part))
         for split, part in splits.items()

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipelines.robot import libero
 from data_pipelines.robot.policies import Observation
-from data_pipelines.robot.tabletop import Tabletop
+from data_pipelines.robot.tabletop import SECONDS, Tabletop
 from data_pipelines.robot.tasks import TASKS
 from fastdrive_jax.errors import UserError
 
@@ -43,6 +43,7 @@ class Suite:
         max_steps: Actions after which an episode has failed.
         trials: Initial states of a task; None where there is no end of them.
         seed: Of the initial states; None where they come with the suite.
+        hz: Actions a second of the simulated robot.
         open: Makes an environment; can be pickled, so that other processes make theirs.
     """
 
@@ -51,6 +52,7 @@ class Suite:
     max_steps: int
     trials: int | None
     seed: int | None
+    hz: float
     open: Callable[[], Environment]
 
 
@@ -68,11 +70,11 @@ def make_suite(name: str, image_size: tuple[int, int] | None = None, seed: int =
     if name == TABLETOP:
         made = partial(Tabletop, image_size or TABLETOP_SIZE, seed)
         instructions = tuple(task.instruction for task in TASKS)
-        return Suite(name, instructions, TABLETOP_STEPS, None, seed, made)
+        return Suite(name, instructions, TABLETOP_STEPS, None, seed, 1 / SECONDS, made)
     if name in libero.SUITES:
         made = partial(libero.Libero, name, image_size or libero.IMAGE_SIZE)
         steps, instructions = libero.SUITES[name], libero.libero_instructions(name)
-        return Suite(name, instructions, steps, libero.TRIALS, None, made)
+        return Suite(name, instructions, steps, libero.TRIALS, None, libero.HZ, made)
     close = difflib.get_close_matches(name, SUITES, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(SUITES)}."
     raise UserError(f"There is no suite {name!r}: {hint}")

@@ -125,15 +125,16 @@ def test_films_show_kept_tokens_of_each_view():
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (3, 2, 32, 32, 3), np.uint8)
     film = Film(frames, (0, 2), (np.array([0, 5]), np.array([1, 2])))
-    data = film_gif(film, (2, 2))
+    data = film_gif(film, (2, 2), 5)
     picture = Image.open(io.BytesIO(data))
     assert picture.n_frames == 3
+    assert picture.info["duration"] == 200
     assert picture.size == (56, 28)
     shown = np.asarray(picture.convert("RGB")).astype(int)
     colourful = np.ptp(shown, axis=-1).reshape(2, 14, 4, 14).mean((1, 3)) > 30
     # Token 0 of the first view and token 5, which is 1 of the second, keep their colours.
     np.testing.assert_array_equal(colourful, [[True, False, False, True], [False] * 4])
-    assert Image.open(io.BytesIO(film_gif(film, None))).size == (64, 32)
+    assert Image.open(io.BytesIO(film_gif(film, None, 5))).size == (64, 32)
 
 
 @pytest.mark.parametrize(
