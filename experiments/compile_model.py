@@ -1,11 +1,12 @@
-"""Compile a published Qwen2.5-VL ahead of time, without its weights: what a device would need.
+"""Compile a published VLA ahead of time, without its weights: what a device would need.
 
     fastdrive compile-model --model 3b --devices 8
 
-Encodes one picture of 3,249 visual tokens, reads it with a prompt and decodes one token. Nothing is
-allocated: the devices are virtual ones of the CPU. Its compiler keeps float32 copies of bfloat16
-weights, so a peak is an upper bound, and it counts the FLOPs of a loop, as in attention, once.
-The 3B takes 22 s on one device (2 cores). Writes OUT/compile_MODEL_DEVICES.json.
+Of Qwen2.5-VL it encodes one picture of 3,249 visual tokens, reads it with a prompt and decodes one
+token; of OpenVLA the same with one picture of 256; of OpenVLA-OFT a chunk of actions from two.
+Nothing is allocated: the devices are virtual ones of the CPU. Its compiler keeps float32 copies of
+bfloat16 weights, so a peak is an upper bound, and it counts the FLOPs of a loop, as in attention,
+once. The 3B takes 22 s on one device (2 cores). Writes OUT/compile_MODEL_DEVICES.json.
 """
 
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
+from experiments.compile_openvla import openvla_stages
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.models.attention import attention_kernel
+from fastdrive_jax.models.openvla.config import OPENVLA_7B, OPENVLA_OFT_7B
+from fastdrive_jax.models.openvla.weights import abstract_params as abstract_openvla
 from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B, QWEN2_5_VL_7B, QwenVLConfig
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.patches import layout_of
@@ -28,23 +32,24 @@ from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
 from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding
 from fastdrive_jax.parallel.rules import parameter_sharding
 
-MODELS = {"3b": QWEN2_5_VL_3B, "7b": QWEN2_5_VL_7B}
+QWENS = {"3b": QWEN2_5_VL_3B, "7b": QWEN2_5_VL_7B}
+OPENVLAS = {"openvla_7b": OPENVLA_7B, "openvla_oft_7b": OPENVLA_OFT_7B}
 GRID = (114, 114)  # patches of 1596 x 1596 pixels
-TENSOR_MOST = 4  # divides the heads and hidden units of both models, eight does not
+TENSOR_MOST = 4  # divides the heads and hidden units of all models, eight does not
 
 
 @dataclass(frozen=True)
 class CompileModelArgs:
-    """Compile a published Qwen2.5-VL without its weights.
+    """Compile a published VLA without its weights.
 
     Attributes:
-        model: Its size.
+        model: Qwen2.5-VL's 3B or 7B, OpenVLA or OpenVLA-OFT.
         devices: Virtual devices to lay it over.
-        prompt_tokens: Text tokens beside the picture.
+        prompt_tokens: Text tokens beside the pictures.
         out: Folder of the figures.
     """
 
-    model: Literal["3b", "7b"] = "3b"
+    model: Literal["3b", "7b", "openvla_7b", "openvla_oft_7b"] = "3b"
     devices: int = 1
     prompt_tokens: int = 256
     out: Path = Path("runs/compile")
@@ -57,13 +62,20 @@ def compile_model(args: CompileModelArgs) -> Path:
     jax.config.update("jax_num_cpu_devices", args.devices)
     tensor = int(np.gcd(args.devices, TENSOR_MOST))
     mesh = make_mesh(1, args.devices // tensor, tensor)
-    config = MODELS[args.model]
-    shapes = abstract_shards(config, mesh)
+    if args.model in QWENS:
+        config, build = QWENS[args.model], qwen_stages
+        shapes = abstract_params(config.vision, config.text)
+        visual_tokens = GRID[0] * GRID[1] // config.vision.spatial_merge_size**2
+    else:
+        config, build = OPENVLAS[args.model], openvla_stages
+        shapes, visual_tokens = abstract_openvla(config), config.visual_tokens
+    shapes = abstract_shards(shapes, mesh)
     kernel = attention_kernel(jnp.bfloat16, config.text.head_dim)
     print(f"attention: {kernel}; bfloat16; mesh {dict(mesh.shape)}", flush=True)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     rows = [Row(args.model, None, "parameters", parameters, None, None, 1, None)]
-    for stage, compiled in compile_stages(config, shapes, mesh, args.prompt_tokens).items():
+    for stage, lowered in build(config, shapes, mesh, args.prompt_tokens).items():
+        compiled = lowered.compile()
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -75,13 +87,13 @@ def compile_model(args: CompileModelArgs) -> Path:
     for row in rows:
         print(f"{row.metric}: {row.value:,.0f}", flush=True)
     path = args.out / f"compile_{args.model}_{args.devices}.json"
-    meta = {"devices": args.devices, "mesh": dict(mesh.shape), "visual_tokens": GRID[0] ** 2 // 4}
+    meta = {"devices": args.devices, "mesh": dict(mesh.shape), "visual_tokens": visual_tokens}
     return write_rows(path, rows, meta)
 
 
-def abstract_shards(config: QwenVLConfig, mesh: Mesh, dtype: jnp.dtype = jnp.bfloat16) -> Any:
-    """Parameters as shapes, laid out by `parallel.rules`."""
-    flat = traverse_util.flatten_dict(abstract_params(config.vision, config.text))
+def abstract_shards(params: Any, mesh: Mesh, dtype: jnp.dtype = jnp.bfloat16) -> Any:
+    """Shapes of parameters, laid out by `parallel.rules`."""
+    flat = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict(
         {
             path: jax.ShapeDtypeStruct(
@@ -92,10 +104,10 @@ def abstract_shards(config: QwenVLConfig, mesh: Mesh, dtype: jnp.dtype = jnp.bfl
     )
 
 
-def compile_stages(
+def qwen_stages(
     config: QwenVLConfig, params: Any, mesh: Mesh, prompt_tokens: int
-) -> dict[str, jax.stages.Compiled]:
-    """Compiled vision encoder, prefill and decoding step, of one sample with one picture."""
+) -> dict[str, jax.stages.Lowered]:
+    """Vision encoder, prefill and decoding step, of one sample with one picture."""
     model = QwenVL(config, jnp.bfloat16)
     layout = layout_of([GRID], config.vision)
     patches = GRID[0] * GRID[1]
@@ -122,9 +134,7 @@ def compile_stages(
     rows = shape(1, patches, 3 * config.vision.patch_size**2, dtype=jnp.uint8)
     with jax.set_mesh(mesh):
         return {
-            "vision": jax.jit(encode).lower(params, rows).compile(),
-            "prefill": jax.jit(prefill).lower(*inputs).compile(),
-            "decode": jax.jit(decode, donate_argnums=3)
-            .lower(params, shape(1), shape(1), caches)
-            .compile(),
+            "vision": jax.jit(encode).lower(params, rows),
+            "prefill": jax.jit(prefill).lower(*inputs),
+            "decode": jax.jit(decode, donate_argnums=3).lower(params, shape(1), shape(1), caches),
         }

@@ -14,7 +14,7 @@ from fastdrive_jax.models.vit_config import ViTConfig
 DINO = ViTConfig(
     depth=3,
     hidden_size=32,
-    intermediate_size=48,
+    intermediate_size=64,
     num_heads=2,
     patch_size=8,
     image_size=24,
@@ -24,6 +24,7 @@ SIGLIP = replace(
     DINO,
     depth=2,
     hidden_size=24,
+    intermediate_size=48,
     class_token=False,
     registers=0,
     layer_scale=False,

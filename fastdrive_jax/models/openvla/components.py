@@ -1,5 +1,6 @@
 """OFT's parts, which are published as files of their own beside the checkpoint."""
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +83,10 @@ def _read_torch(path: Path) -> dict[str, Held]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         return {name: Held(_array(tensor, torch)) for name, tensor in found.items()}
-    except (OSError, RuntimeError, ValueError, AttributeError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as PyTorch tensors: {error}.") from error
+    except (pickle.PickleError, OSError, RuntimeError, AttributeError, EOFError) as error:
+        raise UserError(
+            f"{path} holds no PyTorch tensors or is damaged; fetch it again."
+        ) from error
 
 
 def _array(tensor, torch) -> np.ndarray:

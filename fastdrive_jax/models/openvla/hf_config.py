@@ -32,6 +32,7 @@ _TEXT_NAMES = {
     "attention_bias": "attention_bias",
 }
 _VOCABULARY = 32_000  # of a Llama whose config does not say
+_ACTION_DIM = 7  # of a model without statistics
 
 
 def read_config(checkpoint_dir: Path) -> OpenVLAConfig:
@@ -74,8 +75,20 @@ def config_from_hf(content: Mapping[str, Any], path: Path | str = CONFIG_FILE) -
         encoders,
         DecoderConfig(**decoder),
         bins=content.get("n_action_bins", 256),
+        action_dim=_action_dim(content.get("norm_stats") or {}, path),
         padding_ids=content.get("pad_to_multiple_of", 64),
     )
+
+
+def _action_dim(statistics, path) -> int:
+    """Numbers of an action, which only the statistics of the data sets tell."""
+    try:
+        found = {len(one["action"]["q01"]) for one in statistics.values()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds norm_stats without action percentiles ({error}).") from error
+    if len(found) > 1:
+        raise UserError(f"{path} holds norm_stats of actions of {sorted(found)} numbers; keep one.")
+    return found.pop() if found else _ACTION_DIM
 
 
 def _refuse_variants(content, text, encoders, path) -> None:

@@ -7,6 +7,8 @@ all see all, and the head reads the hidden states that would have given the toke
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from fastdrive_jax.parallel.rules import constrain
+
 _EPS = 1e-5  # of PyTorch's LayerNorm
 _BLOCKS = 2
 
@@ -46,6 +48,7 @@ class ActionHead(nn.Module):
             return nn.LayerNorm(_EPS, use_fast_variance=False, name=name)(x)
 
         x = nn.relu(nn.Dense(self.size, name="fc1")(norm(x, "layer_norm1")))
+        x = constrain(x, "batch", "token", "embed")
         for number in range(_BLOCKS):
             y = norm(x, f"blocks_{number}_norm")
             x = x + nn.relu(nn.Dense(self.size, name=f"blocks_{number}_dense")(y))

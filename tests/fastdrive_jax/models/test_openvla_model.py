@@ -1,5 +1,6 @@
 """OpenVLA's sequence: who stands where, who sees whom, and what gives an action."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -14,79 +15,93 @@ from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.openvla.config import OPENVLA_7B, OPENVLA_OFT_7B, TINY_OPENVLA
 from fastdrive_jax.models.openvla.model import OpenVLA
 from fastdrive_jax.models.openvla.weights import abstract_params
-from fastdrive_jax.parallel.mesh import make_mesh
-from fastdrive_jax.parallel.rules import parameter_sharding
 
 ATOL = 2e-5
+MOVED = 100 * ATOL
+
+
+@functools.cache
+def program(config):
+    """Parameters, and the compiled model."""
+    return {"params": random_params(config)}, jax.jit(OpenVLA(config).apply)
 
 
 @pytest.fixture(scope="module", params=[TOKENS, SLOTS], ids=["tokens", "slots"])
 def either(request):
-    return request.param, {"params": random_params(request.param)}
+    return request.param, *program(request.param)
 
 
-@pytest.fixture(scope="module")
-def tokens():
-    return OpenVLA(TOKENS), {"params": random_params(TOKENS)}
-
-
-def apply(config, variables, inputs, **more):
-    return jax.jit(OpenVLA(config).apply)(variables, **inputs, **more)
+def embedding_of(variables):
+    return variables["params"]["language_model"]["embed_tokens"]["embedding"]
 
 
 def test_padding_changes_nothing(either):
-    config, variables = either
+    config, variables, run = either
     inputs = random_inputs(config, (7, 4))
-    both = apply(config, variables, inputs)
-    alone = {name: value[1:] for name, value in inputs.items()} | {"ids": inputs["ids"][1:, :4]}
-    np.testing.assert_allclose(both[1:], apply(config, variables, alone), atol=ATOL)
+    both = run(variables, **inputs)
     other = inputs | {"ids": np.where(np.arange(7) < [[7], [4]], inputs["ids"], 9)}
-    np.testing.assert_array_equal(both, apply(config, variables, other))
+    np.testing.assert_array_equal(both, run(variables, **other))
+    alone = {name: value[1:] for name, value in inputs.items()} | {"ids": inputs["ids"][1:, :4]}
+    np.testing.assert_allclose(both[1:], run(variables, **alone), atol=ATOL)
 
 
 def test_every_input_counts(either):
-    config, variables = either
-    inputs = random_inputs(config, (5,))
-    before = apply(config, variables, inputs)
-    changes = (
-        {"images": 255 - inputs["images"], "ids": inputs["ids"].at[0, 4].set(9)}
-        if False
-        else {
-            "images": 255 - inputs["images"],
-            "ids": np.where(np.arange(5) == 4, 9, inputs["ids"]),
-        }
-    )
+    config, variables, run = either
+    inputs = random_inputs(config, (4,))
+    changes = {
+        "images": 255 - inputs["images"],
+        "ids": np.where(np.arange(4) == 3, 9, inputs["ids"]),
+    }
     if config.proprio_dim:
         changes["proprio"] = -inputs["proprio"]
+    before = run(variables, **inputs)
     for name, value in changes.items():
-        after = apply(config, variables, inputs | {name: value})
-        assert np.abs(after - before).max() > 100 * ATOL, name
+        moved = np.abs(run(variables, **(inputs | {name: value})) - before)
+        assert moved.max() > MOVED, name
+
+
+def test_tokens_see_what_is_before_them():
+    variables, run = program(TOKENS)
+    inputs = random_inputs(TOKENS, (4,))
+    before = run(variables, **inputs)
+    for step, sees in ((1, [False, False, True]), (2, [False, False, False])):
+        actions = np.where(np.arange(3) == step, 100, inputs["actions"])
+        moved = np.abs(run(variables, **(inputs | {"actions": actions})) - before).max(axis=(0, 2))
+        assert (moved > MOVED).tolist() == sees
+        assert (moved == 0).tolist() == [not seen for seen in sees]
+
+
+def test_slots_see_the_very_last_token():
+    variables, run = program(SLOTS)
+    inputs = random_inputs(SLOTS, (4,))
+    stopped = jax.tree.map(lambda x: x, variables)
+    table = embedding_of(variables)
+    stopped["params"]["language_model"]["embed_tokens"]["embedding"] = table.at[2].mul(-1)
+    moved = np.abs(run(stopped, **inputs) - run(variables, **inputs))
+    assert (moved.max(axis=(0, 2)) > MOVED).all()
 
 
 def test_views_follow_each_other():
-    model, variables = OpenVLA(SLOTS), {"params": random_params(SLOTS)}
+    model, (variables, _) = OpenVLA(SLOTS), program(SLOTS)
     images = random_inputs(SLOTS, (3,))["images"]
     encode = jax.jit(lambda images: model.apply(variables, images, method="encode"))
-    both = encode(images)
+    both, swapped = encode(images), encode(images[:, ::-1])
     assert both.shape == (1, SLOTS.visual_tokens, SLOTS.text.hidden_size)
-    swapped = encode(images[:, ::-1])
     np.testing.assert_allclose(both, np.roll(swapped, SLOTS.visual_tokens // 2, axis=1), atol=ATOL)
 
 
-def test_where_each_token_stands(tokens):
-    model, variables = tokens
-    visual = jnp.ones((2, 9, 32))
-    ids = jnp.array([[1, 5, 6, 7], [1, 5, 0, 0]])
+def test_where_each_token_stands():
+    model, (variables, _) = OpenVLA(TOKENS), program(TOKENS)
+    ids, lengths = jnp.array([[1, 5, 6, 7], [1, 5, 0, 0]]), jnp.array([4, 2])
     actions = jnp.array([[300, 301], [302, 303]])
 
-    def sequence(**more):
-        given = visual[:, : more["kept"].shape[1]] if "kept" in more else visual
-        return model.apply(
-            variables, given, ids, jnp.array([4, 2]), actions=actions, method="sequence", **more
-        )
+    @jax.jit
+    def sequence(visual, kept=None):
+        inputs = visual, ids, lengths
+        return model.apply(variables, *inputs, actions=actions, kept=kept, method="sequence")
 
-    found = sequence()
-    table = variables["params"]["language_model"]["embed_tokens"]["embedding"]
+    visual, table = jnp.ones((2, 9, 32)), embedding_of(variables)
+    found = sequence(visual)
     np.testing.assert_array_equal(found.embeddings[:, 0], table[ids[:, 0]])
     np.testing.assert_array_equal(found.embeddings[:, 1:10], visual)
     np.testing.assert_array_equal(found.embeddings[0, 10:], table[jnp.array([5, 6, 7, 300, 301])])
@@ -96,7 +111,7 @@ def test_where_each_token_stands(tokens):
     assert found.is_visual[0].tolist() == [False] + [True] * 9 + [False] * 5
     np.testing.assert_array_equal(found.position_ids, np.broadcast_to(np.arange(15), (3, 2, 15)))
 
-    some = sequence(kept=jnp.array([[0, 4, 8], [1, 2, 3]]))
+    some = sequence(visual[:, :3], jnp.array([[0, 4, 8], [1, 2, 3]]))
     assert some.position_ids[2].tolist() == [
         [0, 1, 5, 9, 10, 11, 12, 13, 14],
         [0, 2, 3, 4, 10, 11, 12, 13, 14],
@@ -105,76 +120,45 @@ def test_where_each_token_stands(tokens):
 
 
 def test_slots_are_zeros_and_the_stop_token_follows():
-    model, variables = OpenVLA(SLOTS), {"params": random_params(SLOTS)}
+    model, (variables, _) = OpenVLA(SLOTS), program(SLOTS)
     inputs = random_inputs(SLOTS, (4, 3))
-    found = model.apply(
-        variables,
-        jnp.ones((2, 18, 32)),
-        inputs["ids"],
-        inputs["lengths"],
-        proprio=inputs["proprio"],
-        method="sequence",
-    )
-    table = variables["params"]["language_model"]["embed_tokens"]["embedding"]
-    stop = table[SLOTS.stop_id]
+    given = (jnp.ones((2, 18, 32)), inputs["ids"], inputs["lengths"])
+    found = model.apply(variables, *given, proprio=inputs["proprio"], method="sequence")
+    table = embedding_of(variables)
     assert found.lengths.tolist() == [1 + 18 + 1 + 3 + 6 + 1, 1 + 18 + 1 + 2 + 6 + 1]
-    for row, (end, length) in enumerate(zip(found.answer + 1, found.lengths, strict=True)):
-        assert not found.embeddings[row, end : end + 6].any()
-        np.testing.assert_array_equal(found.embeddings[row, end + 6], stop)
-        assert length == end + 7
-        assert found.embeddings[row, end - 1].any()
+    assert found.answer.tolist() == [1 + 18 + 1 + 2, 1 + 18 + 1 + 1]
+    for row, end in zip(found.embeddings, found.answer + 1, strict=True):
+        assert not row[end : end + 6].any()
+        np.testing.assert_array_equal(row[end + 6], table[SLOTS.stop_id])
     np.testing.assert_array_equal(found.embeddings[:, 20], table[inputs["ids"][:, 1]])
 
 
-def test_slots_see_all_and_tokens_only_what_is_before():
-    """The last action's slot moves the first action; the last action's token does not."""
-    inputs = random_inputs(TOKENS, (4,))
-    variables = {"params": random_params(TOKENS)}
-    later = inputs | {"actions": np.where(np.arange(3) == 2, 100, inputs["actions"])}
-    before, after = (apply(TOKENS, variables, given) for given in (inputs, later))
-    np.testing.assert_array_equal(before, after)
-    earlier = inputs | {"actions": np.where(np.arange(3) == 1, 100, inputs["actions"])}
-    moved = np.abs(apply(TOKENS, variables, earlier) - before).max(axis=(0, 2))
-    assert (moved[:2] == 0).all()
-    assert moved[2] > 100 * ATOL
-
-    variables = {"params": random_params(SLOTS)}
-    inputs = random_inputs(SLOTS, (4,))
-    before = apply(SLOTS, variables, inputs)
-    longer = replace(SLOTS, chunk=3)
-    first = apply(longer, variables, inputs)[:, :2]
-    assert np.abs(first - before).max() > 100 * ATOL
-
-
-def test_decoding_gives_what_teacher_forcing_does(tokens):
+def test_decoding_gives_what_teacher_forcing_does():
     """Prefill and steps of `inference.segments`, prompts of two lengths."""
-    model, variables = tokens
-    inputs = random_inputs(TOKENS, (6, 4))
-    visual = model.apply(variables, inputs["images"], method="encode")
-    forced = model.apply(
-        variables,
-        visual,
-        inputs["ids"],
-        inputs["lengths"],
-        inputs["actions"],
-        method="action_logits",
-    )
-    sequence = model.apply(variables, visual, inputs["ids"], inputs["lengths"], method="sequence")
+    model, (variables, run) = OpenVLA(TOKENS), program(TOKENS)
+    inputs = random_inputs(TOKENS, (7, 4))
+    forced = run(variables, **inputs)
     decoder, params = Decoder(TOKENS.text), variables["params"]["language_model"]
-    live = live_sequence(
-        sequence.embeddings, sequence.position_ids, sequence.is_visual, sequence.lengths, 9, 6
-    )
-    read = prefill(decoder, params, live, sequence.lengths, room=2)
-    np.testing.assert_allclose(read.logits, forced[:, 0], atol=ATOL)
-    segments = read.segments
-    for step in range(2):
-        ids = inputs["actions"][:, step]
-        logits, segments, _ = decode_token(decoder, params, ids, segments)
-        np.testing.assert_allclose(logits, forced[:, step + 1], atol=ATOL)
+
+    @jax.jit
+    def decode(images, ids, lengths, actions):
+        visual = model.apply(variables, images, method="encode")
+        sequence = model.apply(variables, visual, ids, lengths, method="sequence")
+        live = live_sequence(
+            sequence.embeddings, sequence.position_ids, sequence.is_visual, sequence.lengths, 9, 7
+        )
+        read = prefill(decoder, params, live, sequence.lengths, room=2)
+        found, segments = [read.logits], read.segments
+        for step in range(2):
+            logits, segments, _ = decode_token(decoder, params, actions[:, step], segments)
+            found.append(logits)
+        return jnp.stack(found, axis=1)
+
+    np.testing.assert_allclose(decode(**inputs), forced, atol=ATOL)
 
 
 def test_bfloat16_is_computed_in_bfloat16(either):
-    config, variables = either
+    config, variables, _ = either
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
     inputs = random_inputs(config, (4,))
     out = jax.eval_shape(lambda v: OpenVLA(config, jnp.bfloat16).apply(v, **inputs), half)
@@ -182,39 +166,27 @@ def test_bfloat16_is_computed_in_bfloat16(either):
 
 
 def test_one_encoder_has_a_smaller_projector():
-    config = replace(TOKENS, encoders=TOKENS.encoders[1:])
-    params = abstract_params(config)
+    params = abstract_params(replace(TOKENS, encoders=TOKENS.encoders[1:]))
     assert set(params["projector"]) == {"fc1", "fc2"}
     assert params["projector"]["fc1"]["kernel"].shape == (24, 32)
 
 
 def test_sizes_of_the_published_models():
-    """The file of openvla-7b holds 7,541,237,184 numbers, some behind the output that is read."""
+    """openvla-7b has 7,541,237,184 parameters; 43,080,480 lie behind the output that is read."""
     counted = {
         name: sum(leaf.size for leaf in jax.tree.leaves(part))
         for name, part in abstract_params(OPENVLA_OFT_7B).items()
     }
-    unread = 2 * 1024 + 2 * 1152  # final norms
-    unread += 12_598_272 + 15_240_640 - 1024 * 2 * 2 * 0  # last blocks
-    unread += 15_240_640 + 1152 * 0  # attention pooling
-    print(counted)
-    whole = sum(counted[part] for part in ("encoders_0", "encoders_1", "projector"))
-    assert counted["language_model"] == 6_738_939_904
-    assert whole == 290_630_656 + 397_200_544 + 71_385_600
-    assert counted["action_head"] == 151_117_831
-    assert counted["proprio_projector"] == 16_818_176
+    assert counted.pop("action_head") == 151_117_831
+    assert counted.pop("proprio_projector") == 16_818_176
+    block = {1024: 12_598_272, 1152: 15_239_504}  # the last of each encoder
+    unread = sum(block.values()) + 2 * (1024 + 1152) + 15_238_352  # norms; SigLIP's pooling
+    assert sum(counted.values()) + unread == 7_541_237_184
     assert OPENVLA_7B.visual_tokens == 256
     assert OPENVLA_7B.action_vocab_size == 32_000
     assert OPENVLA_OFT_7B.visual_tokens == 512
     assert OPENVLA_OFT_7B.action_tokens == 56
     assert TINY_OPENVLA.visual_tokens == 144
-
-
-def test_the_7b_lowers_over_a_mesh_without_being_allocated():
-    config = replace(OPENVLA_OFT_7B, text=replace(OPENVLA_OFT_7B.text, num_layers=2))
-    mesh = make_mesh(1, 1, 1)
-    model = OpenVLA(config, jnp.bfloat16)
-    del model, mesh, parameter_sharding
 
 
 @pytest.mark.parametrize(
@@ -232,8 +204,9 @@ def test_sizes_that_contradict_each_other(change, said):
 
 
 def test_proprio_that_is_missing_or_not_wanted(either):
-    config, variables = either
+    config, variables, _ = either
     inputs = random_inputs(config, (3,))
-    wrong = {"proprio": None} if config.proprio_dim else {"proprio": np.zeros((1, 4))}
+    wrong = {"proprio": None if config.proprio_dim else jnp.zeros((1, 4))}
+    given = (jnp.ones((1, 9, 32)), inputs["ids"], inputs["lengths"])
     with pytest.raises(ValueError, match="proprio_dim"):
-        OpenVLA(config).apply(variables, **(inputs | wrong))
+        OpenVLA(config).apply(variables, *given, **wrong, method="sequence")

@@ -10,9 +10,17 @@ import pytest
 from fastdrive_jax.models.attention import attention
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.openvla.config import OPENVLA_7B, OPENVLA_OFT_7B
 from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B
-from fastdrive_jax.pruning.accounting import frame_cost, recon_pruner_flops
+from fastdrive_jax.pruning.accounting import (
+    frame_cost,
+    layer_flops,
+    live_tokens,
+    recon_pruner_flops,
+)
+from fastdrive_jax.pruning.interface import cut_plan
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
+from fastdrive_jax.pruning.vla_pruner import vla_pruner
 
 GROUPED = DecoderConfig(
     hidden_size=256,
@@ -152,16 +160,34 @@ def test_reconpruner_is_counted_as_xla_does():
 
 
 def test_published_counts():
-    """FastV's equivalent tokens, VLA-Pruner's "FLOPs" (multiply-adds, no head), a 3B's bytes."""
-    llama = DecoderConfig(4096, 11_008, 32, 32, 32, vocab_size=0)
-    cost = frame_cost(llama, 576, 0, ((2, 144),), decode_steps=0)
+    """FastV's equivalent tokens, a 3B's bytes."""
+    cost = frame_cost(OPENVLA_7B.text, 576, 0, ((2, 144),), decode_steps=0)
     assert cost.live == (576,) * 2 + (144,) * 30
     assert cost.equivalent_tokens == 171
-    published = {(): 1.906, ((3, 128),): 1.139, ((3, 64),): 0.758, ((3, 32),): 0.571}
-    for plan, tera in published.items():
-        cost = frame_cost(llama, 256, 35, plan, decode_steps=0)
-        assert cost.prefill_flops / 2e12 == pytest.approx(tera, rel=0.006)
     cost = frame_cost(QWEN2_5_VL_3B.text, 3249, 0, decode_steps=0)
     assert cost.weight_bytes == pytest.approx(6.17e9, rel=1e-3)
     assert cost.kv_bytes == pytest.approx(0.120e9, rel=3e-3)
     assert cost.decode_bytes == cost.weight_bytes + cost.kv_bytes
+
+
+def test_vla_pruner_on_openvla():
+    """Published "FLOPs" are multiply-adds of the Llama layers at 256 + 35 tokens."""
+    text, published = OPENVLA_7B.text, {1: 1.906, 0.5: 1.139, 0.25: 0.758, 0.125: 0.571}
+    for keep_ratio, tera in published.items():
+        plan = cut_plan(vla_pruner(), OPENVLA_7B.visual_tokens, keep_ratio, text.num_layers)
+        live = live_tokens(plan, OPENVLA_7B.visual_tokens, text.num_layers)
+        assert live[:3] == (256,) * 3
+        assert live[3:] == (256 * keep_ratio,) * 29
+        flops = sum(layer_flops(text, tokens + 35) for tokens in live)
+        assert flops / 2e12 == pytest.approx(tera, rel=0.01)
+        head = 2 * text.hidden_size * text.vocab_size  # of one row, which is counted beside it
+        cost = frame_cost(text, OPENVLA_7B.visual_tokens, 35, plan, decode_steps=7)
+        assert cost.prefill_flops == flops + head
+
+
+def test_vla_pruner_on_oft():
+    """Published for 589 tokens, which are 512 of two views and 77 others."""
+    text = OPENVLA_OFT_7B.text
+    cost = frame_cost(text, OPENVLA_OFT_7B.visual_tokens, 77, decode_steps=0)
+    layers = cost.prefill_flops - 2 * text.hidden_size * text.vocab_size
+    assert layers / 2e12 == pytest.approx(3.903, rel=0.01)

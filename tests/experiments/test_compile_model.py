@@ -1,0 +1,48 @@
+"""Published sizes as programs, of which nothing is allocated."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_openvla import SLOTS, TOKENS
+
+from experiments import compile_model as command
+from experiments.compile_model import CompileModelArgs, abstract_shards, compile_model
+from experiments.compile_openvla import openvla_stages
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.openvla.config import OPENVLA_OFT_7B
+from fastdrive_jax.models.openvla.weights import abstract_params
+from fastdrive_jax.parallel.mesh import make_mesh
+
+
+@pytest.mark.parametrize("config", [TOKENS, SLOTS], ids=["tokens", "slots"])
+def test_figures_of_a_model(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(command.OPENVLAS, "openvla_7b", config)
+    path = compile_model(CompileModelArgs("openvla_7b", 1, 5, tmp_path))
+    found = json.loads(path.read_text())
+    figures = {row["metric"]: row["value"] for row in found["rows"]}
+    shapes = jax.tree.leaves(abstract_params(config))
+    assert figures["parameters"] == sum(leaf.size for leaf in shapes)
+    stages = ["vision", "action_chunk"] if config.parallel else ["vision", "prefill", "decode"]
+    assert {name.split("_flops")[0] for name in figures if "_flops" in name} == set(stages)
+    for stage in stages:
+        held = figures[f"{stage}_argument_bytes_per_device"]
+        assert 0 < held < figures[f"{stage}_peak_bytes_per_device"]
+    assert found["meta"]["visual_tokens"] == config.visual_tokens
+
+
+def test_oft_7b_lowers_over_a_mesh():
+    mesh = make_mesh(1, 1, 1)
+    shapes = abstract_shards(abstract_params(OPENVLA_OFT_7B), mesh)
+    lowered = openvla_stages(OPENVLA_OFT_7B, shapes, mesh, 35)
+    assert lowered["vision"].out_info.shape == (1, 512, 4096)
+    assert lowered["action_chunk"].out_info.shape == (1, 8, 7)
+    assert lowered["action_chunk"].out_info.dtype == jnp.bfloat16
+
+
+def test_no_device_and_no_prompt_are_refused(tmp_path):
+    for wrong in ({"devices": 0}, {"prompt_tokens": 0}):
+        with pytest.raises(UserError, match="at least 1"):
+            compile_model(replace(CompileModelArgs(out=tmp_path), **wrong))
