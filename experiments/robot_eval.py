@@ -1,7 +1,7 @@
 r"""Policies move robots, with pruned tokens or without: success, and how often they can act.
 
-    fastdrive robot eval --suites tabletop --policies expert random --trials 20
-    fastdrive robot eval --suites libero_spatial --policies my_policies.py:openvla \
+    fastdrive robot eval --policies expert openvla --methods fastv vlapruner --trials 20
+    fastdrive robot eval --suites libero_spatial --policies openvla --weights CHECKPOINT \
         --methods fastv vlapruner --ratios 0.5 0.25 --workers 8 --batch 4
 
 Every setting begins at the same initial states, so settings are compared in pairs. Writes
@@ -22,7 +22,15 @@ from data_pipelines.robot.environment import TABLETOP, Suite, make_suite
 from data_pipelines.robot.worker import Job
 from data_pipelines.robot.workers import Episode, run_episodes
 from experiments.drives import UNPRUNED
-from experiments.robot_policies import CONTROLS, check_policy, file_name, robot_policy
+from experiments.robot_policies import (
+    CONTROLS,
+    EXPERT,
+    OPENVLA,
+    check_methods,
+    check_policy,
+    file_name,
+    robot_policy,
+)
 from experiments.robot_report import Outcome, Setting, film_gif, markdown, rows_of
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes, write_text
@@ -39,8 +47,12 @@ class RobotEvalArgs:
         out: Folder of the results.
         suites: "tabletop", or LIBERO's "libero_spatial", "libero_object", "libero_goal",
             "libero_10" and "libero_90" (extra `libero`).
-        policies: "expert" (of the tabletop), "random", or FILE.py:FUNCTION for one of your own.
-        methods: How policies of your own choose tokens; unpruned they are always run.
+        policies: "expert" (of the tabletop), "random", "openvla", or FILE.py:FUNCTION for one of
+            your own.
+        weights: Of "openvla": a policy file, or the folder of a published OpenVLA or OFT
+            checkpoint; by default the tabletop's policy in the package.
+        methods: How policies choose tokens, training-free ones or FILE.py:FUNCTION; unpruned they
+            are always run.
         ratios: Keep ratios of the methods.
         seeds: Of policies that draw, and of the tabletop's initial states; LIBERO's are published
             with seed 7.
@@ -56,7 +68,8 @@ class RobotEvalArgs:
 
     out: Path = Path("runs/robot")
     suites: tuple[str, ...] = (TABLETOP,)
-    policies: tuple[str, ...] = CONTROLS
+    policies: tuple[str, ...] = (EXPERT, OPENVLA)
+    weights: Path | None = None
     methods: tuple[str, ...] = ()
     ratios: tuple[float, ...] = (0.5, 0.25)
     seeds: tuple[int, ...] = (0,)
@@ -80,7 +93,8 @@ class RobotEvalArgs:
             num_keep(1000, ratio)
         for suite in self.suites:
             for policy in self.policies:
-                check_policy(policy, suite)
+                check_policy(policy, suite, self.weights)
+        check_methods(self.methods)
 
 
 def robot_eval(args: RobotEvalArgs) -> Path:
@@ -156,8 +170,8 @@ def run_setting(
     name = "_".join(
         [
             setting.suite,
-            file_name(setting.policy),
-            *([] if setting.method is None else [setting.method, f"{setting.ratio:g}"]),
+            file_name(setting.policy, args.weights),
+            *([] if setting.method is None else [file_name(setting.method), f"{setting.ratio:g}"]),
             f"seed{setting.seed}",
         ]
     )
@@ -168,7 +182,8 @@ def run_setting(
     filmed = [(task, 0) for task in tasks][: args.films]
     jobs = [Job(*one, film=one in filmed) for one in wanted if one not in found]
     if jobs:
-        policy = robot_policy(setting.policy, suite, setting.method, setting.ratio, setting.seed)
+        how = setting.method, setting.ratio, setting.seed
+        policy = robot_policy(setting.policy, suite, *how, args.weights)
         for episode in run_episodes(suite, jobs, policy, workers, batch):
             if episode.film is not None:
                 file = f"{name}_task{episode.task}_trial{episode.trial}.gif"

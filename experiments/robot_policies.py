@@ -145,8 +145,14 @@ def check_policy(name: str, suite: str, weights: Path | None = None) -> None:
         raise UserError(f"There is no robot policy {name!r}: {hint}")
 
 
-def file_name(name: str) -> str:
-    """A policy's name in files: that of a function of one's own changes with its file."""
+def file_name(name: str, weights: Path | None = None) -> str:
+    """A policy's name in files: that of a function of one's own changes with its file.
+
+    So does that of a policy file with its weights, and a checkpoint's with its folder's name.
+    """
+    if name == OPENVLA and weights is not None:
+        sum_of = weights.read_bytes() if weights.is_file() else str(weights.resolve()).encode()
+        return f"{name}-{zlib.crc32(sum_of):08x}"
     if ".py:" not in name:
         return name
     file, _, function = name.rpartition(":")
