@@ -76,8 +76,9 @@ def test_the_gradient_is_that_of_the_loss(start, batch):
         assert norm > 1e-3
 
         def moved(size, part=part, own=own, norm=norm):
-            step = jax.tree.map(lambda p, g: p + np.float32(size / norm) * g, params[part], own)
-            state = start.replace(params=params | {part: step})
+            far = np.float32(size / norm)
+            step = jax.tree.map(lambda p, g: jnp.asarray(p + far * g), params[part], own)
+            state = start.replace(params=start.params | {part: step})
             return float(STEP(state, batch)[1]["loss"])
 
         size = min(0.05, 0.02 / norm)
