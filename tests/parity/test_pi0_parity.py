@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.pi0 import flow
 from fastdrive_jax.models.pi0.config import TINY_PI0, Pi0Config
-from fastdrive_jax.models.pi0.model import Pi0
+from fastdrive_jax.models.pi0.model import Pi0, action_expert
 from fastdrive_jax.models.pi0.weights import load
 from fastdrive_jax.pruning import make_pruner
 
@@ -254,10 +254,16 @@ def test_visual_tokens_and_prompt():
     assert_near(words, theirs[:, N:], "prompt")
 
 
-def test_prefix_and_velocity():
+def sample(params, prefilled):
+    numbers = jnp.asarray(inputs()["state"]), jnp.asarray(inputs()["noise"])
+    expert = action_expert(CONFIG)
+    return flow.sample_actions(expert, params["expert"], prefilled, *numbers, 10).actions
+
+
+def test_prefix_velocity_and_ten_steps():
     import torch
 
-    given, params = inputs(), pair()[1]
+    given = inputs()
 
     @jax.jit
     def run(params, tokens):
@@ -270,48 +276,42 @@ def test_prefix_and_velocity():
             live.position_ids,
             lengths=live.length,
         )[0]
-        variables, expert = {"params": params["expert"]}, flow.action_expert(MODEL)
-        prefix = expert.apply(
-            variables, given["state"], read(params, tokens).segments, method="read_state"
-        )
+        variables, expert = {"params": params["expert"]}, action_expert(CONFIG)
+        prefilled = read(params, tokens)
+        prefix = expert.apply(variables, given["state"], prefilled.segments, method="read_state")
         noise, time = given["noise"], given["time"]
         velocity, _ = expert.apply(variables, noise, time, prefix, method="velocity")
-        return hidden, velocity
+        return hidden, velocity, sample(params, prefilled)
 
-    hidden, velocity = run(params, our_tokens())
+    hidden, velocity, actions = run(pair()[1], our_tokens())
     with torch.no_grad():
         real = reference_prefix()[1]
         noise, time = torch.from_numpy(given["noise"]), torch.from_numpy(given["time"])
         theirs, their_velocity = reference(noise, time)
-    for sample in range(BATCH):
-        own = theirs[sample][real[sample]]
-        assert_near(hidden[sample, : len(own)], own, f"hidden states of the prefix, {sample}")
+        their_actions = reference_actions()
+    for row in range(BATCH):
+        own = theirs[row][real[row]]
+        assert_near(hidden[row, : len(own)], own, f"hidden states of the prefix, {row}")
     assert_near(velocity, their_velocity, "velocity")
+    assert_near(actions, their_actions, "ten steps")
 
 
-@pytest.mark.parametrize("pruner", [None, "fastv"])
-def test_ten_steps(pruner):
+def test_ten_steps_over_a_pruned_prefix():
     import torch
-
-    given = inputs()
-    method = {} if pruner is None else {"pruner": make_pruner(pruner), "keep_ratio": 0.3}
 
     @jax.jit
     def run(params, tokens):
-        prefilled, expert = read(params, tokens, **method), flow.action_expert(MODEL)
-        numbers = jnp.asarray(given["state"]), jnp.asarray(given["noise"])
-        sampled = flow.sample_actions(expert, params["expert"], prefilled, *numbers, 10)
-        return sampled.actions, prefilled.segments
+        prefilled = read(params, tokens, pruner=make_pruner("fastv"), keep_ratio=0.3)
+        return sample(params, prefilled), prefilled.segments
 
     ours, segments = run(pair()[1], our_tokens())
     kept = np.ones((CONFIG.prefix.num_layers, BATCH, N + WORDS), bool)
-    order = np.argsort(~np.repeat(given["views"], N // 3, axis=1), axis=1, kind="stable")
+    order = np.argsort(~np.repeat(inputs()["views"], N // 3, axis=1), axis=1, kind="stable")
     for segment in segments:
-        for sample in range(BATCH):
-            ids = np.asarray(segment.ids[sample, : int(segment.count[sample])])
-            seen = np.isin(np.arange(N), order[sample, ids])
-            kept[slice(*segment.layers), sample, :N] = seen
-    assert (kept.all() or pruner is None) != (pruner is not None)
+        for row in range(BATCH):
+            ids = np.asarray(segment.ids[row, : int(segment.count[row])])
+            kept[slice(*segment.layers), row, :N] = np.isin(np.arange(N), order[row, ids])
+    assert kept[-1, 0].sum() == int(0.3 * N) + WORDS
     with torch.no_grad():
         theirs = reference_actions(kept)
-    assert_near(ours, theirs, f"ten steps, {pruner=}")
+    assert_near(ours, theirs, "ten steps over a pruned prefix")

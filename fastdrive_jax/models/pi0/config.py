@@ -71,11 +71,6 @@ class Pi0Config:
         """Pixels along a picture."""
         return self.vision.image_size
 
-    @property
-    def room(self) -> int:
-        """Tokens behind the prefix: the state and the actions."""
-        return 1 + self.horizon
-
 
 _SIGLIP_SO400M = ViTConfig(
     depth=27,

@@ -34,11 +34,13 @@ class ActionExpert(nn.Module):
     Attributes:
         config: Of its decoder, as deep as the prefix's and with the same heads.
         action_dim: A, of state and actions.
+        horizon: H, actions of a chunk.
         dtype: Type that the decoder computes in; give parameters of the same.
     """
 
     config: DecoderConfig
     action_dim: int
+    horizon: int
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -51,6 +53,11 @@ class ActionExpert(nn.Module):
         self.action_time_mlp_out = nn.Dense(width)
         self.action_out_proj = nn.Dense(self.action_dim)
 
+    @property
+    def room(self) -> int:
+        """Slots behind the prefix in each layer's cache: the state's and the actions'."""
+        return 1 + self.horizon
+
     def read_state(
         self, state: Float[Array, "B A"], segments: tuple[Segment, ...]
     ) -> tuple[Segment, ...]:
@@ -58,7 +65,7 @@ class ActionExpert(nn.Module):
 
         Args:
             state: Of the robot, normalised and padded to A.
-            segments: Of the prefix, whose caches have room for the state and all actions.
+            segments: Of the prefix, whose caches have `room`.
         """
         x = self.state_proj(state.astype(jnp.float32)).astype(self.dtype)[:, None]
         read = []
@@ -81,12 +88,20 @@ class ActionExpert(nn.Module):
             noisy: Actions at that time, float32.
             time: 1 is noise, 0 the actions.
             segments: Of `read_state`.
+
+        Raises:
+            ValueError: The actions have another shape.
         """
-        batch, horizon, _ = noisy.shape
+        if noisy.shape[1:] != (self.horizon, self.action_dim):
+            # More actions than there is room for would be written nowhere, and silently.
+            raise ValueError(
+                f"actions must be [B, {self.horizon}, {self.action_dim}], not {noisy.shape}"
+            )
         x = self.embed_actions(noisy, time).astype(self.dtype)
-        ahead, filled = jnp.arange(horizon), []
+        ahead, filled = jnp.arange(self.horizon), []
         for segment in segments:
-            where = jnp.broadcast_to(segment.next_position[:, None] + ahead, (3, batch, horizon))
+            where = segment.next_position[:, None] + ahead
+            where = jnp.broadcast_to(where, (3, *where.shape))
             length = segment.caches[0].length
             x, caches = self.model.span(
                 x,
@@ -94,9 +109,9 @@ class ActionExpert(nn.Module):
                 segment.layers,
                 segment.caches,
                 places=length[:, None] + ahead,
-                lengths=length + horizon,
+                lengths=length + self.horizon,
             )
-            filled += [cache.replace(length=length + horizon) for cache in caches]
+            filled += [cache.replace(length=length + self.horizon) for cache in caches]
         return self.action_out_proj(self.model.norm(x).astype(jnp.float32)), tuple(filled)
 
     def embed_actions(

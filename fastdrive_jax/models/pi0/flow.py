@@ -17,7 +17,7 @@ from fastdrive_jax.inference import segments
 from fastdrive_jax.inference.segments import Live, Prefilled
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.pi0.expert import ActionExpert
-from fastdrive_jax.models.pi0.model import Pi0
+from fastdrive_jax.models.pi0.model import Pi0, action_expert
 from fastdrive_jax.pruning.interface import PrunerInputs
 
 Actions = Float[Array, "B H A"]
@@ -103,8 +103,8 @@ def live_prompt(
         views: See `Pi0.prompt`.
     """
     live = model.apply({"params": params}, tokens, ids, lengths, views, method="prompt")
-    decoder = Decoder(model.config.prefix, causal=False)
-    return decoder, params["language_model"], live, live.length, model.config.room
+    decoder, room = Decoder(model.config.prefix, causal=False), action_expert(model.config).room
+    return decoder, params["language_model"], live, live.length, room
 
 
 def pruner_inputs(
@@ -161,8 +161,8 @@ def sample_actions(
     Args:
         expert: The action expert.
         params: Its parameters.
-        prefilled: The prompt, of a decoder without a causal mask, with room for a state and H
-            actions; pruned or not.
+        prefilled: The prompt, pruned or not, of any decoder without a causal mask that is as deep
+            as the expert and has the same heads; its caches have the expert's `room`.
         state: Of the robot, normalised and padded to A.
         noise: Standard normal, float32.
         steps: Flow steps; static.
@@ -204,7 +204,7 @@ def flow_loss(
     tokens = model.apply({"params": params}, batch["images"], method="encode")
     views = batch.get("views")
     prefilled = read_prompt(model, params, tokens, batch["ids"], batch["lengths"], views, **method)
-    expert = action_expert(model)
+    expert = action_expert(model.config, model.dtype)
 
     def apply(*inputs, method):
         return expert.apply({"params": params["expert"]}, *inputs, method=method)
@@ -215,8 +215,3 @@ def flow_loss(
         return apply(noisy, time, prefix, method="velocity")[0]
 
     return matching_loss(velocity, batch["actions"], key), {}
-
-
-def action_expert(model: Pi0) -> ActionExpert:
-    """The part of pi0 whose parameters are under "expert"."""
-    return ActionExpert(model.config.expert, model.config.action_dim, model.dtype)

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.segments import Live, Segment
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.pi0.config import Pi0Config
@@ -34,13 +35,22 @@ class Pi0(nn.Module):
         self.vision_tower = ViT(config.vision)
         self.multi_modal_projector = nn.Dense(config.prefix.hidden_size)
         self.language_model = Decoder(config.prefix, causal=False)
-        self.expert = ActionExpert(config.expert, config.action_dim, self.dtype)
+        self.expert = action_expert(config, self.dtype)
 
     def encode(self, images: UInt8[Array, "B V H W 3"]) -> Float[Array, "B N D"]:
-        """Visual tokens of RGB pictures, view after view, each in raster order."""
-        batch, views, *picture = images.shape
-        images = images.reshape(batch * views, *picture)
-        pixels = normalise_pictures(images, self.config.vision).astype(self.dtype)
+        """Visual tokens of RGB pictures, view after view, each in raster order.
+
+        Raises:
+            UserError: Their number or size is not the model's.
+        """
+        config, (batch, *pictures) = self.config, images.shape
+        if pictures != [config.views, config.image_size, config.image_size, 3]:
+            raise UserError(
+                f"A sample must be {config.views} RGB pictures of {config.image_size} x "
+                f"{config.image_size} pixels, not {' x '.join(map(str, pictures))}."
+            )
+        images = images.reshape(-1, *pictures[1:])
+        pixels = normalise_pictures(images, config.vision).astype(self.dtype)
         tokens = self.multi_modal_projector(self.vision_tower(pixels))
         return tokens.reshape(batch, -1, tokens.shape[-1])
 
@@ -103,12 +113,17 @@ class Pi0(nn.Module):
         live = self.prompt(self.encode(images), ids, lengths)
         layers = 0, self.config.prefix.num_layers
         x, caches = self.language_model.span(
-            live.hidden, live.position_ids, layers, room=self.config.room, lengths=live.length
+            live.hidden, live.position_ids, layers, room=self.expert.room, lengths=live.length
         )
         self.language_model.norm(x)  # leads nowhere in pi0, but its files have it
         caches = tuple(cache.replace(length=live.length) for cache in caches)
         prefix = Segment(caches, live.visual, live.ids, live.count, live.length, layers)
         return self.expert.velocity(noisy, time, self.expert.read_state(state, (prefix,)))[0]
+
+
+def action_expert(config: Pi0Config, dtype: jnp.dtype = jnp.float32) -> ActionExpert:
+    """The part of `Pi0` whose parameters are under "expert"."""
+    return ActionExpert(config.expert, config.action_dim, config.horizon, dtype)
 
 
 def _present_first(tokens, views):

@@ -12,19 +12,21 @@ import pytest
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference import reuse, segments
+from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.openvla.config import TINY_OPENVLA
 from fastdrive_jax.models.pi0 import flow
 from fastdrive_jax.models.pi0.config import TINY_PI0, Pi0Config
-from fastdrive_jax.models.pi0.expert import time_embedding
-from fastdrive_jax.models.pi0.model import Pi0
+from fastdrive_jax.models.pi0.expert import ActionExpert, time_embedding
+from fastdrive_jax.models.pi0.model import Pi0, action_expert
 from fastdrive_jax.models.pi0.weights import abstract_params as uncached
 from fastdrive_jax.pruning import PRUNERS, PrunerInputs, make_pruner
-from fastdrive_jax.pruning.interface import Seen, cut_plan
+from fastdrive_jax.pruning.interface import Cuts, Seen, cut_plan
 
 PREFIX = dataclasses.replace(
     TINY_PI0.prefix,
     hidden_size=24,
     intermediate_size=40,
-    num_layers=4,
+    num_layers=3,
     vocab_size=32,
     mrope_section=(4, 0, 0),
     head_size=8,
@@ -42,6 +44,7 @@ CONFIG = Pi0Config(
 )
 MODEL = Pi0(CONFIG)
 BATCH, WORDS, STEPS, N = 3, 6, 4, CONFIG.visual_tokens
+ROOM, TINY_ROOM = action_expert(CONFIG).room, action_expert(TINY_PI0).room
 abstract_params = functools.cache(uncached)
 ALL = tuple(range(PREFIX.num_layers))
 
@@ -86,8 +89,9 @@ def act(params, tokens, given, views=None, observe=(), steps=STEPS, model=MODEL,
     prefilled = flow.read_prompt(
         model, params, tokens, given["ids"], given["lengths"], views, **method
     )
-    expert, rest = flow.action_expert(model), (given["state"], given["noisy"], steps, observe, N)
-    return flow.sample_actions(expert, params["expert"], prefilled, *rest), prefilled
+    expert, numbers = action_expert(CONFIG, model.dtype), (given["state"], given["noisy"], steps)
+    sampled = flow.sample_actions(expert, params["expert"], prefilled, *numbers, observe, N)
+    return sampled, prefilled
 
 
 def joint(params, hidden, kept, state, noisy, time):
@@ -192,23 +196,27 @@ def test_it_is_joint_attention():
 
 
 @pytest.mark.parametrize(
-    ("name", "views"), [("uniform", None), ("fastv", VIEWS), ("pyramiddrop", None)]
+    ("name", "layers", "views"),
+    [("uniform", None, None), ("fastv", (1,), VIEWS), ("fastv", (1, 2), None)],
 )
-def test_what_was_cut_might_as_well_be_out_of_sight(name, views):
+def test_what_was_cut_might_as_well_be_out_of_sight(name, layers, views):
     """Steps, and what the actions look at, against Euler steps of joint attention."""
-    given, (params, tokens) = inputs(), drawn()
-    method = {"pruner": make_pruner(name), "keep_ratio": 0.4}
-    run = jax.jit(lambda *given: act(*given, views, observe=(1, 3), **method))
+    given, (params, tokens), pruner = inputs(), drawn(), make_pruner(name)
+    if layers:
+        budgets = (20, 7)[: len(layers)]
+        pruner = dataclasses.replace(pruner, cuts=Cuts(lambda n: layers, lambda n, ratio: budgets))
+    method = {"pruner": pruner, "keep_ratio": 0.4}
+    run = jax.jit(lambda *given: act(*given, views, observe=(0, 2), **method))
     sampled, prefilled = run(params, tokens, given)
-    cuts = {"uniform": 0, "fastv": 1, "pyramiddrop": 3}
-    assert len(prefilled.segments) == 1 + cuts[name]
-    last = prefilled.segments[-1]
-    assert last.caches[0].key.shape[1] == last.ids.shape[1] + WORDS + CONFIG.room
+    for segment in prefilled.segments:
+        assert segment.caches[0].key.shape[1] == segment.ids.shape[1] + WORDS + ROOM
+    assert len(prefilled.segments) == 1 + len(layers or ())
+    assert prefilled.segments[-1].ids.shape[1] == (budgets[-1] if layers else int(0.4 * N))
     x, rows = np.asarray(given["noisy"], np.float64), 0
     for step in range(STEPS):
         time = np.full(BATCH, 1 - step / STEPS)
         velocity, seen = joint_velocities(params, tokens, given, x, time, views, prefilled.segments)
-        x, rows = x - velocity / STEPS, rows + seen[[1, 3]].mean(0) / STEPS
+        x, rows = x - velocity / STEPS, rows + seen[[0, 2]].mean(0) / STEPS
     np.testing.assert_allclose(sampled.actions, x, atol=1e-4)
     np.testing.assert_allclose(sampled.attention, rows, atol=1e-5)
 
@@ -234,7 +242,7 @@ def test_every_method_stands_in_the_prefix(name):
         method = {"pruner": pruner, "pruner_params": None, "keep_ratio": 0.25, "key": key}
         if not pruner.reuse:
             return segments.prefill(*prompt, **method, inputs=start.replace(state=state))
-        plan, slots = cut_plan(pruner, total, 0.25, layers), total + WORDS + TINY_PI0.room
+        plan, slots = cut_plan(pruner, total, 0.25, layers), total + WORDS + TINY_ROOM
         caches = reuse.no_caches(TINY_PI0.prefix, plan, BATCH, slots, tokens.dtype)
         memory = start.replace(state=reuse.Memory(state, caches))
         return reuse.prefill(*prompt, **method, inputs=memory).read
@@ -243,7 +251,7 @@ def test_every_method_stands_in_the_prefix(name):
     layers = [segment.layers for segment in read.segments]
     assert (layers[0][0], layers[-1][1]) == (0, 5)
     for segment in read.segments:
-        (kept,) = {cache.key.shape[1] - WORDS - TINY_PI0.room for cache in segment.caches}
+        (kept,) = {cache.key.shape[1] - WORDS - TINY_ROOM for cache in segment.caches}
         assert segment.ids.shape == (BATCH, kept)
     assert (kept < total) != pruner.reuse
 
@@ -293,7 +301,7 @@ def test_the_program_does_not_grow_with_steps_and_holds_no_pairs():
 
     short, long = text(2), text(64)
     assert len(short.splitlines()) == len(long.splitlines())
-    keys = N + WORDS + CONFIG.room
+    keys = N + WORDS + ROOM
     for sizes in re.findall(r"tensor<([\dx]+)xf32>", long):
         # Actions meet all keys; no row of the prefix does behind its own pass.
         assert sizes.split("x").count(str(keys)) < 2
@@ -306,8 +314,67 @@ def test_prompts_are_scaled_as_gemmas():
     np.testing.assert_allclose(found[0], table[:4] * math.sqrt(24), rtol=1e-6)
 
 
+def test_it_is_a_head_for_any_decoder_without_a_causal_mask():
+    """Over the prefix of an OpenVLA: as deep, the same heads, biases or not."""
+    llama = TINY_OPENVLA.text
+    expert = ActionExpert(
+        dataclasses.replace(llama, hidden_size=64, head_size=llama.head_dim), 7, 8
+    )
+    decoder = Decoder(llama, causal=False)
+
+    def run(key):
+        hidden = jnp.zeros((BATCH, 20, llama.hidden_size))
+        live = segments.live_sequence(
+            hidden,
+            jnp.zeros((3, BATCH, 20), jnp.int32),
+            jnp.broadcast_to(jnp.arange(20) < 16, (BATCH, 20)),
+            jnp.full(BATCH, 20),
+            16,
+            4,
+        )
+        prefix_key, expert_key = jax.random.split(key)
+        prefix = decoder.init(prefix_key, hidden, live.position_ids, method=whole_decoder)
+        read = segments.prefill(
+            decoder,
+            prefix["params"],
+            live,
+            live.length,
+            expert.room,
+            make_pruner("fastv"),
+            None,
+            0.5,
+        )
+        state, noise = jnp.zeros((BATCH, 7)), jnp.zeros((BATCH, 8, 7))
+        params = expert.init(expert_key, state, noise, read.segments, method=whole_expert)["params"]
+        layers = range(llama.num_layers)
+        return flow.sample_actions(expert, params, read, state, noise, 10, layers, 16)
+
+    def whole_decoder(decoder, hidden, where):
+        decoder.embed(jnp.zeros((1, 1), jnp.int32))
+        return decoder.logits(decoder(hidden, where)[0])
+
+    def whole_expert(expert, state, noise, parts):
+        return expert.velocity(noise, jnp.ones(BATCH), expert.read_state(state, parts))
+
+    sampled = jax.eval_shape(run, jax.random.key(0))
+    assert (sampled.actions.shape, sampled.attention.shape) == ((BATCH, 8, 7), (BATCH, 16))
+
+
+def test_wrong_shapes_are_named():
+    params, given = abstract_params(CONFIG), inputs()
+
+    def run(**other):
+        jax.eval_shape(lambda params: MODEL.apply({"params": params}, **given | other), params)
+
+    with pytest.raises(UserError, match=r"2 RGB pictures of 32 x 32 pixels, not 1 x 32 x 32 x 3\."):
+        run(images=given["images"][:, :1])
+    # One more than there is room for.
+    with pytest.raises(ValueError, match=r"must be \[B, 4, 3\], not \(3, 5, 3\)"):
+        run(noisy=jnp.zeros((BATCH, 5, 3)))
+
+
 def test_layers_and_heads_must_be_shared():
-    for name, wrong in (("num_layers", 3), ("num_heads", 2), ("rope_theta", 5.0)):
+    for name, wrong in (("num_layers", 2), ("num_heads", 2), ("rope_theta", 5.0)):
         with pytest.raises(UserError, match=rf"must not differ in {name} \("):
             dataclasses.replace(CONFIG, expert=dataclasses.replace(CONFIG.expert, **{name: wrong}))
     with pytest.raises(UserError, match="horizon=0"):
