@@ -183,8 +183,11 @@ def test_published_numbers_of_tokens():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"encoders": ()}, "at least one"),
-        ({"encoders": (TOKENS.encoders[0], replace(TOKENS.encoders[1], image_size=32))}, "alike"),
+        ({"encoders": ()}, "one or two encoders"),
+        (
+            {"encoders": (TOKENS.encoders[0], replace(TOKENS.encoders[1], image_size=32))},
+            "one patch",
+        ),
         ({"chunk": 0}, "chunk=0"),
         ({"bins": 1000}, "bins=1000 must be 2 to 288"),
     ],
