@@ -13,36 +13,37 @@ serializer, file format and metadata are used as they are, and TensorFlow is nev
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import importlib.metadata
 import itertools
 import json
-import multiprocessing
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from tqdm import tqdm
 
 from data_pipelines.disk import check_space, disk_errors, locked, read_json, write_json
 from data_pipelines.duplicates import without_duplicates
 from data_pipelines.pictures import check_picture
 from data_pipelines.schema import Record, Source, tfds_features
+from data_pipelines.shard_files import (
+    NOTES,
+    check_new,
+    remove_strangers,
+    run_jobs,
+    write_shard_file,
+    write_tfds_metadata,
+)
 from data_pipelines.shards import DATASET, FORMAT, MANIFEST, VERSION, Shards, open_shards
 from fastdrive_jax.errors import UserError
 
 RECORDS_PER_SHARD = 512
-NOTES = "notes"  # folder of the finished shards' notes, gone when the set is whole
 _VERSIONED = ("array-record", "tensorflow-datasets", "numpy", "opencv-python-headless", "pillow")
 
 
@@ -124,8 +125,7 @@ def build_shards(
         UserError: `out_dir` exists, a picture of the source is unusable, or the disk is full.
     """
     out_dir = Path(out_dir)
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} already exists; choose another folder or delete it.")
+    check_new(out_dir)
     for name, value, least in (("workers", workers, 1), ("skip_bad", skip_bad, 0)):
         if value < least:
             raise UserError(f"{name}={value} must be at least {least}.")
@@ -140,7 +140,7 @@ def build_shards(
         jobs = plan_jobs(source, records_per_shard, skip_bad)
         notes = finished_notes(building, jobs)
         check_space(source.size * (len(jobs) - len(notes)) // len(jobs), building)
-        _remove_strangers(building, jobs, notes)
+        remove_strangers(building, notes)
         waiting = [job for job in jobs if job.name not in notes]
         bar = stack.enter_context(
             tqdm(
@@ -151,7 +151,7 @@ def build_shards(
                 disable=not progress,
             )
         )
-        found = run(waiting, building) if run else _run_here(waiting, building, workers)
+        found = run(waiting, building) if run else run_jobs(waiting, write_shard, building, workers)
         for note in found:
             notes[note.name] = note
             bar.update(note.records)
@@ -191,56 +191,41 @@ def write_shard(job: ShardJob, folder: Path) -> ShardNote:
     folder = Path(folder)
     features = tfds_features()
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    partial = folder / f".{job.name}.{os.getpid()}.partial"
     scenes: dict[str, None] = {}
     bad: list[str] = []
-    size, count = None, 0
+    sizes: list[tuple[int, int]] = []
+
+    def examples() -> Iterator[bytes]:
+        for ref in job.refs:
+            try:
+                records = job.load(ref)
+            except UserError as error:
+                bad.append(str(error))
+                if len(bad) > job.skip_bad:
+                    raise UserError(_too_many(bad, job.skip_bad)) from error
+                continue
+            if tuple(record.camera for record in records) != job.cameras:
+                raise ValueError(f"{ref} gave other cameras than {job.cameras}")
+            for record in records:
+                encoded = features.encode_example(_typed(record, features))
+                example = serializer.get_tf_example(encoded)
+                scenes.setdefault(record.scene)
+                if not sizes:
+                    sizes.append(check_picture(record.image, "the first picture"))
+                yield example.SerializeToString(deterministic=True)
+
     with disk_errors(folder / job.name):
-        # Random access reads one record at a time, and pictures do not get smaller by compression.
-        options = "group_size:1,uncompressed"
-        writer = array_record_module.ArrayRecordWriter(str(partial), options)
-        try:
-            for ref in job.refs:
-                try:
-                    records = job.load(ref)
-                except UserError as error:
-                    bad.append(str(error))
-                    if len(bad) > job.skip_bad:
-                        raise UserError(_too_many(bad, job.skip_bad)) from error
-                    continue
-                if tuple(record.camera for record in records) != job.cameras:
-                    raise ValueError(f"{ref} gave other cameras than {job.cameras}")
-                for record in records:
-                    encoded = features.encode_example(_typed(record, features))
-                    example = serializer.get_tf_example(encoded)
-                    writer.write(example.SerializeToString(deterministic=True))
-                    scenes.setdefault(record.scene)
-                    size = size or check_picture(record.image, "the first picture")
-                    count += 1
-            writer.close()
-            with partial.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-            # The writer does not say that it could not flush: count what can be read back.
-            readable = array_record_module.ArrayRecordReader(str(partial)).num_records()
-            if readable != count:
-                raise OSError(errno.EIO, f"{job.name} holds {readable} of {count} records")
-            length = partial.stat().st_size
-            partial.replace(folder / job.name)
-        finally:
-            with contextlib.suppress(Exception):
-                writer.close()
-            partial.unlink(missing_ok=True)
+        written = write_shard_file(folder / job.name, examples())
         note = ShardNote(
             job.name,
             job.split,
             job.identity(),
-            count // len(job.cameras),
-            count,
-            length,
-            digest,
+            written.records // len(job.cameras),
+            written.records,
+            written.bytes,
+            written.sha256,
             tuple(scenes),
-            size,
+            sizes[0] if sizes else None,
             tuple(bad),
         )
         (folder / NOTES).mkdir(exist_ok=True)
@@ -276,28 +261,6 @@ def finished_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardN
     return notes
 
 
-def _run_here(jobs: Sequence[ShardJob], folder: Path, workers: int) -> Iterable[ShardNote]:
-    if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            yield write_shard(job, folder)
-        return
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(min(workers, len(jobs)), context) as pool:
-            futures = [pool.submit(write_shard, job, folder) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"A worker died while writing {folder}, most likely for lack of memory; run the same "
-            "command again with fewer workers, it goes on where it stopped."
-        ) from error
-
-
 def _too_many(bad: Sequence[str], limit: int) -> str:
     if not limit:
         return f"{bad[0]} (--skip-bad N leaves out N such samples.)"
@@ -310,52 +273,21 @@ def _check_bad(notes: Iterable[ShardNote], limit: int) -> None:
         raise UserError(_too_many(bad, limit))
 
 
-def _remove_strangers(building: Path, jobs: Sequence[ShardJob], notes: dict) -> None:
-    """Leaves only finished shards: a killed writer's parts and another plan's shards go."""
-    (building / NOTES).mkdir(exist_ok=True)
-    for path in building.iterdir():
-        if path.name not in notes and path.name not in (NOTES, ".lock"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in (building / NOTES).iterdir():
-        if path.stem not in notes:
-            path.unlink()
-
-
 def _finish(building: Path, source: Source, notes: Sequence[ShardNote], dropped: dict) -> None:
     """TFDS's metadata and the manifest."""
     for split in source.samples:
         if not sum(note.samples for note in notes if note.split == split):
             raise UserError(f"No sample of split {split} of {source.name} is usable.")
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=building, dataset_name=DATASET, filetype_suffix="array_record"
-    )
-    infos = [
-        tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=[note.records for note in notes if note.split == split],
-            num_bytes=sum(note.bytes for note in notes if note.split == split),
-            filename_template=template,
-        )
-        for split in source.samples
-    ]
-    tfds.folder_dataset.write_metadata(
-        data_dir=building,
-        features=tfds_features(),
-        split_infos=infos,
-        version=VERSION,
-        filename_template=template,
-        check_data=False,  # reads through TensorFlow
-        description="Driving pictures with foreground masks, ego state and way ahead.",
-        disable_shuffling=True,
-    )
+    splits = {split: [note for note in notes if note.split == split] for split in source.samples}
+    description = "Driving pictures with foreground masks, ego state and way ahead."
+    write_tfds_metadata(building, DATASET, VERSION, tfds_features(), splits, description)
     write_json(
         building / MANIFEST,
         {
             "format": FORMAT,
             "source": source.name,
             "samples": {
-                split: sum(note.samples for note in notes if note.split == split)
-                for split in source.samples
+                split: sum(note.samples for note in part) for split, part in splits.items()
             },
             "cameras": source.cameras,
             "classes": asdict(source.classes),

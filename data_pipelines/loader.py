@@ -207,16 +207,17 @@ def make_loader(
         if config.num_epochs:
             rest = _whole_batches(rest, together, config.remainder)
         if process_count > 1:
-            block = _HostBlocks(rest, config.batch_size, process_index, process_count)
+            block = HostBlocks(rest, config.batch_size, process_index, process_count)
             rest = grain.MapDataset.source(block)
-        batches = rest.batch(config.batch_size)
-        return iter(_read(batches, config))
+        # Nothing is dropped from an endless stream, but Grain cannot count its batches of one.
+        batches = rest.batch(config.batch_size, drop_remainder=config.num_epochs is None)
+        return iter(read_batches(batches, config.read_threads, config.num_workers))
 
     return Loader(start, together)
 
 
 @dataclass(frozen=True)
-class _HostBlocks:
+class HostBlocks:
     """One host's items: of each batch of all hosts a block, in the order that one host would have.
 
     Attributes:
@@ -315,15 +316,16 @@ class _Padded(grain.MapDataset):
         return {**example, "valid": np.bool_(index < self._real)}
 
 
-def _read(batches: grain.MapDataset, config: LoaderConfig) -> grain.IterDataset:
-    threads = grain.ReadOptions(
-        num_threads=config.read_threads, prefetch_buffer_size=config.read_threads + 1
-    )
+def read_batches(
+    batches: grain.MapDataset, read_threads: int, num_workers: int
+) -> grain.IterDataset:
+    """Batches made by threads, and by processes if there are any; see `LoaderConfig`."""
+    threads = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=read_threads + 1)
     data = batches.to_iter_dataset(threads)
     single_threaded()
-    if config.num_workers:
+    if num_workers:
         _mark_flags_parsed()
-        options = grain.MultiprocessingOptions(num_workers=config.num_workers)
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
         data = data.mp_prefetch(options, worker_init_fn=_start_worker)
     return data
 

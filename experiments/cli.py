@@ -31,6 +31,8 @@ from experiments.kill_data import KillDataArgs, kill_data
 from experiments.own_images import ImagesConfig, own_images
 from experiments.plot_metrics import PlotMetricsArgs, plot_metrics
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
+from experiments.robot_demos import RobotDemosArgs, robot_demos
+from experiments.robot_eval import RobotEvalArgs, robot_eval
 from experiments.study_pruner import StudyPrunerArgs, study_pruner
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig, train_vla
@@ -83,6 +85,21 @@ class DataArgs:
     ]
 
 
+@dataclass(frozen=True)
+class RobotArgs:
+    """Robots: demonstrations to learn from, and policies run in simulation (extra `robot`).
+
+    Attributes:
+        command: What to do.
+    """
+
+    command: Annotated[
+        Annotated[RobotDemosArgs, tyro.conf.subcommand("demos", prefix_name=False)]
+        | Annotated[RobotEvalArgs, tyro.conf.subcommand("eval", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+
+
 Command = (
     Annotated[QuickstartConfig, tyro.conf.subcommand("quickstart")]
     | Annotated[ImagesConfig, tyro.conf.subcommand("images")]
@@ -93,6 +110,7 @@ Command = (
     | Annotated[WidenVLAConfig, tyro.conf.subcommand("widen-vla")]
     | Annotated[AnswerArgs, tyro.conf.subcommand("answer")]
     | Annotated[DataArgs, tyro.conf.subcommand("data")]
+    | Annotated[RobotArgs, tyro.conf.subcommand("robot")]
     | Annotated[BenchDataArgs, tyro.conf.subcommand("bench-data")]
     | Annotated[KillDataArgs, tyro.conf.subcommand("kill-data")]
     | Annotated[BenchEfficiencyArgs, tyro.conf.subcommand("bench-efficiency")]
@@ -126,6 +144,12 @@ def data(args: DataArgs) -> None:
     run[type(args.command)](args.command)
 
 
+def robot(args: RobotArgs) -> None:
+    """Calls the command that was asked for."""
+    run = {RobotDemosArgs: robot_demos, RobotEvalArgs: robot_eval}
+    run[type(args.command)](args.command)
+
+
 RUN = {
     QuickstartConfig: quickstart,
     ImagesConfig: own_images,
@@ -136,6 +160,7 @@ RUN = {
     WidenVLAConfig: widen_vla,
     AnswerArgs: answer,
     DataArgs: data,
+    RobotArgs: robot,
     BenchDataArgs: bench_data,
     KillDataArgs: kill_data,
     BenchEfficiencyArgs: bench_efficiency,

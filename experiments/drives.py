@@ -126,7 +126,7 @@ def step(policy, params, images, tokens, foreground, speed, command, key, state)
     else:
         inputs = driving_inputs(model.config, tokens)
         if "pixels" in needs:
-            inputs = inputs.replace(pixels=token_pixels(images, model.config))
+            inputs = inputs.replace(pixels=token_pixels(images, model.config.vision.token_pixels))
     inputs = inputs.replace(foreground=foreground, state=state)
     return plan_tokens(policy, params, inputs, speed, command, key)
 

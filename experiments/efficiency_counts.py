@@ -12,7 +12,8 @@ from experiments.frame_stages import Given, Setting, trace_stages, vision_stage
 from experiments.program_flops import program_flops
 from experiments.roofline import Machine, roofline_ms
 from fastdrive_jax.inference.pictures import Encoded
-from fastdrive_jax.inference.policy import stands_before, start_state
+from fastdrive_jax.inference.policy import start_state
+from fastdrive_jax.inference.pruned import stands_before
 from fastdrive_jax.models.qwen2_5_vl.driving import PROMPT_TOKENS, DrivingConfig
 from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
 from fastdrive_jax.pruning.accounting import (

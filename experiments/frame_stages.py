@@ -26,8 +26,8 @@ from fastdrive_jax.inference.policy import (
     answer_prompt,
     choose_inputs,
     read_prompt,
-    stands_before,
 )
+from fastdrive_jax.inference.pruned import stands_before
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PrunerInputs, make_pruner
 from fastdrive_jax.pruning.interface import Need

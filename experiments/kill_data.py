@@ -27,10 +27,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data_pipelines.build import NOTES, build_shards
+from data_pipelines.build import build_shards
 from data_pipelines.disk import write_json
 from data_pipelines.image_folder import read_image_folder
 from data_pipelines.loader import LoaderConfig, make_loader
+from data_pipelines.shard_files import NOTES
 from data_pipelines.shards import open_shards
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows

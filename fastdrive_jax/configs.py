@@ -37,5 +37,8 @@ def _value(hint: Any, value: Any) -> Any:
         inner = [h for h in typing.get_args(hint) if h is not type(None)]
         return None if value is None else _value(inner[0], value)
     if typing.get_origin(hint) is tuple and isinstance(value, list):
+        parts = typing.get_args(hint)
+        if len(parts) == 2 and parts[1] is Ellipsis:
+            return tuple(_value(parts[0], one) for one in value)
         return tuple(value)
     return value

@@ -1,7 +1,5 @@
 """Answers of Qwen2.5-VL to pictures whose tokens were pruned: the checkpoint is not retrained."""
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -9,22 +7,17 @@ from jaxtyping import Array, Int
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference import segments
+from fastdrive_jax.inference.pruned import read_pruned
 from fastdrive_jax.inference.sampling import SamplingConfig, decode_loop, ids_in
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.sequence import Batch
 from fastdrive_jax.models.qwen2_5_vl.vision_evidence import vision_evidence
-from fastdrive_jax.pruning.budgets import split_pictures
-from fastdrive_jax.pruning.cd_pruner import text_relevance
 from fastdrive_jax.pruning.interface import (
     VISION,
-    Kept,
     Pruner,
     PrunerInputs,
-    keep_tokens,
-    pruner_scores,
 )
-from fastdrive_jax.pruning.select import gather_tokens, top_k
 
 UNFILLED = frozenset({"pixels", "state"})  # what this file has no source for
 
@@ -116,22 +109,10 @@ def answer_pruned(
             vision_keys=found.keys.reshape(samples, total, -1),
         )
     choose_key, draw_key = jax.random.split(key)
-    within: dict[str, Any] = {}
-    if pruner.cuts is None and not pruner.renumber:
-        k = pruner.budget(total, keep_ratio)
-        kept = _before_model(pruner, params["pruner"], inputs, live, k, draw_key)
-        live = segments.keep_live(live, kept)
-    else:
-        within = {
-            "pruner": pruner,
-            "pruner_params": params["pruner"],
-            "keep_ratio": keep_ratio,
-            "inputs": inputs,
-            "key": draw_key,
-        }
     decoder, weights = Decoder(model.config.text), params["vla"]["language_model"]
     room, after = sampling.max_new_tokens, jnp.asarray(batch.next_position)
-    read = segments.prefill(decoder, weights, live, after, room, **within)
+    method = pruner, params["pruner"], keep_ratio, inputs, draw_key
+    read = read_pruned(decoder, weights, live, after, room, *method).prefilled
 
     def step(ids, parts, number):
         del number  # the segments count on by themselves
@@ -143,17 +124,3 @@ def answer_pruned(
     given = read.logits, read.segments, config.eos_token_ids, config.pad_token_id
     ids, lengths, _ = decode_loop(step, *given, choose_key, sampling, seen)
     return PrunedAnswer(ids, lengths, read.segments[-1].ids)
-
-
-def _before_model(pruner, params, inputs, live, k, key) -> Kept:
-    """Chosen before the first layer."""
-    if pruner.score is not None:
-        scores = pruner_scores(pruner, params, split_pictures(inputs), key)
-        indices = top_k(scores.reshape(inputs.tokens.shape[:2]), k)
-        return Kept(indices, gather_tokens(inputs.tokens, indices))
-    first = segments.first_inputs(live, None)
-    inputs = inputs.replace(text=first.text, text_valid=first.text_valid)
-    if "relevance" in pruner.needs:
-        relevance = text_relevance(inputs.tokens, first.text, first.text_valid)
-        inputs = inputs.replace(relevance=relevance)
-    return keep_tokens(pruner, params, inputs, k, key)

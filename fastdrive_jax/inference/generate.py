@@ -3,27 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.inference import segments
+from fastdrive_jax.inference.pruned import Decoded, decode_tokens
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, positions
-
-
-class Decoded(flax.struct.PyTreeNode):
-    """A trajectory in tokens.
-
-    Attributes:
-        ids: [B, 2 T].
-        action: Attention that each visual token got from the queries that gave them, mean over
-            queries, heads and the observed layers [B, N]; None if none was observed.
-    """
-
-    ids: Int[Array, "B 2T"]
-    action: Float[Array, "B N"] | None
 
 
 def prefill(
@@ -91,24 +77,13 @@ def decode(
     """
     vocabulary = model.config.vocabulary
     first = vocabulary.first_displacement
-    decoder, weights = Decoder(model.config.text), params["params"]["language_model"]
-    total = prefilled.action.shape[1] if observe else 0
 
     def choose(logits):
         plan = logits[:, first : first + vocabulary.displacement_bins]
         return first + jnp.argmax(plan, axis=-1).astype(jnp.int32)
 
-    def step(carry, _):
-        ids, parts = carry
-        logits, parts, row = segments.decode_token(decoder, weights, ids, parts, observe, total)
-        following = choose(logits)
-        return (following, parts), (following, row)
-
-    ids = choose(prefilled.logits)
-    steps = vocabulary.plan_length - 1
-    _, (rest, rows) = jax.lax.scan(step, (ids, prefilled.segments), length=steps)
-    action = (prefilled.action + rows.sum(axis=0)) / (steps + 1) if observe else None
-    return Decoded(jnp.concatenate([ids[:, None], rest.T], axis=1), action)
+    decoder, weights = Decoder(model.config.text), params["params"]["language_model"]
+    return decode_tokens(decoder, weights, prefilled, vocabulary.plan_length, choose, observe)
 
 
 def generate(

@@ -14,16 +14,26 @@ from fastdrive_jax.pruning.interface import VISION, Need, PrunerInputs
 
 def driving_inputs(config: DrivingConfig, tokens: Float[Array, "B N D"]) -> PrunerInputs:
     """What follows from the model's layout alone; position ids count within a picture."""
-    rows, columns = config.token_grid
-    batch, cameras = len(tokens), len(config.cameras)
-    place = jnp.indices((rows, columns)).reshape(2, -1)
-    ids = jnp.concatenate([jnp.zeros((1, rows * columns), place.dtype), place])
-    ids = jnp.tile(ids, cameras)[:, None]
+    return layout_inputs(tokens, config.token_grid)
+
+
+def layout_inputs(tokens: Float[Array, "B N D"], grid: tuple[int, int]) -> PrunerInputs:
+    """The same of any model whose tokens fill a grid in each picture.
+
+    Args:
+        tokens: Visual tokens, picture after picture.
+        grid: Token rows and columns of a picture.
+    """
+    batch, each = len(tokens), grid[0] * grid[1]
+    pictures = tokens.shape[1] // each
+    place = jnp.indices(grid).reshape(2, -1)
+    ids = jnp.concatenate([jnp.zeros((1, each), place.dtype), place])
+    ids = jnp.tile(ids, pictures)[:, None]
     return PrunerInputs(
         tokens=tokens,
         position_ids=jnp.broadcast_to(ids, (3, batch, ids.shape[2])),
-        camera=jnp.broadcast_to(jnp.arange(cameras), (batch, cameras)),
-        grid=config.token_grid,
+        camera=jnp.broadcast_to(jnp.arange(pictures), (batch, pictures)),
+        grid=grid,
     )
 
 
@@ -72,7 +82,7 @@ def encoded_inputs(
             vision_keys=found.keys.reshape(batch, -1, found.keys.shape[-1]),
         )
     if "pixels" in needs:
-        inputs = inputs.replace(pixels=token_pixels(images, config))
+        inputs = inputs.replace(pixels=token_pixels(images, config.vision.token_pixels))
     return inputs
 
 
@@ -93,10 +103,8 @@ def picture_inputs(
     return encoded_inputs(model, encode_pictures(model, params, images, needs), images, needs)
 
 
-def token_pixels(
-    images: Shaped[Array, "B C H W 3"], config: DrivingConfig
-) -> Shaped[Array, "B N P"]:
-    """Each token's square of the picture, 0 for black [B, N, 3 * 28 * 28]."""
+def token_pixels(images: Shaped[Array, "B C H W 3"], edge: int) -> Shaped[Array, "B N P"]:
+    """Each token's square of the picture, 0 for black [B, N, 3 * edge * edge]."""
     flat = images.reshape(-1, *images.shape[2:])
-    squares = patch_rows(flat, config.vision.token_pixels, 1).astype(jnp.float32)
+    squares = patch_rows(flat, edge, 1).astype(jnp.float32)
     return squares.reshape(len(images), -1, squares.shape[-1])

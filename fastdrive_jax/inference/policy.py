@@ -11,6 +11,14 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from fastdrive_jax.inference import reuse
 from fastdrive_jax.inference.generate import decode, live_prompt, prefill
 from fastdrive_jax.inference.pictures import driving_inputs, picture_inputs, token_pixels
+from fastdrive_jax.inference.pruned import (
+    keep_before,
+    next_memory,
+    observed_layers,
+    reset_state,
+    stands_before,
+    start_memory,
+)
 from fastdrive_jax.inference.segments import Prefilled
 from fastdrive_jax.models.qwen2_5_vl.driving import (
     PROMPT_TOKENS,
@@ -18,18 +26,12 @@ from fastdrive_jax.models.qwen2_5_vl.driving import (
     positions,
     visual_positions,
 )
-from fastdrive_jax.pruning.budgets import split_pictures
 from fastdrive_jax.pruning.cd_pruner import text_relevance
 from fastdrive_jax.pruning.interface import (
-    Kept,
     Pruner,
     PrunerInputs,
-    Seen,
-    cut_plan,
-    keep_tokens,
-    pruner_scores,
 )
-from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens, top_k
+from fastdrive_jax.pruning.select import gather_position_ids
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,7 @@ def choose_tokens(
 ) -> Int[Array, "B K"]:
     """Kept tokens of a sample, by a method that stands before the language model."""
     inputs = driving_inputs(policy.model.config, tokens)
-    return _keep(policy, pruner_params, inputs, key).indices
-
-
-def _keep(policy, pruner_params, inputs, key) -> Kept:
-    """Scores are made of each picture by itself, for one budget; other methods see all."""
-    pruner = policy.pruner
-    k = pruner.budget(inputs.tokens.shape[1], policy.keep_ratio)
-    if pruner.score is None:
-        return keep_tokens(pruner, pruner_params, inputs, k, key)
-    scores = pruner_scores(pruner, pruner_params, split_pictures(inputs), key)
-    kept = top_k(scores.reshape(inputs.tokens.shape[:2]), k)
-    return Kept(kept, gather_tokens(inputs.tokens, kept))
+    return keep_before(policy.pruner, pruner_params, inputs, policy.keep_ratio, key).indices
 
 
 def start_state(
@@ -117,24 +108,11 @@ def start_state(
     tokens = jnp.zeros((batch, config.visual_tokens, config.text.hidden_size))
     inputs = driving_inputs(config, tokens)
     if "pixels" in policy.pruner.needs:
-        shape = jax.eval_shape(lambda x: token_pixels(x, config), images)
+        shape = jax.eval_shape(lambda x: token_pixels(x, config.vision.token_pixels), images)
         inputs = inputs.replace(pixels=jnp.zeros(shape.shape, shape.dtype))
-    state = policy.pruner.temporal.init(inputs)
-    if not policy.pruner.reuse:
-        return state
-    layers, where = config.text.num_layers, positions(config, prompt_tokens)
+    where = positions(config, prompt_tokens)
     slots = sum(part.shape[1] for part in (where.before, where.visual, where.after))
-    plan = cut_plan(policy.pruner, config.visual_tokens, policy.keep_ratio, layers)
-    return reuse.Memory(state, reuse.no_caches(config.text, plan, batch, slots, dtype))
-
-
-def reset_state(state: Any, start: Any, first: Bool[Array, " B"]) -> Any:
-    """The state with that of samples whose drive begins anew taken from `start`."""
-
-    def pick(old, new):
-        return jnp.where(first.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-
-    return jax.tree.map(pick, state, start)
+    return start_memory(policy.pruner, policy.keep_ratio, config.text, inputs, slots, dtype)
 
 
 class Chosen(flax.struct.PyTreeNode):
@@ -168,11 +146,6 @@ class ReadPrompt(flax.struct.PyTreeNode):
     reused: reuse.Reused | None = None
 
 
-def stands_before(pruner: Pruner) -> bool:
-    """Whether a method is done before the language model, which then need not know it."""
-    return pruner.cuts is None and not pruner.renumber
-
-
 def choose_inputs(
     policy: DrivingPolicy,
     params: dict,
@@ -191,7 +164,7 @@ def choose_inputs(
     if not stands_before(pruner):
         whole = jnp.broadcast_to(jnp.arange(total), (batch, total))
         return Chosen(inputs, whole, inputs.tokens, where)
-    kept = _keep(policy, params["pruner"], inputs, key)
+    kept = keep_before(pruner, params["pruner"], inputs, policy.keep_ratio, key)
     return Chosen(inputs, kept.indices, kept.tokens, gather_position_ids(where, kept.indices))
 
 
@@ -228,31 +201,17 @@ def answer_prompt(policy: DrivingPolicy, params: dict, chosen: Chosen, read: Rea
     model, pruner, inputs = policy.model, policy.pruner, chosen.inputs
     answer = decode(model, {"params": params["vla"]}, read.prefilled, _observed(policy))
     indices = jnp.take_along_axis(chosen.indices, read.last, axis=1)
-    state = None
-    if pruner.temporal is not None:
-        batch, total = inputs.tokens.shape[:2]
-        rows, reused = jnp.arange(batch)[:, None], read.reused
-        seen = Seen(
-            action=None
-            if answer.action is None
-            else jnp.zeros((batch, total)).at[rows, chosen.indices].set(answer.action),
-            kept=jnp.zeros((batch, total), bool).at[rows, indices].set(True),
-            pixels=inputs.pixels,
-            text=None if reused is None else reused.text,
-        )
-        if reused is None:
-            state = pruner.temporal.observe(inputs.state, seen)
-        else:
-            state = reuse.Memory(pruner.temporal.observe(inputs.state.frame, seen), reused.caches)
+    action = answer.action
+    if action is not None:
+        rows = jnp.arange(len(action))[:, None]
+        nothing = jnp.zeros(inputs.tokens.shape[:2])
+        action = nothing.at[rows, chosen.indices].set(action)
+    state = next_memory(pruner, inputs, indices, action, read.reused)
     return Plan(model.config.vocabulary.decode(answer.ids), indices, state)
 
 
 def _observed(policy: DrivingPolicy) -> tuple[int, ...]:
-    """Layers whose action attention the method wants."""
-    pruner = policy.pruner
-    if pruner.temporal is None or pruner.reuse:
-        return ()
-    return pruner.temporal.layers(policy.model.config.text.num_layers)
+    return observed_layers(policy.pruner, policy.model.config.text.num_layers)
 
 
 def plan_tokens(

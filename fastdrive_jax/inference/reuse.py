@@ -164,7 +164,7 @@ def prefill(
     layers = tuple(cache.replace(length=length) for cache in filled)
     segment = Segment(layers, whole.visual, whole.ids, whole.count, next_position, (0, num_layers))
     return Reused(
-        Prefilled(last_logits(decoder, params, live), (segment,), None),
+        Prefilled(last_logits(decoder, params, live), (segment,), None, live),
         computed=live.ids,
         caches=layers[first:],
         text=sum(text) / len(text) if text else None,

@@ -67,13 +67,15 @@ class Prefilled(flax.struct.PyTreeNode):
     Attributes:
         logits: Behind each sample's last token [B, V].
         segments: Of the layers, in their order.
-        action: Attention of the last token, which gives the first answer token, to each visual
-            token [B, N]; None if no layer was asked for.
+        action: Attention of the tokens that give actions to each visual token [B, N]; None if no
+            layer was asked for.
+        live: The sequence behind the last layer, before the final norm.
     """
 
     logits: Float[Array, "B V"]
     segments: tuple[Segment, ...]
     action: Float[Array, "B N"] | None
+    live: Live
 
 
 def live_sequence(
@@ -157,6 +159,8 @@ def prefill(
     inputs: PrunerInputs | None = None,
     key: jax.Array | None = None,
     observe: Sequence[int] = (),
+    acting: Sequence[int] = (1,),
+    total: int | None = None,
 ) -> Prefilled:
     """Reads a prompt, cutting visual tokens where the method says.
 
@@ -172,11 +176,15 @@ def prefill(
         inputs: What the method needs and this function does not fill from the sequence; its fields
             of N tokens are those of `live.visual`.
         key: For methods that draw.
-        observe: Layers whose last row goes into `Prefilled.action`.
+        observe: Layers whose attention goes into `Prefilled.action`.
+        acting: The tokens whose attention that is, counted from the end of each sample. The last
+            one gives the first answer token; a model that decodes at once has more.
+        total: N of `Prefilled.action`, if tokens left already; None: those of `live`.
     """
     config = decoder.config
-    total = live.visual.shape[1]
-    plan = () if pruner is None else cut_plan(pruner, total, keep_ratio, config.num_layers)
+    count = live.visual.shape[1]
+    total = count if total is None else total
+    plan = () if pruner is None else cut_plan(pruner, count, keep_ratio, config.num_layers)
     start = first_inputs(live, inputs)
     segments: list[Segment] = []
     rows: list[Float[Array, "B N"]] = []
@@ -191,7 +199,7 @@ def prefill(
                 caches.append(cache)
             segments.append(_segment(live, tuple(caches), (at, layer), next_position))
             observed = [step for step in observe if at <= step < layer]
-            rows += [_last_row(decoder, live, *sown[step]) for step in observed]
+            rows += [_acting_row(decoder, live, *sown[step], acting) for step in observed]
             evidence_of = live, sown[layer - 1]
             live, at = before, layer
         if k:
@@ -212,7 +220,7 @@ def prefill(
             spread(row, segment, total) for row, segment in _owners(rows, segments, observe)
         )
         action = action / len(observe)
-    return Prefilled(logits, tuple(segments), action)
+    return Prefilled(logits, tuple(segments), action, live)
 
 
 def decode_token(
@@ -246,15 +254,40 @@ def decode_token(
             method="span",
             mutable=["intermediates"],
         )
-        for step in observe:
-            if segment.layers[0] <= step < segment.layers[1]:
-                query = sown["intermediates"][f"layers_{step}"]["self_attn"]["query"][0]
-                cache = caches[step - segment.layers[0]]
-                row = attention_rows(query, cache.key, cache.length[:, None]).mean(axis=(1, 2))
-                action.append(spread(_take(row, segment.visual), segment, total))
+        action += observed_rows(sown["intermediates"], segment, caches, observe, total)
         after.append(segment.replace(caches=caches, next_position=segment.next_position + 1))
     logits = decoder.apply({"params": params}, x, method="finish")[:, 0]
     return logits, tuple(after), sum(action) / len(observe) if observe else None
+
+
+def observed_rows(
+    sown: dict,
+    segment: Segment,
+    caches: tuple[LayerCache, ...],
+    observe: Sequence[int],
+    total: int,
+) -> list[Float[Array, "B N"]]:
+    """Attention of new tokens to visual ones in each observed layer of a segment.
+
+    Args:
+        sown: What the decoder's layers sowed of the new tokens.
+        segment: The layers that ran.
+        caches: Theirs, with the new tokens, all of which see all that is in them.
+        observe: Layers whose rows are wanted.
+        total: N, visual tokens before all cuts.
+
+    Returns:
+        Means over heads and new tokens.
+    """
+    rows = []
+    for step in observe:
+        if segment.layers[0] <= step < segment.layers[1]:
+            query = sown[f"layers_{step}"]["self_attn"]["query"][0]
+            cache = caches[step - segment.layers[0]]
+            seen = jnp.broadcast_to(cache.length[:, None], query.shape[:2])
+            row = attention_rows(query, cache.key, seen).mean(axis=(1, 2))
+            rows.append(spread(_take(row, segment.visual), segment, total))
+    return rows
 
 
 def spread(values: Float[Array, "B K"], segment: Segment, total: int) -> Float[Array, "B N"]:
@@ -320,9 +353,10 @@ def instruction(live: Live) -> Bool[Array, "B L"]:
     return (live.text > last) & (live.text < live.length[:, None])
 
 
-def _last_row(decoder, live, query, key):
-    """Attention of the last token to the visual ones, mean over heads [B, N]."""
-    return _head_rows(decoder, live, query, key, live.length[:, None] - 1)[:, :, 0].mean(axis=1)
+def _acting_row(decoder, live, query, key, acting):
+    """Attention of some tokens, from the end, to the visual ones, mean over heads [B, N]."""
+    places = live.length[:, None] - jnp.asarray(acting)
+    return _head_rows(decoder, live, query, key, places).mean(axis=(1, 2))
 
 
 def _head_rows(decoder, live, query, key, places):

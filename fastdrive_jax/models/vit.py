@@ -24,7 +24,11 @@ class Attention(nn.Module):
         """Mixes tokens [B, N, D]."""
         heads, (batch, count, size) = self.config.num_heads, x.shape
         qkv = nn.Dense(3 * size, name="qkv")(x).reshape(batch, count, 3, heads, size // heads)
-        mixed = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        # What pruners score tokens by; kept only if a caller asks for it.
+        self.sow("intermediates", "query", query)
+        self.sow("intermediates", "key", key)
+        mixed = attention(query, key, value)
         return nn.Dense(size, name="proj")(mixed.reshape(x.shape))
 
 
@@ -53,7 +57,8 @@ class Block(nn.Module):
         y = Attention(config, name="attn")(norm(x, "norm1"))
         x = constrain(x + scaled(y, "ls1"), "batch", "token", "embed")
         y = nn.Dense(config.intermediate_size, name="fc1")(norm(x, "norm2"))
-        y = nn.Dense(config.hidden_size, name="fc2")(nn.gelu(y, approximate=False))
+        y = nn.gelu(y, approximate=config.activation == "gelu_tanh")
+        y = nn.Dense(config.hidden_size, name="fc2")(y)
         return constrain(x + scaled(y, "ls2"), "batch", "token", "embed")
 
 

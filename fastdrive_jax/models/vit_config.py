@@ -1,6 +1,7 @@
 """Sizes of a plain vision transformer, of any model that shares its code."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fastdrive_jax.errors import UserError
 
@@ -23,6 +24,7 @@ class ViTConfig:
         registers: Learned tokens between that one and the patches (Darcet et al. 2024).
         layer_scale: Whether what a block adds is scaled per channel.
         layer_norm_eps: Added to the variance.
+        activation: Of the MLP: GELU itself, or its tanh form.
         mean: Of the red, green and blue that it was trained on, in [0, 1].
         std: The same for their deviation.
     """
@@ -37,6 +39,7 @@ class ViTConfig:
     registers: int = 0
     layer_scale: bool = True
     layer_norm_eps: float = 1e-6
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 

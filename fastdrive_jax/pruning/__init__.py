@@ -1,13 +1,12 @@
 """Token pruners: one file per method, one interface, and the list of them by name."""
 
 import difflib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.own_files import own_function
 from fastdrive_jax.pruning.cd_pruner import cd_pruner
 from fastdrive_jax.pruning.div_prune import div_prune
 from fastdrive_jax.pruning.fast_v import fast_v
@@ -79,22 +78,10 @@ def _maker(name: str) -> Callable[..., Pruner]:
     if name in PRUNERS:
         return PRUNERS[name]
     if ".py:" in name:
-        return _from_file(name)
+        return own_function(name, "pruner")
     close = difflib.get_close_matches(name, PRUNERS, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PRUNERS)}."
     raise UserError(f"There is no pruner {name!r}: {hint}")
-
-
-def _from_file(name: str) -> Callable[..., Pruner]:
-    file, _, function = name.rpartition(":")
-    if not Path(file).is_file():
-        raise UserError(f"There is no file {file} to take the pruner {function!r} from.")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
-        raise UserError(f"{file} has no function {function!r} that makes a pruner.")
-    return getattr(module, function)
 
 
 __all__ = [

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
 from fastdrive_jax.models.trajectory_tokens import PLAN, DrivingVocabulary
-from fastdrive_jax.pruning.select import gather_position_ids, gather_tokens, num_keep, top_k
+from fastdrive_jax.pruning.select import gather_position_ids
+from fastdrive_jax.training.token_dropping import draw_order, on_some_tokens
 
 MARKS = 2  # ids in front of the visual tokens
 
@@ -88,37 +89,6 @@ def init_driving(model: DrivingVLA, loss: DrivingLossConfig, key: jax.Array) -> 
     }
 
 
-def draw_order(
-    key: jax.Array, content: Float[Array, "B N c"], cameras: int, grid: tuple[int, int]
-) -> Float[Array, "B N"]:
-    """Random scores of tokens: scattered, in patches and by kind, a new mixture each sample.
-
-    A pruner keeps neighbours together and leaves whole areas and kinds of things out. A model that
-    only ever missed scattered tokens takes an empty area for something it has not seen. Every kind
-    is as likely to be left out as to be kept.
-
-    Args:
-        key: Draws all of it.
-        content: Area of each class within each token, in [0, 1].
-        cameras: Pictures of a sample, whose tokens follow each other.
-        grid: Token rows and columns of one picture.
-    """
-    rows, columns = grid
-    batch, _, classes = content.shape
-    white_key, coarse_key, plane_key, kind_key, weight_key = jax.random.split(key, 5)
-    white = jax.random.normal(white_key, (batch, cameras, rows, columns))
-    coarse = jax.random.normal(coarse_key, (batch, cameras, 3, 4))
-    patches = jax.image.resize(coarse, white.shape, "cubic")
-    slope = jax.random.normal(plane_key, (2, batch, cameras, 1, 1))
-    y, x = jnp.linspace(-1.5, 1.5, rows)[:, None], jnp.linspace(-1.5, 1.5, columns)
-    taste = jax.random.normal(kind_key, (batch, classes))
-    kind = jnp.einsum("bnc,bc->bn", content, taste).reshape(white.shape)
-    weight = jax.random.uniform(weight_key, (4, batch, 1, 1, 1))
-    order = weight[0] * white + weight[1] * patches
-    order = order + weight[2] * (slope[0] * y + slope[1] * x) + 2 * weight[3] * kind
-    return order.reshape(batch, -1)
-
-
 def planning_loss(
     model: DrivingVLA,
     loss: DrivingLossConfig,
@@ -139,25 +109,15 @@ def planning_loss(
         batch: speed [B], command [B], future [B, T, 2] in metres.
         key: Draws the kept tokens and whose trajectory tokens are hidden.
     """
-    count = tokens.shape[1]
     hide_key, choice_key, order_key = jax.random.split(key, 3)
     order = draw_order(order_key, content, len(model.config.cameras), model.config.token_grid)
+    visual = visual_positions(model.config, len(tokens))
 
-    def with_kept(k):
-        def run(tokens):
-            if k < count:
-                tokens = jax.lax.stop_gradient(tokens)
-            kept = top_k(order, k)
-            where = gather_position_ids(visual_positions(model.config, len(tokens)), kept)
-            inputs = gather_tokens(tokens, kept), where
-            return _planning_loss(model, loss, params, *inputs, batch, hide_key)
+    def on_kept(tokens, kept):
+        where = gather_position_ids(visual, kept)
+        return _planning_loss(model, loss, params, tokens, where, batch, hide_key)
 
-        return run
-
-    shares = sorted(set(loss.keep_choices))
-    drawn = jax.random.randint(choice_key, (), 0, len(loss.keep_choices))
-    choice = jnp.asarray([shares.index(share) for share in loss.keep_choices])[drawn]
-    return jax.lax.switch(choice, [with_kept(num_keep(count, s)) for s in shares], tokens)
+    return on_some_tokens(on_kept, tokens, order, loss.keep_choices, choice_key)
 
 
 def _planning_loss(model, loss, params, tokens, where, batch, key):

@@ -315,3 +315,42 @@ def test_no_array_of_pairs_is_compiled():
         sizes = re.findall(r"\b(?:f|s|u|pred|bf)\d*\[([\d,]+)\]", text)
         # Blocks of rows of all four heads are held, never all rows.
         assert max(math.prod(map(int, size.split(","))) for size in sizes) < 4 * length**2
+
+
+def test_without_a_causal_mask_all_tokens_see_each_other(params):
+    """Each sample by itself, without padding, its attention explicit, what leaves cut out."""
+    both = Decoder(CONFIG, causal=False)
+    hidden, where, is_visual, lengths, _ = map(jnp.asarray, sequences())
+    live = live_sequence(hidden, where, is_visual, lengths, VISUAL, TEXT)
+    acting = (1, 3)
+    read = jax.jit(
+        lambda live: prefill(
+            both, params, live, lengths, 1, by("received", 2), None, 0.5,
+            PrunerInputs(live.hidden, count=live.count), observe=(1, 3), acting=acting,
+        )
+    )(live)  # fmt: skip
+    for sample, length in enumerate(map(int, lengths)):
+        x, ids = hidden[sample, None, :length], where[:, sample, None, :length]
+        visual, rows = np.flatnonzero(is_visual[sample]), np.zeros((2, VISUAL))
+        seen, shares = np.arange(len(visual)), {}
+        for layer in range(4):
+            if layer == 2:
+                received = shares[1].mean(axis=(0, 1))[visual]
+                seen = np.sort(np.argsort(-received, kind="stable")[: VISUAL // 2])
+                kept = np.sort([*visual[seen], *np.flatnonzero(~is_visual[sample, :length])])
+                x, ids, visual = x[:, kept], ids[:, :, kept], np.searchsorted(kept, visual[seen])
+            given, options = (x, ids, (layer, layer + 1)), {"mutable": ["intermediates"]}
+            (x, _), sown = both.apply({"params": params}, *given, method="span", **options)
+            found = sown["intermediates"][f"layers_{layer}"]["self_attn"]
+            query, key = (found[name][0][0] for name in ("query", "key"))
+            scores = jnp.einsum("nhd,shd->hns", query, jnp.repeat(key, 2, axis=1)) / math.sqrt(8)
+            shares[layer] = np.asarray(jax.nn.softmax(scores, axis=-1))
+            if layer in (1, 3):
+                last = shares[layer][:, [x.shape[1] - offset for offset in acting]]
+                rows[layer // 2, seen] = last.mean(axis=(0, 1))[visual]
+        segment = read.segments[1]
+        np.testing.assert_array_equal(segment.ids[sample, : segment.count[sample]], seen)
+        np.testing.assert_allclose(read.live.hidden[sample, : x.shape[1]], x[0], atol=1e-4)
+        np.testing.assert_allclose(read.action[sample], rows.mean(axis=0), atol=1e-6)
+        want = both.apply({"params": params}, x[:, -1:], method="finish")[0, 0]
+        np.testing.assert_allclose(read.logits[sample], want, atol=1e-5)

@@ -1,0 +1,1 @@
+"""Robot manipulation: environments, demonstrations, and policies run against them."""

@@ -1,0 +1,335 @@
+"""Records the tabletop's expert as demonstrations, shard by shard, and goes on after a kill.
+
+Every episode depends on its task, its trial and the settings only, and a shard on its episodes, so
+the shards are the same byte for byte whatever the number of processes. As the shards of driving
+(see `build`), the set is written into `OUT.building` and gets its name when it is whole.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from data_pipelines.disk import disk_errors, locked, read_json, write_json
+from data_pipelines.robot.environment import TABLETOP, TABLETOP_SIZE, TABLETOP_STEPS
+from data_pipelines.robot.episodes import (
+    DATASET,
+    FORMAT,
+    HORIZON,
+    MANIFEST,
+    STATISTICS,
+    VERSION,
+    EpisodeNote,
+    Episodes,
+    Step,
+    StepSource,
+    open_episodes,
+    statistics,
+    step_features,
+)
+from data_pipelines.robot.expert import expert_action
+from data_pipelines.robot.policies import ACTION_SIZE, Observation
+from data_pipelines.robot.tabletop import VIEWS, Tabletop, TabletopState
+from data_pipelines.robot.tasks import TASKS
+from data_pipelines.shard_files import (
+    NOTES,
+    check_new,
+    remove_strangers,
+    run_jobs,
+    write_shard_file,
+    write_tfds_metadata,
+)
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.pictures import encode_jpeg
+
+# Evaluations count their trials from 0, so none of them begins as a demonstration does.
+FIRST_TRIAL = {"train": 1_000_000, "val": 2_000_000}
+_JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What is recorded.
+
+    Attributes:
+        episodes: Of each task, to learn from.
+        val_episodes: Of each task, to validate on.
+        image_size: Height and width of the pictures.
+        noise: Share of the steps at which the robot does something random instead of what the
+            expert wants; recorded is what the expert wants, so that it shows how to recover.
+        seed: Of scenes and noise.
+        episodes_per_shard: At most.
+    """
+
+    episodes: int = 50
+    val_episodes: int = 5
+    image_size: tuple[int, int] = TABLETOP_SIZE
+    noise: float = 0.1
+    seed: int = 0
+    episodes_per_shard: int = 30
+
+    def __post_init__(self):
+        for name in ("episodes", "val_episodes", "episodes_per_shard"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not 0 <= self.noise < 1:
+            raise UserError(f"noise={self.noise} must be at least 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to write: episodes of a split.
+
+    Attributes:
+        name: File name.
+        split: Its split.
+        first: Number of its first episode in the split.
+        episodes: (task, trial) of each.
+        config: How they are recorded.
+    """
+
+    name: str
+    split: str
+    first: int
+    episodes: tuple[tuple[int, int], ...]
+    config: DemoConfig
+
+    def identity(self) -> str:
+        """Digest of what the shard is made of."""
+        content = [FORMAT, self.name, self.first, self.episodes, asdict(self.config)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardNote:
+    """What is known of a finished shard."""
+
+    name: str
+    split: str
+    identity: str
+    records: int
+    bytes: int
+    sha256: str
+    episodes: tuple[EpisodeNote, ...]
+
+
+def record_demonstrations(
+    out_dir: Path, config: DemoConfig, workers: int = 1, progress: bool = True
+) -> Episodes:
+    """Records demonstrations of all tasks into the new folder `out_dir`.
+
+    A run that was killed leaves `out_dir.building` behind, and the same call goes on from its
+    finished shards.
+
+    Args:
+        out_dir: New or empty folder.
+        config: What is recorded.
+        workers: Processes that simulate.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: `out_dir` exists, MuJoCo is missing, or the disk is full.
+    """
+    out_dir = Path(out_dir)
+    check_new(out_dir)
+    if workers < 1:
+        raise UserError(f"workers={workers} must be at least 1.")
+    Tabletop(config.image_size).close()  # what is missing is said before anything is written
+    building = out_dir.with_name(out_dir.name + ".building")
+    with disk_errors(out_dir), contextlib.ExitStack() as stack:
+        building.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(building))
+        jobs = plan_jobs(config)
+        notes = finished_notes(building, jobs)
+        remove_strangers(building, notes)
+        bar = stack.enter_context(
+            tqdm(
+                total=sum(len(job.episodes) for job in jobs),
+                initial=sum(len(note.episodes) for note in notes.values()),
+                desc="demonstrations",
+                unit="episode",
+                disable=not progress,
+            )
+        )
+        waiting = [job for job in jobs if job.name not in notes]
+        for note in run_jobs(waiting, write_shard, building, workers):
+            notes[note.name] = note
+            bar.update(len(note.episodes))
+        _finish(building, config, [notes[job.name] for job in jobs])
+        shutil.rmtree(building / NOTES)
+        (building / ".lock").unlink()
+        building.rename(out_dir)
+    return open_episodes(out_dir)
+
+
+def plan_jobs(config: DemoConfig) -> list[ShardJob]:
+    """The shards, in order; tasks take turns, so that each shard has all."""
+    jobs = []
+    for split, count in (("train", config.episodes), ("val", config.val_episodes)):
+        first = FIRST_TRIAL[split]
+        trials = range(first, first + count)
+        episodes = [(task, trial) for trial in trials for task in range(len(TASKS))]
+        step = config.episodes_per_shard
+        parts = [tuple(episodes[k : k + step]) for k in range(0, len(episodes), step)]
+        for k, part in enumerate(parts):
+            name = f"{DATASET}-{split}.array_record-{k:05d}-of-{len(parts):05d}"
+            jobs.append(ShardJob(name, split, k * step, part, config))
+    return jobs
+
+
+def write_shard(job: ShardJob, folder: Path) -> ShardNote:
+    """Simulates the episodes of a shard, writes it and then its note."""
+    features = step_features(VIEWS)
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    ended: list[EpisodeNote] = []
+
+    def examples(env: Tabletop) -> Iterator[bytes]:
+        for number, (task, trial) in enumerate(job.episodes, job.first):
+            steps, success = record_episode(env, task, trial, number, job.config)
+            ended.append(EpisodeNote(task, trial, len(steps), success))
+            for step in steps:
+                example = serializer.get_tf_example(features.encode_example(asdict(step)))
+                yield example.SerializeToString(deterministic=True)
+
+    with disk_errors(folder / job.name):
+        with Tabletop(job.config.image_size, job.config.seed) as env:
+            written = write_shard_file(folder / job.name, examples(env))
+        note = ShardNote(
+            job.name,
+            job.split,
+            job.identity(),
+            written.records,
+            written.bytes,
+            written.sha256,
+            tuple(ended),
+        )
+        write_json(folder / NOTES / f"{job.name}.json", asdict(note))
+    return note
+
+
+def record_episode(
+    env: Tabletop, task: int, trial: int, number: int, config: DemoConfig
+) -> tuple[list[Step], bool]:
+    """One episode of the expert, and whether it succeeded."""
+    rng = np.random.default_rng([config.seed, task, trial, 1])
+    observation, done = env.reset(task, trial), False
+    seen: list[tuple[Observation, np.ndarray]] = []
+    actions, executed = [], []
+    while not done and len(seen) < TABLETOP_STEPS:
+        seen.append((observation, env.segmentation()))
+        actions.append(expert_action(TabletopState.unpack(observation.state)))
+        stray = rng.uniform(-1, 1, ACTION_SIZE).astype(np.float32)
+        executed.append(stray if rng.random() < config.noise else actions[-1])
+        observation, done = env.step(executed[-1])
+    ahead = np.stack(actions + actions[-1:] * (HORIZON - 1))
+    steps = [
+        Step(
+            images=_by_view(encode_jpeg(image, _JPEG_QUALITY) for image in observed.images),
+            segments=_by_view(_png(labels) for labels in segments),
+            proprio=observed.proprio,
+            action=actions[k],
+            executed=executed[k],
+            future=ahead[k : k + HORIZON],
+            instruction=observed.instruction,
+            task=task,
+            episode=number,
+            step=k,
+        )
+        for k, (observed, segments) in enumerate(seen)
+    ]
+    return steps, done
+
+
+def _by_view(pictures: Iterator[bytes]) -> dict[str, bytes]:
+    return dict(zip(VIEWS, pictures, strict=True))
+
+
+def _png(labels: np.ndarray) -> bytes:
+    return cv2.imencode(".png", labels)[1].tobytes()
+
+
+def finished_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardNote]:
+    """Notes of the shards that are whole and made of what they would be made of now."""
+    notes = {}
+    for job in jobs:
+        path = building / NOTES / f"{job.name}.json"
+        if not path.is_file():
+            continue
+        content = read_json(path)
+        ended = tuple(EpisodeNote(**episode) for episode in content.pop("episodes"))
+        note = ShardNote(**content, episodes=ended)
+        shard = building / job.name
+        whole = shard.is_file() and shard.stat().st_size == note.bytes
+        if whole and note.identity == job.identity():
+            notes[job.name] = note
+    return notes
+
+
+def _finish(building: Path, config: DemoConfig, notes: Sequence[ShardNote]) -> None:
+    """TFDS's metadata, the statistics of what is learnt from, and the manifest."""
+    splits = {split: [note for note in notes if note.split == split] for split in FIRST_TRIAL}
+    description = "Steps of a scripted expert at a tabletop in MuJoCo."
+    write_tfds_metadata(building, DATASET, VERSION, step_features(VIEWS), splits, description)
+    episodes = {
+        split: tuple(itertools.chain.from_iterable(note.episodes for note in part))
+        for split, part in splits.items()
+    }
+    sums = "".join(note.sha256 for note in sorted(notes, key=lambda note: note.name))
+    manifest = {
+        "format": FORMAT,
+        "dataset": DATASET,
+        "suite": TABLETOP,
+        "instructions": [task.instruction for task in TASKS],
+        "views": VIEWS,
+        "image_size": config.image_size,
+        "noise": config.noise,
+        "seed": config.seed,
+        "counts": {
+            split: {
+                "episodes": len(part),
+                "successes": sum(note.success for note in part),
+                "steps": sum(note.steps for note in part),
+            }
+            for split, part in episodes.items()
+        },
+        "episodes": {
+            split: [[note.task, note.trial, note.steps, note.success] for note in part]
+            for split, part in episodes.items()
+        },
+        "shards": {
+            note.name: {"records": note.records, "bytes": note.bytes, "sha256": note.sha256}
+            for note in sorted(notes, key=lambda note: note.name)
+        },
+        "digest": hashlib.sha256(sums.encode()).hexdigest(),
+    }
+    write_json(building / STATISTICS, _statistics(building, episodes["train"], splits["train"]))
+    write_json(building / MANIFEST, manifest)
+
+
+def _statistics(
+    building: Path, episodes: Sequence[EpisodeNote], notes: Sequence[ShardNote]
+) -> dict[str, dict]:
+    """Ranges over the steps of successful episodes, which are what is learnt from."""
+    if not any(note.success for note in episodes):
+        raise UserError("No demonstration succeeded; make the noise smaller.")
+    opened = Episodes(
+        building, (), VIEWS, (0, 0), {"train": {note.name: note.records for note in notes}}, {}, ""
+    )
+    source = StepSource(opened, "train")
+    good = np.repeat([n.success for n in episodes], [n.steps for n in episodes])
+    steps = [source[k] for k in np.flatnonzero(good)]
+    return statistics(
+        f"{TABLETOP}_expert",
+        np.stack([step["action"] for step in steps]),
+        np.stack([step["proprio"] for step in steps]),
+        sum(note.success for note in episodes),
+    )

@@ -1,0 +1,201 @@
+"""Train the tiny OpenVLA by behaviour cloning on demonstrations of the tabletop.
+
+    fastdrive robot demos --out demos --episodes 200 --workers 2
+    fastdrive robot train --demos demos --out runs/robot_policy
+    fastdrive robot eval --policies openvla --policy runs/robot_policy/policy.safetensors
+
+The policy that comes with the package was made so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.loader import Loader
+from data_pipelines.robot.episode_loader import (
+    EpisodeLoaderConfig,
+    identity,
+    make_episode_loader,
+)
+from data_pipelines.robot.episodes import Episodes, open_episodes
+from data_pipelines.robot.policies import ACTION_SIZE, GRIPPER
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.openvla.actions import (
+    Bounds,
+    decode_actions,
+    encode_actions,
+    normalise,
+    read_statistics,
+)
+from fastdrive_jax.models.openvla.config import TINY_OPENVLA, OpenVLAConfig
+from fastdrive_jax.models.openvla.model import OpenVLA
+from fastdrive_jax.models.openvla.policy_file import PolicySpec, save_policy
+from fastdrive_jax.models.openvla.prompt import word_prompts
+from fastdrive_jax.parallel.mesh import make_mesh
+from fastdrive_jax.training.loop import fit
+from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer
+from fastdrive_jax.training.robot import RobotLossConfig, init_robot, robot_loss
+from fastdrive_jax.training.run_config import claim_run_folder
+from fastdrive_jax.training.state import init_train_state, make_train_step
+
+
+def _tabletop_model() -> OpenVLAConfig:
+    """Two views of 8 x 8 tokens."""
+    encoders = tuple(replace(encoder, patch_size=12) for encoder in TINY_OPENVLA.encoders)
+    text = replace(TINY_OPENVLA.text, vocab_size=320)
+    return replace(TINY_OPENVLA, encoders=encoders, text=text, views=2)
+
+
+@dataclass(frozen=True)
+class RobotTrainConfig:
+    """Train the tiny OpenVLA by behaviour cloning.
+
+    Attributes:
+        demos: Of `fastdrive robot demos`.
+        out: Run folder; a run found there is resumed.
+        model: The VLA; it decodes actions as tokens.
+        loss: Weights of its parts.
+        optimizer: AdamW and its schedule; its total_steps is the length of the run.
+        batch_size: Steps of demonstrations in a step of training.
+        seed: Of parameters and data order.
+        quiet: No progress bars.
+    """
+
+    demos: Path
+    out: Path = Path("runs/robot_policy")
+    model: OpenVLAConfig = field(default_factory=_tabletop_model)
+    loss: RobotLossConfig = field(default_factory=RobotLossConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=1.5e-3,
+            warmup_steps=100,
+            total_steps=4000,
+            weight_decay=0.02,
+            clip_norm=1.0,
+        )
+    )
+    batch_size: int = 32
+    seed: int = 0
+    quiet: bool = False
+
+
+def robot_train(config: RobotTrainConfig) -> Path:
+    """Trains, or goes on with, the run, and writes OUT/policy.safetensors.
+
+    Raises:
+        UserError: The demonstrations do not fit the model.
+    """
+    episodes = open_episodes(config.demos)
+    check_views(config.model, episodes)
+    statistics = read_statistics(config.demos)
+    prompts = word_prompts(episodes.instructions, config.model)
+    model = OpenVLA(config.model)
+    optimizer = make_optimizer(config.optimizer)
+    with_prompts = partial(add_prompts, *map(jnp.asarray, prompts.encode(episodes.instructions)))
+
+    def loss(params, batch, key):
+        bounds = statistics.action
+        return robot_loss(model, config.loss, bounds, params, with_prompts(batch), key)
+
+    def init(key):
+        return init_robot(model, config.loss, key)
+
+    views = episodes.views[: config.model.views]
+    loaded = loader_config(config, views, train=True)
+    claim_run_folder(config.out, {"data": identity(episodes, "train", loaded)})
+    validation = partial(
+        make_episode_loader, episodes, "val", loader_config(config, views, train=False)
+    )
+    evaluate = action_error(model, statistics.action, validation, with_prompts)
+    result = fit(
+        config.out / "train",
+        config,
+        lambda: init_train_state(init, optimizer, config.seed),
+        make_train_step(loss, optimizer),
+        iter(make_episode_loader(episodes, "train", loaded)),
+        config.optimizer.total_steps,
+        mesh=make_mesh(),
+        checkpoint_every=200,
+        evaluate=lambda state: evaluate(state.params["vla"]),
+        evaluate_every=500,
+        quiet=config.quiet,
+        ignore=("demos", "out", "quiet"),
+        name="train robot VLA",
+    )
+    path = config.out / "policy.safetensors"
+    spec = PolicySpec(config.model, prompts, statistics, views)
+    save_policy(path, jax.device_get(result.state.params["vla"]), spec)
+    return path
+
+
+def check_views(model: OpenVLAConfig, episodes: Episodes) -> None:
+    """Refuses a model that these demonstrations cannot train.
+
+    Raises:
+        UserError: It has other views, pictures or actions, or does not decode tokens.
+    """
+    edge = model.image_size
+    if model.views > len(episodes.views) or episodes.image_size != (edge, edge):
+        raise UserError(
+            f"The model has {model.views} views of {edge} x {edge} pixels, but {episodes.path} has "
+            f"{len(episodes.views)} of {episodes.image_size[0]} x {episodes.image_size[1]}; record "
+            "with --image-size or set model."
+        )
+    if model.parallel or model.proprio_dim:
+        raise UserError("model.head must be 'tokens' without proprio_dim; others are not trained.")
+
+
+def loader_config(
+    config: RobotTrainConfig, views: tuple[str, ...], train: bool
+) -> EpisodeLoaderConfig:
+    """Training batches are shuffled; validation ones come once, in order."""
+    return EpisodeLoaderConfig(
+        batch_size=config.batch_size,
+        chunk=config.model.chunk,
+        views=views,
+        segments=train,
+        shuffle=train,
+        seed=config.seed,
+        num_epochs=None if train else 1,
+    )
+
+
+def add_prompts(ids: jax.Array, lengths: jax.Array, batch: dict) -> dict:
+    """The batch with the prompts of its instructions, of tables that have one for each."""
+    chosen = batch["instruction"]
+    return batch | {"ids": ids[chosen], "lengths": lengths[chosen]}
+
+
+def action_error(
+    model: OpenVLA,
+    bounds: Bounds,
+    validation: Callable[[], Loader],
+    with_prompts: Callable[[dict], dict],
+) -> Callable[[dict], dict[str, float]]:
+    """Mean error of normalised actions on the validation split, a function of VLA params.
+
+    Each number is given the true ones before it; with all visual tokens.
+    """
+
+    @jax.jit
+    def errors(params, batch):
+        batch = with_prompts(batch)
+        true = normalise(batch["action"], bounds).reshape(len(batch["image"]), -1)
+        variables = {"params": params}
+        tokens = model.apply(variables, batch["image"], method="encode")
+        given = tokens, batch["ids"], batch["lengths"], encode_actions(true, model.config)
+        logits = model.apply(variables, *given, method="action_logits")
+        found = decode_actions(jnp.argmax(logits, axis=-1), model.config)
+        return jnp.abs(found - true).mean(axis=0)
+
+    def evaluate(params):
+        found = [np.asarray(errors(params, batch)) for batch in validation()]
+        moved, _, grip = np.split(np.mean(found, axis=0)[:ACTION_SIZE], [3, GRIPPER])
+        return {"move_error": float(moved.mean()), "grip_error": float(grip.mean())}
+
+    return evaluate

@@ -1,0 +1,175 @@
+"""`fastdrive robot eval` on a robot without a simulator, and on the tabletop where MuJoCo is."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from robot_fakes import counting_suite
+
+from data_pipelines.robot import rendering
+from data_pipelines.robot.environment import make_suite
+from data_pipelines.robot.workers import Film
+from experiments import robot_eval
+from experiments.cli import main
+from experiments.robot_eval import RobotEvalArgs
+from experiments.robot_policies import robot_policy
+from experiments.robot_report import Outcome, Setting, film_gif, rows_of
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.proportions import wilson
+from fastdrive_jax.evaluation.results import read_rows
+
+simulated = pytest.mark.skipif(rendering.absent() is not None, reason=str(rendering.absent()))
+OWN = """
+from robot_fakes import remembering_policy
+
+def model(suite, method, ratio, seed):
+    assert suite.name == "counting"
+    return remembering_policy(chunk=1 if method == "unpruned" else 3)
+"""
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch):
+    monkeypatch.setattr(robot_eval, "make_suite", lambda *given: counting_suite())
+    (tmp_path / "own.py").write_text(OWN)
+    return RobotEvalArgs(
+        out=tmp_path / "run",
+        suites=("counting",),
+        policies=("random", f"{tmp_path}/own.py:model"),
+        methods=("fastv",),
+        ratios=(0.5,),
+        trials=2,
+        workers=2,
+        batch=1,
+        films=1,
+        quiet=True,
+    )
+
+
+def cells_of(path):
+    rows, meta = read_rows(path)
+    return {(row.method, row.keep_ratio, row.metric): row for row in rows}, meta
+
+
+def test_runs_compares_and_goes_on_where_it_stopped(args, monkeypatch):
+    cells, meta = cells_of(robot_eval.robot_eval(args))
+    for method, ratio in (("random", None), ("model unpruned", 1.0), ("model fastv", 0.5)):
+        success = cells[method, ratio, "counting_success"]
+        assert success.n == 8
+        assert success.low <= success.value <= success.high
+        assert cells[method, ratio, "counting_policy_hz"].value > 0
+        assert cells[method, ratio, "counting_environment_ms"].value > 0
+    assert cells["model unpruned", 1.0, "counting_success"].value == 0.75  # 3 of 4 tasks
+    assert cells["model fastv", 0.5, "counting_success_task3"].value == 0
+    assert cells["model unpruned", 1.0, "counting_prefill_ms"].value == pytest.approx(500)
+    difference = cells["model fastv - model unpruned", 0.5, "counting_success_difference"]
+    assert difference.value == 0
+    assert (meta["workers"], meta["batch"], meta["trials"]) == (2, 1, 2)
+    table = (args.out / "robot.md").read_text()
+    assert "| model fastv | 50% | 75.0 [" in table
+    assert "| count to 5 |" in table
+    films = sorted((args.out / "films").glob("*.gif"))
+    assert len(films) == 3
+    assert Image.open(next(f for f in films if "fastv" in f.name)).n_frames == 4
+
+    # A line that a kill cut short, and one that is missing: these are run again, and no other.
+    kept = next((args.out / "episodes").glob("*fastv*.jsonl"))
+    lines = kept.read_text().splitlines()
+    lost = {tuple(json.loads(line)[k] for k in ("task", "trial")) for line in lines[-2:]}
+    kept.write_text("\n".join([*lines[:-2], lines[-2][:20]]))
+    run, jobs = robot_eval.run_episodes, []
+
+    def counted(suite, given, *rest):
+        jobs.extend((job.task, job.trial) for job in given)
+        return run(suite, given, *rest)
+
+    monkeypatch.setattr(robot_eval, "run_episodes", counted)
+    again, _ = cells_of(robot_eval.robot_eval(args))
+    assert set(jobs) == lost
+    assert again.keys() == cells.keys()
+
+    kept.write_text("{}\n" + kept.read_text())
+    with pytest.raises(UserError, match=r"Line 1 of .*fastv"):
+        robot_eval.robot_eval(args)
+
+
+def outcomes_of(setting, wins):
+    one = {"steps": 4, "decisions": 2, "seconds": {"policy": 0.2, "environment": 0.1}}
+    return {(0, k): Outcome(0, k, bool(win), **one) for k, win in enumerate(wins)}
+
+
+def test_rows_pair_by_initial_state_and_pool_seeds():
+    suite = counting_suite()
+    found = {}
+    for seed, base, pruned in ((0, [1, 1, 1, 0], [1, 0, 0, 0]), (1, [1, 1, 0, 1], [1, 1, 0, 0])):
+        found[Setting("counting", "m", "unpruned", 1.0, seed)] = outcomes_of(None, base)
+        found[Setting("counting", "m", "fastv", 0.5, seed)] = outcomes_of(None, pruned)
+    rows = rows_of(found, {"counting": suite})
+    cells = {(row.method, row.metric, row.seed): row for row in rows}
+    alone = cells["m fastv", "counting_success", 0]
+    expected = wilson(1, 4)
+    assert (alone.value, alone.low, alone.high) == (0.25, expected.low, expected.high)
+    assert cells["m fastv", "counting_success", None].value == 3 / 8
+    difference = cells["m fastv - m unpruned", "counting_success_difference", None]
+    assert difference.value == pytest.approx(-3 / 8)
+    assert difference.n == 8
+    assert cells["m fastv", "counting_policy_hz", 0].value == pytest.approx(4 / 0.2)
+    assert cells["m fastv", "counting_loop_hz", 0].value == pytest.approx(4 / 0.3)
+    assert cells["m fastv", "counting_environment_ms", 0].value == pytest.approx(25)
+    assert cells["m fastv", "counting_policy_ms", 0].value == pytest.approx(100)
+
+
+def test_films_show_kept_tokens_of_each_view():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (3, 2, 32, 32, 3), np.uint8)
+    film = Film(frames, (0, 2), (np.array([0, 5]), np.array([1, 2])))
+    data = film_gif(film, (2, 2), 5)
+    picture = Image.open(io.BytesIO(data))
+    assert picture.n_frames == 3
+    assert picture.info["duration"] == 200
+    assert picture.size == (56, 28)
+    shown = np.asarray(picture.convert("RGB")).astype(int)
+    colourful = np.ptp(shown, axis=-1).reshape(2, 14, 4, 14).mean((1, 3)) > 30
+    # Token 0 of the first view and token 5, which is 1 of the second, keep their colours.
+    np.testing.assert_array_equal(colourful, [[True, False, False, True], [False] * 4])
+    assert Image.open(io.BytesIO(film_gif(film, None, 5))).size == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"policies": ("experd",)}, "did you mean 'expert'"),
+        ({"policies": ("expert",), "suites": ("libero_goal",)}, "tabletop only"),
+        ({"ratios": (1.5,)}, "1.5"),
+        ({"trials": 0}, "trials=0"),
+        ({"seeds": (1, 1)}, "each once"),
+    ],
+)
+def test_refusals(change, named):
+    with pytest.raises(UserError, match=named):
+        RobotEvalArgs(**change)
+
+
+def test_tasks_that_there_are_not_and_files_that_are_missing_are_refused(args):
+    with pytest.raises(UserError, match="no task 7"):
+        robot_eval.check_jobs(RobotEvalArgs(tasks=(7,)), counting_suite())
+    with pytest.raises(UserError, match=r"There is no file nowhere\.py"):
+        robot_policy("nowhere.py:model", counting_suite(), "unpruned", 1.0, 0)
+
+
+@simulated
+def test_the_commands_on_the_tabletop(tmp_path, capsys):
+    demos = ["robot", "demos", "--out", str(tmp_path / "demos"), "--episodes", "1"]
+    assert main([*demos, "--val-episodes", "1", "--image-size", "32", "32", "--quiet"]) == 0
+    assert "train: 6 episodes" in capsys.readouterr().out
+    words = "--tasks 0 4 --trials 1 --workers 2 --films 1 --image-size 64 64 --quiet"
+    assert main(["robot", "eval", "--out", str(tmp_path / "run"), *words.split()]) == 0
+    cells, _ = cells_of(tmp_path / "run" / "robot.json")
+    assert cells["expert", None, "tabletop_success"].value == 1
+    assert cells["random", None, "tabletop_success"].value == 0
+    assert len(list((tmp_path / "run" / "films").glob("*.gif"))) == 2
+    assert main(["robot", "eval", "--out", str(tmp_path / "run"), "--quiet"]) == 2
+    assert "image_size" in capsys.readouterr().err
+    assert make_suite("tabletop", (64, 64)).seed == 0
