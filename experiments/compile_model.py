@@ -9,6 +9,7 @@ bfloat16 weights, so a peak is an upper bound, and it counts the FLOPs of a loop
 once. The 3B takes 22 s on one device (2 cores). Writes OUT/compile_MODEL_DEVICES.json.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +60,8 @@ def compile_model(args: CompileModelArgs) -> Path:
     """Compiles, prints and writes the figures; returns their path."""
     if args.devices < 1 or args.prompt_tokens < 1:
         raise UserError("devices and prompt_tokens must be at least 1.")
-    jax.config.update("jax_num_cpu_devices", args.devices)
+    with contextlib.suppress(RuntimeError):  # jax was used before: `make_mesh` counts its devices
+        jax.config.update("jax_num_cpu_devices", args.devices)
     tensor = int(np.gcd(args.devices, TENSOR_MOST))
     mesh = make_mesh(1, args.devices // tensor, tensor)
     if args.model in QWENS:

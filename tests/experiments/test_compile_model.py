@@ -33,10 +33,26 @@ def test_figures_of_a_model(config, tmp_path, monkeypatch):
     assert found["meta"]["visual_tokens"] == config.visual_tokens
 
 
-def test_oft_7b_lowers_over_a_mesh():
+@pytest.fixture(scope="module")
+def oft_7b():
+    return abstract_params(OPENVLA_OFT_7B)
+
+
+def test_parameters_of_the_published_model(oft_7b):
+    """openvla-7b has 7,541,237,184; 43,080,480 of them lie behind the output that is read."""
+    counted = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in oft_7b.items()
+    }
+    assert counted.pop("action_head") == 151_117_831
+    assert counted.pop("proprio_projector") == 16_818_176
+    unread = 12_598_272 + 15_239_504  # the last block of each encoder
+    unread += 2 * (1024 + 1152) + 15_238_352  # their norms, and SigLIP's pooling
+    assert sum(counted.values()) + unread == 7_541_237_184
+
+
+def test_oft_7b_lowers_over_a_mesh(oft_7b):
     mesh = make_mesh(1, 1, 1)
-    shapes = abstract_shards(abstract_params(OPENVLA_OFT_7B), mesh)
-    lowered = openvla_stages(OPENVLA_OFT_7B, shapes, mesh, 35)
+    lowered = openvla_stages(OPENVLA_OFT_7B, abstract_shards(oft_7b, mesh), mesh, 35)
     assert lowered["vision"].out_info.shape == (1, 512, 4096)
     assert lowered["action_chunk"].out_info.shape == (1, 8, 7)
     assert lowered["action_chunk"].out_info.dtype == jnp.bfloat16
@@ -46,3 +62,9 @@ def test_no_device_and_no_prompt_are_refused(tmp_path):
     for wrong in ({"devices": 0}, {"prompt_tokens": 0}):
         with pytest.raises(UserError, match="at least 1"):
             compile_model(replace(CompileModelArgs(out=tmp_path), **wrong))
+
+
+def test_more_devices_than_a_running_process_has(tmp_path):
+    jax.devices()
+    with pytest.raises(UserError, match="there are"):
+        compile_model(CompileModelArgs("openvla_7b", 64, 5, tmp_path))

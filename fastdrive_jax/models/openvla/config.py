@@ -15,8 +15,8 @@ class OpenVLAConfig:
     """A VLA of fused encoders, a projector and a Llama; defaults are of one picture and action.
 
     Attributes:
-        encoders: Each sees every picture; their patches are put side by side along the channels.
-            What is used is the output of the second-to-last block, so the last is not built.
+        encoders: One, or two whose patches are put side by side along the channels. What is used
+            is the output of the second-to-last block, so the last is not built.
         text: Language decoder.
         views: Pictures of a sample: the third person's, then those of the wrists.
         head: "tokens" decodes an action as one token for each number, one after the other;
@@ -43,9 +43,9 @@ class OpenVLAConfig:
     stop_id: int = 2
 
     def __post_init__(self):
-        if not self.encoders or len({encoder.grid for encoder in self.encoders}) > 1:
-            grids = [encoder.grid for encoder in self.encoders]
-            raise UserError(f"The encoders' patch grids {grids} must be alike, and at least one.")
+        grids = [encoder.grid for encoder in self.encoders]
+        if len(grids) not in (1, 2) or grids[0] != grids[-1]:
+            raise UserError(f"There must be one or two encoders, with one patch grid, not {grids}.")
         if min(self.views, self.action_dim, self.chunk) < 1 or self.proprio_dim < 0:
             raise UserError(
                 f"views={self.views}, action_dim={self.action_dim} and chunk={self.chunk} must be "

@@ -1,11 +1,11 @@
 """OpenVLA's sizes from a published `config.json`, which names its encoders and lists no default."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.hf_files import CONFIG_FILE, read_json
 from fastdrive_jax.models.openvla.config import (
     DINOV2_LARGE_REGISTERS,
@@ -61,19 +61,19 @@ def config_from_hf(content: Mapping[str, Any], path: Path | str = CONFIG_FILE) -
             f"{path} has vision_backbone_id {backbone!r}; {' and '.join(BACKBONES)} are built here."
         )
     encoders, text = BACKBONES[backbone], content.get("text_config") or {}
-    _refuse_variants(content, text, encoders, path)
+    rope = text.get("rope_parameters") or {}  # where transformers 5 writes it
     sizes = {ours: text[theirs] for theirs, ours in _TEXT_NAMES.items() if theirs in text}
-    sizes = {"vocab_size": _VOCABULARY} | sizes
-    heads = sizes.get("num_heads", LLAMA_2_7B.num_heads)
-    width = sizes.get("hidden_size", LLAMA_2_7B.hidden_size)
-    decoder = {field: getattr(LLAMA_2_7B, field) for field in LLAMA_2_7B.__dataclass_fields__}
-    decoder |= sizes | {
-        "num_kv_heads": text.get("num_key_value_heads", heads),
-        "mrope_section": (width // heads // 2, 0, 0),
-    }
+    width, heads = (
+        sizes.get(name, getattr(LLAMA_2_7B, name)) for name in ("hidden_size", "num_heads")
+    )
+    sizes["num_kv_heads"] = text.get("num_key_value_heads", heads)
+    sizes.setdefault("vocab_size", _VOCABULARY)
+    sizes.setdefault("rope_theta", rope.get("rope_theta", LLAMA_2_7B.rope_theta))
+    _refuse_variants(content, text | {"rope_type": rope.get("rope_type")}, encoders, path)
+    decoder = replace(LLAMA_2_7B, mrope_section=(width // heads // 2, 0, 0), **sizes)
     return OpenVLAConfig(
         encoders,
-        DecoderConfig(**decoder),
+        decoder,
         bins=content.get("n_action_bins", 256),
         action_dim=_action_dim(content.get("norm_stats") or {}, path),
         padding_ids=content.get("pad_to_multiple_of", 64),
@@ -93,24 +93,29 @@ def _action_dim(statistics, path) -> int:
 
 def _refuse_variants(content, text, encoders, path) -> None:
     """Settings that would change the result without changing a shape."""
-    llama = content.get("llm_backbone_id", "llama2-7b-pure")
-    sizes = [encoder.image_size for encoder in encoders]
-    odd = {
-        "llm_backbone_id": (llama, llama if llama.startswith(_LLAMAS) else "llama2-7b-pure"),
-        "use_fused_vision_backbone": (
-            content.get("use_fused_vision_backbone", len(encoders) > 1),
-            len(encoders) > 1,
-        ),
-        "image_sizes": (content.get("image_sizes", sizes), sizes),
-        "timm_override_act_layers": (
-            content.get("timm_override_act_layers", [None] * len(encoders)),
-            [None] * len(encoders),
-        ),
-        "text_config.model_type": (text.get("model_type", "llama"), "llama"),
-        "text_config.hidden_act": (text.get("hidden_act", "silu"), "silu"),
-        "text_config.rope_scaling": (text.get("rope_scaling"), None),
-        "text_config.mlp_bias": (text.get("mlp_bias", False), False),
+    fused = len(encoders) > 1
+    known = {
+        "arch_specifier": ["no-align+fused-gelu-mlp" if fused else "no-align+gelu-mlp"],
+        "use_fused_vision_backbone": [fused],
+        "image_sizes": [[encoder.image_size for encoder in encoders]],
+        "timm_override_act_layers": [[None] * len(encoders)],
     }
-    found = [f"{name}={value!r}" for name, (value, known) in odd.items() if value != known]
+    known_text = {
+        "model_type": ["llama"],
+        "hidden_act": ["silu"],
+        "rope_scaling": [None],
+        "rope_type": [None, "default"],
+        "mlp_bias": [False],
+    }
+    found = [
+        f"{k}={content[k]!r}" for k, v in known.items() if k in content and content[k] not in v
+    ]
+    found += [
+        f"text_config.{k}={text[k]!r}"
+        for k, v in known_text.items()
+        if k in text and text[k] not in v
+    ]
+    llama = content.get("llm_backbone_id", _LLAMAS[0])
+    found += [] if llama.startswith(_LLAMAS) else [f"llm_backbone_id={llama!r}"]
     if found:
         raise UserError(f"{path} asks for {', '.join(found)}, which is not built here.")

@@ -112,14 +112,13 @@ class OpenVLA(nn.Module):
             proprio: The robot's normalised state, for a model that has it.
             kept: Which of the N visual tokens these are, ascending; None means all.
         """
-        config, (batch, count) = self.config, tokens.shape[:2]
-        if (proprio is None) != (config.proprio_dim == 0):
-            raise ValueError(
-                f"proprio must be given if and only if proprio_dim is above 0: {config}"
-            )
+        config, (batch, count, _) = self.config, tokens.shape
+        if (proprio is not None) != bool(config.proprio_dim):
+            raise ValueError(f"a model of proprio_dim={config.proprio_dim} was given {proprio=}")
         slots = config.action_tokens if config.parallel else 0
         if config.parallel:
             actions = jnp.full((batch, slots + 1), config.stop_id, ids.dtype)
+        known = 0 if actions is None else actions.shape[1]
         ids, behind = _append(ids, lengths, actions)
         text = self.language_model.embed(ids)
         text = jnp.where(((behind >= 0) & (behind < slots))[..., None], 0, text)
@@ -127,22 +126,15 @@ class OpenVLA(nn.Module):
         if config.proprio_dim:
             parts.append(self.proprio_projector(proprio.astype(text.dtype))[:, None])
         embeddings = jnp.concatenate([*parts, text[:, 1:]], axis=1)
-        where = jnp.arange(count) if kept is None else kept
-        before = jnp.zeros((batch, 1), jnp.int32)
-        after = 1 + config.visual_tokens + jnp.arange(embeddings.shape[1] - count - 1)
-        where, after = (
-            jnp.broadcast_to(x, (batch, x.shape[-1])).astype(jnp.int32) for x in (1 + where, after)
-        )
-        positions = jnp.concatenate([before, where, after], axis=1)
-        place = jnp.arange(embeddings.shape[1])
-        extra = embeddings.shape[1] - ids.shape[1]
-        known = 0 if actions is None else actions.shape[1]
+        total = embeddings.shape[1]
+        positions = _positions(config, batch, total, jnp.arange(count) if kept is None else kept)
+        place, inserted = jnp.arange(total), total - ids.shape[1]
         return Sequence(
             embeddings=embeddings,
             position_ids=jnp.broadcast_to(positions, (3, *positions.shape)),
             is_visual=jnp.broadcast_to((place > 0) & (place <= count), positions.shape),
-            lengths=lengths + extra + known,
-            answer=lengths + extra - 1,
+            lengths=lengths + inserted + known,
+            answer=lengths + inserted - 1,
         )
 
     def hidden(self, sequence: Sequence, count: int) -> Float[Array, "B M D"]:
@@ -220,3 +212,11 @@ def _append(ids, lengths, answer):
         own = jnp.take_along_axis(answer, jnp.clip(behind, 0, more - 1), axis=1)
         ids = jnp.where(behind < 0, ids, own)
     return ids, behind
+
+
+def _positions(config, batch, total, kept):
+    """Position of each token: visual tokens keep theirs, and what follows stands behind all N."""
+    behind = 1 + config.visual_tokens + jnp.arange(total - 1 - kept.shape[-1])
+    parts = (jnp.zeros(1, jnp.int32), 1 + kept, behind)
+    rows = [jnp.broadcast_to(part, (batch, part.shape[-1])) for part in parts]
+    return jnp.concatenate(rows, axis=1).astype(jnp.int32)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from fastdrive_jax.parallel.rules import constrain
 
 _EPS = 1e-5  # of PyTorch's LayerNorm
-_BLOCKS = 2
+BLOCKS = 2  # of the head
 
 
 class ProprioProjector(nn.Module):
@@ -49,7 +49,7 @@ class ActionHead(nn.Module):
 
         x = nn.relu(nn.Dense(self.size, name="fc1")(norm(x, "layer_norm1")))
         x = constrain(x, "batch", "token", "embed")
-        for number in range(_BLOCKS):
+        for number in range(BLOCKS):
             y = norm(x, f"blocks_{number}_norm")
             x = x + nn.relu(nn.Dense(self.size, name=f"blocks_{number}_dense")(y))
         return nn.Dense(self.action_dim, name="fc2")(norm(x, "layer_norm2"))

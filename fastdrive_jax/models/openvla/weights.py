@@ -11,6 +11,7 @@ from flax import traverse_util
 from fastdrive_jax.models.hf_names import Place, Table, decoder_table, dense, fit_table, norm
 from fastdrive_jax.models.openvla.config import OpenVLAConfig
 from fastdrive_jax.models.openvla.model import OpenVLA
+from fastdrive_jax.models.openvla.oft import BLOCKS
 from fastdrive_jax.models.vit_config import ViTConfig
 
 _FEATURIZERS = ("featurizer", "fused_featurizer")
@@ -110,7 +111,7 @@ def _action_head_table(config: OpenVLAConfig) -> Table:
     seen = config.action_dim * size
     table = norm(f"{name}.layer_norm1", (*root, "layer_norm1"), seen, bias=True)
     table |= dense(f"{name}.fc1", (*root, "fc1"), size, seen)
-    for number in range(2):
+    for number in range(BLOCKS):
         block, place = f"{name}.mlp_resnet_blocks.{number}.ffn", f"blocks_{number}"
         table |= norm(f"{block}.0", (*root, f"{place}_norm"), size, bias=True)
         table |= dense(f"{block}.1", (*root, f"{place}_dense"), size, size)

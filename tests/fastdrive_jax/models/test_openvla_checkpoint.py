@@ -255,10 +255,21 @@ def test_the_published_config_gives_the_published_sizes():
     assert config_from_hf(PUBLISHED) == OPENVLA_7B
 
 
+def test_what_transformers_5_writes_is_read_too():
+    text = PUBLISHED["text_config"] | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+    }
+    decoder = config_from_hf(PUBLISHED | {"text_config": text}).text
+    assert (decoder.rope_theta, decoder.num_kv_heads, decoder.rms_norm_eps) == (5e5, 8, 1e-5)
+
+
 def test_the_first_release_has_one_encoder():
     content = PUBLISHED | {
         "vision_backbone_id": "siglip-vit-so400m",
         "llm_backbone_id": "vicuna-v15-7b",
+        "arch_specifier": "no-align+gelu-mlp",
         "use_fused_vision_backbone": False,
         "image_sizes": [224],
         "timm_override_act_layers": [None],
@@ -275,6 +286,8 @@ def test_the_first_release_has_one_encoder():
         ({"image_sizes": [384, 384]}, "image_sizes="),
         ({"timm_override_act_layers": [None, "quick_gelu"]}, "timm_override_act_layers="),
         ({"text_config": {"rope_scaling": {"type": "linear"}}}, "text_config.rope_scaling="),
+        ({"text_config": {"rope_parameters": {"rope_type": "yarn"}}}, "rope_type='yarn'"),
+        ({"arch_specifier": "no-align+linear"}, "arch_specifier='no-align+linear'"),
         ({"text_config": {"hidden_act": "relu"}}, "text_config.hidden_act='relu'"),
         ({"norm_stats": {"a": {"action": {}}}}, "norm_stats without action percentiles"),
         (

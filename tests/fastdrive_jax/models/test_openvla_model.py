@@ -123,7 +123,8 @@ def test_slots_are_zeros_and_the_stop_token_follows():
     model, (variables, _) = OpenVLA(SLOTS), program(SLOTS)
     inputs = random_inputs(SLOTS, (4, 3))
     given = (jnp.ones((2, 18, 32)), inputs["ids"], inputs["lengths"])
-    found = model.apply(variables, *given, proprio=inputs["proprio"], method="sequence")
+    sequence = jax.jit(functools.partial(model.apply, method="sequence"))
+    found = sequence(variables, *given, proprio=inputs["proprio"])
     table = embedding_of(variables)
     assert found.lengths.tolist() == [1 + 18 + 1 + 3 + 6 + 1, 1 + 18 + 1 + 2 + 6 + 1]
     assert found.answer.tolist() == [1 + 18 + 1 + 2, 1 + 18 + 1 + 1]
@@ -171,17 +172,7 @@ def test_one_encoder_has_a_smaller_projector():
     assert params["projector"]["fc1"]["kernel"].shape == (24, 32)
 
 
-def test_sizes_of_the_published_models():
-    """openvla-7b has 7,541,237,184 parameters; 43,080,480 lie behind the output that is read."""
-    counted = {
-        name: sum(leaf.size for leaf in jax.tree.leaves(part))
-        for name, part in abstract_params(OPENVLA_OFT_7B).items()
-    }
-    assert counted.pop("action_head") == 151_117_831
-    assert counted.pop("proprio_projector") == 16_818_176
-    block = {1024: 12_598_272, 1152: 15_239_504}  # the last of each encoder
-    unread = sum(block.values()) + 2 * (1024 + 1152) + 15_238_352  # norms; SigLIP's pooling
-    assert sum(counted.values()) + unread == 7_541_237_184
+def test_published_numbers_of_tokens():
     assert OPENVLA_7B.visual_tokens == 256
     assert OPENVLA_7B.action_vocab_size == 32_000
     assert OPENVLA_OFT_7B.visual_tokens == 512
@@ -192,8 +183,11 @@ def test_sizes_of_the_published_models():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"encoders": ()}, "at least one"),
-        ({"encoders": (TOKENS.encoders[0], replace(TOKENS.encoders[1], image_size=32))}, "alike"),
+        ({"encoders": ()}, "one or two encoders"),
+        (
+            {"encoders": (TOKENS.encoders[0], replace(TOKENS.encoders[1], image_size=32))},
+            "one patch",
+        ),
         ({"chunk": 0}, "chunk=0"),
         ({"bins": 1000}, "bins=1000 must be 2 to 288"),
     ],
@@ -208,5 +202,6 @@ def test_proprio_that_is_missing_or_not_wanted(either):
     inputs = random_inputs(config, (3,))
     wrong = {"proprio": None if config.proprio_dim else jnp.zeros((1, 4))}
     given = (jnp.ones((1, 9, 32)), inputs["ids"], inputs["lengths"])
+    sequence = functools.partial(OpenVLA(config).apply, method="sequence")
     with pytest.raises(ValueError, match="proprio_dim"):
-        OpenVLA(config).apply(variables, *given, **wrong, method="sequence")
+        jax.eval_shape(sequence, variables, *given, **wrong)
