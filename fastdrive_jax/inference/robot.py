@@ -28,8 +28,8 @@ from fastdrive_jax.inference.segments import Live, live_sequence
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.openvla.actions import decode_actions
 from fastdrive_jax.models.openvla.model import OpenVLA
-from fastdrive_jax.models.pi0.flow import action_expert, sample_actions
-from fastdrive_jax.models.pi0.model import Pi0
+from fastdrive_jax.models.pi0.flow import sample_actions
+from fastdrive_jax.models.pi0.model import Pi0, action_expert
 from fastdrive_jax.models.vit_evidence import vit_evidence
 from fastdrive_jax.pruning.interface import VISION, Pruner, PrunerInputs
 
@@ -165,7 +165,7 @@ def answer(
         noise = jax.random.normal(key, (batch, config.horizon, config.action_dim))
         state = jnp.pad(moment.proprio, ((0, 0), (0, config.action_dim - moment.proprio.shape[1])))
         given = read.prefilled, state, noise, config.flow_steps, observe, total
-        found = sample_actions(action_expert(model), weights["expert"], *given)
+        found = sample_actions(action_expert(config, model.dtype), weights["expert"], *given)
         actions, action = found.actions, found.attention
     elif config.parallel:
         live = read.prefilled.live
