@@ -54,6 +54,7 @@ class RobotEvalArgs:
         methods: How policies choose tokens, training-free ones or FILE.py:FUNCTION; unpruned they
             are always run.
         ratios: Keep ratios of the methods.
+        per_view: Each view of "openvla" has a budget of its own; otherwise they share one.
         seeds: Of policies that draw, and of the tabletop's initial states; LIBERO's are published
             with seed 7.
         trials: Initial states of each task.
@@ -72,6 +73,7 @@ class RobotEvalArgs:
     weights: Path | None = None
     methods: tuple[str, ...] = ()
     ratios: tuple[float, ...] = (0.5, 0.25)
+    per_view: bool = False
     seeds: tuple[int, ...] = (0,)
     trials: int = 50
     tasks: tuple[int, ...] | None = None
@@ -107,7 +109,9 @@ def robot_eval(args: RobotEvalArgs) -> Path:
     for suite in suites.values():
         check_jobs(args, suite)
     # More trials, tasks, settings and other numbers of processes may come to what is there.
-    claim_run_folder(args.out, {"robot": {"image_size": args.image_size}})
+    claim_run_folder(
+        args.out, {"robot": {"image_size": args.image_size, "per_view": args.per_view}}
+    )
     outcomes: dict[Setting, dict[tuple[int, int], Outcome]] = {}
     workers = args.workers or os.cpu_count() or 1
     batch = args.batch or workers
@@ -183,7 +187,7 @@ def run_setting(
     jobs = [Job(*one, film=one in filmed) for one in wanted if one not in found]
     if jobs:
         how = setting.method, setting.ratio, setting.seed
-        policy = robot_policy(setting.policy, suite, *how, args.weights)
+        policy = robot_policy(setting.policy, suite, *how, args.weights, args.per_view)
         for episode in run_episodes(suite, jobs, policy, workers, batch):
             if episode.film is not None:
                 file = f"{name}_task{episode.task}_trial{episode.trial}.gif"

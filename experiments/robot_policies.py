@@ -25,6 +25,7 @@ from fastdrive_jax.models.openvla.prompt import read_prompts
 from fastdrive_jax.own_files import own_function
 from fastdrive_jax.parallel.mesh import make_mesh
 from fastdrive_jax.pruning import builds_on_recon, make_pruner
+from fastdrive_jax.pruning.budgets import per_camera
 
 EXPERT, RANDOM, OPENVLA = "expert", "random", "openvla"
 CONTROLS = (EXPERT, RANDOM)  # they look at no visual tokens, so nothing of them is pruned
@@ -39,6 +40,7 @@ def robot_policy(
     ratio: float | None,
     seed: int,
     weights: Path | None = None,
+    per_view: bool = False,
 ) -> RobotPolicy:
     """A policy with a pruning method.
 
@@ -51,6 +53,7 @@ def robot_policy(
         seed: Of what draws.
         weights: Of "openvla": a policy file, or the folder of a published checkpoint; None takes
             the tabletop's policy in the package.
+        per_view: Whether each view of "openvla" has a budget of its own.
 
     Raises:
         UserError: There is no such policy, or it does not belong to this suite.
@@ -64,6 +67,8 @@ def robot_policy(
         model, params, body = openvla_parts(suite.name, weights)
         # A method within the model cuts nothing at a ratio of 1.
         pruner = make_pruner("fastv" if method == UNPRUNED else method)
+        if per_view and method != UNPRUNED:
+            pruner = per_camera(pruner, model.config.views)
         return vla_policy(
             RobotVLA(model, pruner, ratio), {"vla": params, "pruner": None}, body, seed
         )

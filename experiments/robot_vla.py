@@ -1,8 +1,8 @@
-"""A VLA with a pruning method as a policy of the robot environments: three programs a decision."""
+"""A VLA with a pruning method as a policy of the robot environments."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -51,7 +51,8 @@ class Body:
 def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotPolicy:
     """The policy; what a temporal method remembers goes from decision to decision.
 
-    Vision, prefill and decoding are programs of their own, so that each can be timed.
+    While a temporal method warms up in an episode nothing is pruned of that sample, but the method
+    watches, as published: a second set of programs, which run only in such moments.
 
     Args:
         vla: Model and method.
@@ -59,29 +60,55 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
         body: Of the robot.
         seed: Of methods that draw, and of flow matching's noise.
     """
+    temporal = vla.pruner.temporal
+    warmup = 0 if temporal is None or vla.keep_ratio == 1 else temporal.warmup
+    root, bounds = jax.random.key(seed), body.statistics.action
+    pruned, whole = (_stages(one, params) for one in (vla, replace(vla, keep_ratio=1.0)))
+
+    def decide(observations: Sequence[Observation], memory, first) -> Acted:
+        first = np.asarray(first)
+        moment = moment_of(observations, vla, body)
+        key = jax.random.fold_in(root, observations[0].step)
+        decisions = np.where(first, 0, memory["decisions"])
+        warm, clock = decisions < warmup, _Clock()
+        given = moment, memory["state"], first, key, clock
+        # A method within the model keeps the same state at every ratio; before it, it has none.
+        parts = [run(*given) for run, wanted in ((whole, warm), (pruned, ~warm)) if wanted.any()]
+        actions, state = (
+            jax.tree.map(partial(_by_sample, warm), *(pick(part) for part in parts))
+            if len(parts) == 2
+            else pick(parts[0])
+            for pick in (lambda part: part.actions, lambda part: part.state)
+        )
+        rows = np.asarray(parts[-1].keep_indices)
+        kept = [None if all_kept else row for all_kept, row in zip(warm, rows, strict=True)]
+        actions = unnormalise(actions[..., : len(bounds.low)], bounds)
+        after = {"state": state, "decisions": decisions + 1}
+        return Acted(body.finish(np.asarray(actions)), kept, after, clock.seconds)
+
+    def start(batch: int):
+        state = start_state(vla, batch, body.prompt_tokens)
+        return {"state": state, "decisions": np.zeros(batch, np.int32)}
+
+    return RobotPolicy(start, decide, vla.model.config.token_grid)
+
+
+def _stages(vla, params):
+    """Vision, prefill and decoding as programs of their own, so that each can be timed."""
     encode = jax.jit(partial(_encode, vla))
     read = jax.jit(partial(read_moment, vla))
     act = jax.jit(partial(answer, vla))
-    root = jax.random.key(seed)
 
-    def decide(observations: Sequence[Observation], memory, first) -> Acted:
-        moment = moment_of(observations, vla, body)
-        key = jax.random.fold_in(root, observations[0].step)
-        clock = _Clock()
-        inputs = clock.time("vision", encode, params, moment, memory, np.asarray(first))
+    def run(moment, state, first, key, clock):
+        inputs = clock.time("vision", encode, params, moment, state, first)
         seen = clock.time("prefill", read, params, inputs, moment, key)
-        acted = clock.time("decode", act, params, inputs, moment, seen, key)
-        size = len(body.statistics.action.low)
-        actions = unnormalise(acted.actions[..., :size], body.statistics.action)
-        return Acted(
-            body.finish(np.asarray(actions)), np.asarray(acted.keep_indices), acted.state,
-            clock.seconds,
-        )  # fmt: skip
+        return clock.time("decode", act, params, inputs, moment, seen, key)
 
-    def start(batch: int):
-        return start_state(vla, batch, body.prompt_tokens)
+    return run
 
-    return RobotPolicy(start, decide, vla.model.config.token_grid)
+
+def _by_sample(warm, whole, pruned):
+    return jnp.where(warm.reshape(-1, *[1] * (whole.ndim - 1)), whole, pruned)
 
 
 def moment_of(observations: Sequence[Observation], vla: RobotVLA, body: Body) -> Moment:
@@ -112,5 +139,6 @@ class _Clock:
     def time(self, stage, run, *given):
         begin = time.perf_counter()
         out = jax.block_until_ready(run(*given))
-        self.seconds[stage] = time.perf_counter() - begin
+        spent = time.perf_counter() - begin
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
         return out

@@ -38,13 +38,13 @@ class Acted:
     Attributes:
         actions: float32 `[B, chunk, 7]` to execute one after another, as the environment takes
             them.
-        kept: int `[B, K]` visual tokens, or None.
+        kept: int `[B, K]` visual tokens, None in the place of a sample that keeps all; or None.
         memory: Of the next call.
         seconds: Stage ("vision", "prefill", "decode") to wall seconds of the whole batch.
     """
 
     actions: np.ndarray
-    kept: np.ndarray | None = None
+    kept: Sequence[np.ndarray | None] | None = None
     memory: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
 

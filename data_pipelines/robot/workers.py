@@ -140,7 +140,7 @@ def _act(
     begin = time.perf_counter()
     acted = policy.act(*given)
     actions = np.asarray(acted.actions, np.float32)
-    kept = None if acted.kept is None else np.asarray(acted.kept)
+    kept = [None] * batch if acted.kept is None else acted.kept
     spent = {POLICY: time.perf_counter() - begin, **acted.seconds}
     if actions.ndim != 3 or actions.shape[::2] != (batch, ACTION_SIZE) or not actions.shape[1]:
         raise ValueError(f"actions {actions.shape} must be [{batch}, chunk, {ACTION_SIZE}]")
@@ -150,7 +150,7 @@ def _act(
         running = team.running[slot]
         running.begun = True
         running.decisions.append(team.waiting[slot].step)
-        running.kept.append(None if kept is None else kept[row])
+        running.kept.append(None if kept[row] is None else np.asarray(kept[row]))
         running.spend(spent)
         team.send(slot, actions[row])
     # Rows that only fill the batch go nowhere.

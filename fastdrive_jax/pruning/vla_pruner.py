@@ -52,6 +52,7 @@ def vla_pruner(
     layer: int | None = None,
     window: int = 3,
     decay: float = 0.8,
+    signals: Literal["both", "prefill", "action"] = "both",
     as_published: Literal["openvla", "openvla-oft"] | None = None,
 ) -> Pruner:
     """VLA-Pruner as a method.
@@ -60,6 +61,7 @@ def vla_pruner(
         layer: On entering which tokens leave; None is the published relative depth.
         window: w, frames of action attention.
         decay: g.
+        signals: Of what C is made, for ablations; without frames behind it a sample takes S_vl.
         as_published: A release to follow.
 
     Raises:
@@ -78,7 +80,10 @@ def vla_pruner(
         if inputs.ids is not None:
             action = jnp.take_along_axis(action, inputs.ids, axis=1)
         known = inputs.state["frames"][:, None] > 0
-        united = _best(semantic, k, valid) | (_best(action, k, valid) & known)
+        united = _best(semantic, k, valid)
+        if signals != "prefill":
+            acted = _best(action, k, valid) & known
+            united = united | acted if signals == "both" else jnp.where(known, acted, united)
         return jax.vmap(partial(differing, k=k))(inputs.embeddings, united, valid)
 
     layers = published_layers(4 if oft else 3) if layer is None else lambda num_layers: (layer,)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_openvla import random_params
 
 from fastdrive_jax.inference.robot import Moment, RobotVLA, act, start_state
 from fastdrive_jax.models.openvla.actions import decode_actions
@@ -71,12 +72,6 @@ def a_moment(seed=0, batch=BATCH):
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(0)
-
-    def drawn(leaf):  # nothing is compiled for it
-        values = rng.normal(size=leaf.shape) / (leaf.shape[0] ** 0.5 if leaf.ndim > 1 else 5)
-        return jnp.asarray(values + (leaf.ndim == 1), jnp.float32)
-
     found = {}
     for name, model in MODELS.items():
         moment, key = a_moment(), jax.random.key(0)
@@ -88,7 +83,7 @@ def params():
         else:
             given = *given, moment.proprio, jnp.zeros((BATCH, 3, 8)), jnp.zeros(BATCH)
         shapes = jax.eval_shape(model.init, key, *given)["params"]
-        found[name] = jax.tree.map(drawn, shapes)
+        found[name] = random_params(shapes)
     return found
 
 

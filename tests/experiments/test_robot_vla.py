@@ -1,0 +1,76 @@
+"""A pruned VLA as a robot's policy: what it remembers, and when it begins to prune."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_openvla import small_openvla, unit_body
+
+from data_pipelines.robot.policies import Observation
+from experiments.robot_vla import vla_policy
+from fastdrive_jax.inference.robot import RobotVLA
+from fastdrive_jax.pruning import make_pruner
+
+BATCH, TOKENS, KEPT = 2, 18, 4
+INSTRUCTIONS = ("pick up the red cube", "put the ball in the tray")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    model, params = small_openvla()
+    return model, {"vla": params, "pruner": None}, unit_body(INSTRUCTIONS, model)
+
+
+def observations(seed):
+    rng = np.random.default_rng(seed)
+    return [
+        Observation(
+            rng.integers(0, 256, (2, 24, 24, 3), np.uint8),
+            rng.random(8).astype(np.float32),
+            INSTRUCTIONS[sample],
+            seed,
+        )
+        for sample in range(BATCH)
+    ]
+
+
+def policy(parts, name, ratio, **settings):
+    model, params, body = parts
+    return vla_policy(RobotVLA(model, make_pruner(name, **settings), ratio), params, body)
+
+
+def test_an_episode_is_pruned_once_the_method_is_warm(parts):
+    pruned, whole = policy(parts, "vlapruner", 0.25, window=1), policy(parts, "fastv", 1.0)
+    memory = pruned.start(BATCH)
+    anew = {0: (True, True), 1: (False, False), 2: (True, False)}
+    for moment, first in anew.items():
+        acted = pruned.act(observations(moment), memory, np.array(first))
+        memory = acted.memory
+        unpruned = whole.act(observations(moment), whole.start(BATCH), np.array(first))
+        assert acted.actions.shape == (BATCH, 1, 7)
+        assert set(acted.seconds) == {"vision", "prefill", "decode"}
+        for sample, began in enumerate(first):
+            if began:
+                assert acted.kept[sample] is None
+                np.testing.assert_array_equal(acted.actions[sample], unpruned.actions[sample])
+            else:
+                assert len(acted.kept[sample]) == KEPT
+    np.testing.assert_array_equal(memory["decisions"], [1, 3])
+    # Nothing was pruned of the sample that began, so all its tokens got some attention.
+    rows = np.asarray(memory["state"]["rows"])[:, 0]
+    np.testing.assert_array_equal((rows > 0).sum(axis=1), [TOKENS, KEPT])
+    assert unpruned.kept[0].shape == (TOKENS,)
+
+
+def test_actions_come_in_the_units_of_the_robot(parts):
+    model, params, body = parts
+    low, high = np.arange(7.0), np.arange(7.0) + 2
+    bounds = replace(body.statistics.action, low=tuple(low), high=tuple(high))
+    own = replace(
+        body, statistics=replace(body.statistics, action=bounds), finish=lambda actions: -actions
+    )
+    vla, first = RobotVLA(model, make_pruner("fastv"), 1.0), np.ones(BATCH, bool)
+    unit = vla_policy(vla, params, body)
+    scaled = vla_policy(vla, params, own)
+    found = [one.act(observations(0), one.start(BATCH), first).actions for one in (unit, scaled)]
+    np.testing.assert_allclose(found[1], -(0.5 * (found[0] + 1) * 2 + low), atol=1e-5)
