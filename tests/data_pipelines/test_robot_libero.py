@@ -1,13 +1,20 @@
 """LIBERO in its published protocol; with the package a short episode of it."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+from small_openvla import small_openvla, unit_body
 
 from data_pipelines.robot import libero
 from data_pipelines.robot.environment import make_suite
 from data_pipelines.robot.policies import random_policy
 from data_pipelines.robot.rendering import absent as no_rendering
+from experiments.robot_vla import vla_policy
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.inference.robot import RobotVLA
+from fastdrive_jax.models.openvla.images import policy_picture
+from fastdrive_jax.pruning import make_pruner
 
 MISSING = libero.absent() or no_rendering()
 installed = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -76,3 +83,28 @@ def test_a_short_episode(capsys):
         env.reset(10, 0)
     env.close()
     assert capsys.readouterr().out == ""
+
+
+@installed
+def test_a_pruned_openvla_with_random_weights_acts():
+    suite = make_suite("libero_spatial", image_size=(64, 64))
+    model, params = small_openvla()
+    body = unit_body(
+        suite.instructions,
+        model,
+        picture=partial(policy_picture, size=24, turn=False),
+        finish=libero.openvla_gripper,
+    )
+    vla = RobotVLA(model, make_pruner("vlapruner", window=1), 0.25)
+    policy = vla_policy(vla, {"vla": params, "pruner": None}, body)
+    env, memory = suite.open(), policy.start(1)
+    seen = env.reset(0, 0)
+    for step in range(3):
+        acted = policy.act([seen], memory, np.array([step == 0]))
+        memory = acted.memory
+        assert (acted.kept[0] is None) == (step == 0)
+        assert abs(acted.actions[0, 0, 6]) == 1
+        seen, _ = env.step(acted.actions[0, 0])
+    assert len(acted.kept[0]) == 4
+    assert seen.step == 3
+    env.close()
