@@ -33,6 +33,7 @@ from experiments.plot_metrics import PlotMetricsArgs, plot_metrics
 from experiments.quickstart import QuickstartConfig, quickstart, shards_of
 from experiments.robot_demos import RobotDemosArgs, robot_demos
 from experiments.robot_eval import RobotEvalArgs, robot_eval
+from experiments.robot_train import RobotTrainConfig, robot_train
 from experiments.study_pruner import StudyPrunerArgs, study_pruner
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig, train_vla
@@ -95,6 +96,7 @@ class RobotArgs:
 
     command: Annotated[
         Annotated[RobotDemosArgs, tyro.conf.subcommand("demos", prefix_name=False)]
+        | Annotated[RobotTrainConfig, tyro.conf.subcommand("train", prefix_name=False)]
         | Annotated[RobotEvalArgs, tyro.conf.subcommand("eval", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
@@ -146,7 +148,7 @@ def data(args: DataArgs) -> None:
 
 def robot(args: RobotArgs) -> None:
     """Calls the command that was asked for."""
-    run = {RobotDemosArgs: robot_demos, RobotEvalArgs: robot_eval}
+    run = {RobotDemosArgs: robot_demos, RobotTrainConfig: robot_train, RobotEvalArgs: robot_eval}
     run[type(args.command)](args.command)
 
 

@@ -1,6 +1,6 @@
 r"""VLA-Pruner with parts left out, as methods of `fastdrive robot eval` and others.
 
-    fastdrive robot eval --policies openvla --ratios 0.25 0.125 --methods vlapruner \
+fastdrive robot eval --policies openvla --ratios 0.25 0.125 --methods vlapruner \
         experiments/robot_ablation.py:prefill_only experiments/robot_ablation.py:action_only \
         experiments/robot_ablation.py:window_1 experiments/robot_ablation.py:window_5
 """

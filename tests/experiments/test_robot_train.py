@@ -1,0 +1,81 @@
+"""From demonstrations to a policy file that acts, at a tiny size."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from small_openvla import small_openvla
+
+from data_pipelines.robot import rendering
+from data_pipelines.robot.demonstrations import DemoConfig, record_demonstrations
+from experiments.cli import main
+from experiments.robot_eval import RobotEvalArgs, robot_eval
+from experiments.robot_train import RobotTrainConfig, robot_train
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.results import read_rows
+from fastdrive_jax.models.openvla.policy_file import load_policy
+from fastdrive_jax.training.optimizer import OptimizerConfig
+
+pytestmark = pytest.mark.skipif(rendering.absent() is not None, reason=str(rendering.absent()))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("robot")
+    record_demonstrations(
+        folder / "demos", DemoConfig(episodes=1, val_episodes=1, image_size=(24, 24)), 1, False
+    )
+    return RobotTrainConfig(
+        demos=folder / "demos",
+        out=folder / "run",
+        model=small_openvla()[0].config,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1, total_steps=3),
+        batch_size=4,
+        quiet=True,
+    )
+
+
+def test_a_trained_policy_acts_on_the_tabletop(config, tmp_path):
+    path = robot_train(config)
+    model, params, spec = load_policy(path)
+    assert model.config == config.model
+    assert spec.views == ("front", "wrist")
+    assert spec.statistics.action.unused == (False, False, False, True, True, False, False)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    kept = path.read_bytes()
+    assert robot_train(config).read_bytes() == kept  # the run is whole: nothing is trained again
+    args = RobotEvalArgs(
+        out=tmp_path / "eval", policies=("openvla",), weights=path, methods=("vlapruner",),
+        ratios=(0.25,), trials=1, tasks=(0,), image_size=(24, 24), workers=1, films=1, quiet=True,
+    )  # fmt: skip
+    rows, _ = read_rows(robot_eval(args))
+    methods = {row.method for row in rows}
+    assert methods == {"openvla unpruned", "openvla vlapruner"}
+    assert len(list((tmp_path / "eval" / "films").glob("*.gif"))) == 2
+
+
+def test_what_does_not_fit_is_refused(config, tmp_path):
+    with pytest.raises(UserError, match=r"3 views of 24 x 24 pixels.*2 of 24 x 24"):
+        robot_train(replace(config, model=replace(config.model, views=3)))
+    with pytest.raises(UserError, match="must be 'tokens'"):
+        robot_train(replace(config, model=replace(config.model, head="regression")))
+    bad = tmp_path / "policy.safetensors"
+    bad.write_bytes(b"no safetensors")
+    for weights, said in ((bad, "can't be read"), (tmp_path / "none", "no policy file or")):
+        with pytest.raises(UserError, match=said):
+            robot_eval(
+                RobotEvalArgs(
+                    out=tmp_path / "x", policies=("openvla",), weights=weights, trials=1, workers=1
+                )
+            )
+
+
+def test_the_command_names_what_it_refuses(tmp_path, capsys):
+    assert main(["robot", "train", "--demos", str(tmp_path / "none")]) == 2
+    assert "holds no whole demonstrations" in capsys.readouterr().err
+    given = ["robot", "eval", "--policies", "openvla", "--suites", "libero_goal"]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 2
+    assert "give the folder of a checkpoint" in capsys.readouterr().err
+    assert main(["robot", "eval", "--methods", "reconpruner", "--out", str(tmp_path / "o")]) == 2
+    assert "training-free" in capsys.readouterr().err
