@@ -74,12 +74,12 @@ class RobotTrainConfig:
         default_factory=lambda: OptimizerConfig(
             learning_rate=1.5e-3,
             warmup_steps=100,
-            total_steps=4000,
+            total_steps=2600,
             weight_decay=0.02,
             clip_norm=1.0,
         )
     )
-    batch_size: int = 32
+    batch_size: int = 16
     seed: int = 0
     quiet: bool = False
 

@@ -1,8 +1,9 @@
 """What the tiny robot VLA learns from: the expert's action, and beside it what it sees.
 
 A published OpenVLA starts from pretrained encoders and a pretrained language model. The tiny one
-starts from nothing, so a linear head teaches what pretraining would have: what kinds of things are
-in each visual token. It is thrown away.
+starts from nothing, so two heads teach what pretraining would have: a linear one what kinds of
+things are in each visual token, and one that points, from the last word of the prompt, at the
+tokens of what it asks for. Both are thrown away.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,10 @@ class RobotLossConfig:
 
     Attributes:
         kinds: Kinds of things in the pictures of what each pixel shows.
-        kind_weight: Of the head's loss that names them.
+        target: The kind that the instruction asks for.
+        kind_weight: Of the loss of the head that names kinds.
+        point_weight: Of the loss of the head that points.
+        point_layer: Decoder layer whose output that head reads.
         blur: Deviation in bins of the target around the true action: neighbouring bins are nearly
             right.
         keep_choices: Each step draws one of these shares of the visual tokens (a share named
@@ -34,18 +38,22 @@ class RobotLossConfig:
     """
 
     kinds: int = 5
+    target: int = 1
     kind_weight: float = 1.0
-    blur: float = 2.0
+    point_weight: float = 1.0
+    point_layer: int = 2
+    blur: float = 6.0
     keep_choices: tuple[float, ...] = (1.0, 1.0, 0.5, 0.25, 0.125)
 
 
 def init_robot(model: OpenVLA, loss: RobotLossConfig, key: jax.Array) -> dict:
-    """Parameters {"vla", "kind_head"}."""
-    vla_key, kind_key = jax.random.split(key)
+    """Parameters {"vla", "kind_head", "point_head"}."""
+    vla_key, kind_key, point_key = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 1, model.config.text.hidden_size))
     return {
         "vla": model.init(vla_key, **example_inputs(model.config))["params"],
         "kind_head": nn.Dense(loss.kinds).init(kind_key, tokens)["params"],
+        "point_head": nn.Dense(tokens.shape[-1]).init(point_key, tokens)["params"],
     }
 
 
@@ -77,6 +85,31 @@ def action_targets(
     return empty.at[..., ids].set(share)
 
 
+def point_loss(
+    params: dict,
+    hidden: Float[Array, "B n D"],
+    place: Int[Array, " B"],
+    area: Float[Array, "B K"],
+) -> Float[Array, ""]:
+    """Cross-entropy of where the token at a place points, of samples that show the target.
+
+    Args:
+        params: Of the head that points.
+        hidden: Hidden states; visual tokens stand from 1 on.
+        place: Of the prompt's last token.
+        area: Of the target within each visual token.
+    """
+    last = jnp.take_along_axis(hidden, place[:, None, None], axis=1)
+    query = nn.Dense(hidden.shape[-1]).apply({"params": params}, last)
+    scores = jnp.einsum("bod,bkd->bk", query, hidden[:, 1 : 1 + area.shape[1]])
+    total = area.sum(axis=1, keepdims=True)
+    share = area / jnp.maximum(total, 1e-6)
+    scores = scores * hidden.shape[-1] ** -0.5
+    losses = optax.losses.softmax_cross_entropy(scores, share)
+    seen = (total[:, 0] > 0).astype(losses.dtype)
+    return (losses * seen).sum() / jnp.maximum(seen.sum(), 1)
+
+
 def robot_loss(
     model: OpenVLA,
     loss: RobotLossConfig,
@@ -85,7 +118,7 @@ def robot_loss(
     batch: dict,
     key: jax.Array,
 ) -> tuple[Float[Array, ""], dict]:
-    """Cross-entropy of the action's tokens, plus that of the kinds in each visual token.
+    """Cross-entropy of the action's tokens, plus the losses of the two heads.
 
     Args:
         model: The VLA, which decodes tokens.
@@ -107,11 +140,17 @@ def robot_loss(
 
     def on_kept(tokens, kept):
         given = tokens, batch["ids"], batch["lengths"], encode_actions(actions, config)
-        return model.apply(variables, *given, kept=kept, method="action_logits")
+        options = {"kept": kept, "method": "action_logits", "mutable": ["intermediates"]}
+        logits, sown = model.apply(variables, *given, **options)
+        hidden = sown["intermediates"]["language_model"][f"hidden_{loss.point_layer}"][0]
+        place = batch["lengths"] + kept.shape[1] - 1
+        area = jnp.take_along_axis(content[..., loss.target], kept, axis=1)
+        pointed = point_loss(params["point_head"], hidden, place, area)
+        return optax.losses.softmax_cross_entropy(logits, targets).mean(), pointed
 
-    logits = on_some_tokens(on_kept, tokens, order, loss.keep_choices, choice_key)
-    action_loss = optax.losses.softmax_cross_entropy(logits, targets).mean()
+    action_loss, pointed = on_some_tokens(on_kept, tokens, order, loss.keep_choices, choice_key)
     seen = nn.Dense(loss.kinds).apply({"params": params["kind_head"]}, tokens)
     kind_loss = optax.losses.softmax_cross_entropy(seen, content).mean()
-    metrics = {"action_loss": action_loss, "kind_loss": kind_loss}
-    return action_loss + loss.kind_weight * kind_loss, metrics
+    metrics = {"action_loss": action_loss, "kind_loss": kind_loss, "point_loss": pointed}
+    total = action_loss + loss.kind_weight * kind_loss + loss.point_weight * pointed
+    return total, metrics
