@@ -1,9 +1,10 @@
 """What the tiny robot VLA learns from: the expert's action, and beside it what it sees.
 
 A published OpenVLA starts from pretrained encoders and a pretrained language model. The tiny one
-starts from nothing, so two heads teach what pretraining would have: a linear one what kinds of
-things are in each visual token, and one that points, from the last word of the prompt, at the
-tokens of what it asks for. Both are thrown away.
+starts from nothing, so heads teach what pretraining would have: linear ones what kinds of things
+are in each visual token and where it is (its place must be in values, not only in attention), and
+one points, from the last word of the prompt, at the tokens of what that asks for. All are thrown
+away.
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class RobotLossConfig:
         kinds: Kinds of things in the pictures of what each pixel shows.
         target: The kind that the instruction asks for.
         kind_weight: Of the loss of the head that names kinds.
+        place_weight: Of the loss of the head that tells view, row and column.
         point_weight: Of the loss of the head that points.
         point_layer: Decoder layer whose output that head reads.
         blur: Deviation in bins of the target around the true action: neighbouring bins are nearly
@@ -40,19 +42,21 @@ class RobotLossConfig:
     kinds: int = 5
     target: int = 1
     kind_weight: float = 1.0
+    place_weight: float = 1.0
     point_weight: float = 1.0
     point_layer: int = 2
     blur: float = 6.0
-    keep_choices: tuple[float, ...] = (1.0, 1.0, 0.5, 0.25, 0.125)
+    keep_choices: tuple[float, ...] = (1.0, 1.0, 1.0, 0.5, 0.25, 0.125)
 
 
 def init_robot(model: OpenVLA, loss: RobotLossConfig, key: jax.Array) -> dict:
-    """Parameters {"vla", "kind_head", "point_head"}."""
-    vla_key, kind_key, point_key = jax.random.split(key, 3)
+    """Parameters {"vla", "kind_head", "place_head", "point_head"}."""
+    vla_key, kind_key, place_key, point_key = jax.random.split(key, 4)
     tokens = jnp.zeros((1, 1, model.config.text.hidden_size))
     return {
         "vla": model.init(vla_key, **example_inputs(model.config))["params"],
         "kind_head": nn.Dense(loss.kinds).init(kind_key, tokens)["params"],
+        "place_head": nn.Dense(3).init(place_key, tokens)["params"],
         "point_head": nn.Dense(tokens.shape[-1]).init(point_key, tokens)["params"],
     }
 
@@ -66,6 +70,13 @@ def kind_fractions(
     x = jax.nn.one_hot(segments, kinds)
     x = x.reshape(batch, views, rows, height // rows, columns, width // columns, kinds)
     return x.mean(axis=(3, 5)).reshape(batch, -1, kinds)
+
+
+def token_places(config: OpenVLAConfig) -> Float[Array, "N 3"]:
+    """View, row and column of each visual token, each from -1 to 1."""
+    sizes = config.views, *config.token_grid
+    place = jnp.indices(sizes).reshape(3, -1).T
+    return 2 * place / jnp.maximum(jnp.asarray(sizes) - 1, 1) - 1
 
 
 def action_targets(
@@ -151,6 +162,8 @@ def robot_loss(
     action_loss, pointed = on_some_tokens(on_kept, tokens, order, loss.keep_choices, choice_key)
     seen = nn.Dense(loss.kinds).apply({"params": params["kind_head"]}, tokens)
     kind_loss = optax.losses.softmax_cross_entropy(seen, content).mean()
-    metrics = {"action_loss": action_loss, "kind_loss": kind_loss, "point_loss": pointed}
+    found = nn.Dense(3).apply({"params": params["place_head"]}, tokens)
+    place_loss = jnp.square(found - token_places(config)).mean()
     total = action_loss + loss.kind_weight * kind_loss + loss.point_weight * pointed
-    return total, metrics
+    metrics = {"action_loss": action_loss, "kind_loss": kind_loss, "point_loss": pointed}
+    return total + loss.place_weight * place_loss, metrics | {"place_loss": place_loss}
