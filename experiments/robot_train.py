@@ -45,9 +45,10 @@ from fastdrive_jax.training.state import init_train_state, make_train_step
 
 
 def _tabletop_model() -> OpenVLAConfig:
-    """Two views of 8 x 8 tokens."""
-    encoders = tuple(replace(encoder, patch_size=12) for encoder in TINY_OPENVLA.encoders)
-    text = replace(TINY_OPENVLA.text, vocab_size=320)
+    """Two views of 6 x 6 tokens; small, since the samples that it sees count more than its size."""
+    encoders = tuple(replace(encoder, patch_size=16) for encoder in TINY_OPENVLA.encoders)
+    sizes = {"hidden_size": 96, "intermediate_size": 256, "mrope_section": (12, 0, 0)}
+    text = replace(TINY_OPENVLA.text, vocab_size=320, **sizes)
     return replace(TINY_OPENVLA, encoders=encoders, text=text, views=2)
 
 
@@ -72,14 +73,14 @@ class RobotTrainConfig:
     loss: RobotLossConfig = field(default_factory=RobotLossConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
-            learning_rate=1.5e-3,
+            learning_rate=2e-3,
             warmup_steps=100,
-            total_steps=2200,
+            total_steps=2800,
             weight_decay=0.02,
             clip_norm=1.0,
         )
     )
-    batch_size: int = 16
+    batch_size: int = 32
     seed: int = 0
     quiet: bool = False
 

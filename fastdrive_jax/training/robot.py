@@ -45,7 +45,7 @@ class RobotLossConfig:
     place_weight: float = 1.0
     point_weight: float = 1.0
     point_layer: int = 2
-    blur: float = 6.0
+    blur: float = 4.0
     keep_choices: tuple[float, ...] = (1.0, 1.0, 1.0, 0.5, 0.25, 0.125)
 
 
