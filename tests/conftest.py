@@ -1,5 +1,19 @@
 """Settings of every test."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
+# What one test has compiled others need not: workers and the processes that tests start inherit
+# this. It is set before JAX reads it, and gone with the run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="fastdrive_jax_tests_")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import jax
 import pytest
 
