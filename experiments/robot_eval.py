@@ -1,6 +1,7 @@
 r"""Policies move robots, with pruned tokens or without: success, and how often they can act.
 
-    fastdrive robot eval --policies expert openvla --methods fastv vlapruner --trials 20
+    fastdrive robot eval --policies expert openvla --weights runs/robot_policy/policy.safetensors \
+        --methods fastv vlapruner --trials 20
     fastdrive robot eval --suites libero_spatial --policies openvla --weights CHECKPOINT \
         --methods fastv vlapruner --ratios 0.5 0.25 --workers 8 --batch 4
 
@@ -24,8 +25,6 @@ from data_pipelines.robot.workers import Episode, run_episodes
 from experiments.drives import UNPRUNED
 from experiments.robot_policies import (
     CONTROLS,
-    EXPERT,
-    OPENVLA,
     check_methods,
     check_policy,
     file_name,
@@ -49,8 +48,8 @@ class RobotEvalArgs:
             "libero_10" and "libero_90" (extra `libero`).
         policies: "expert" (of the tabletop), "random", "openvla", or FILE.py:FUNCTION for one of
             your own.
-        weights: Of "openvla": a policy file, or the folder of a published OpenVLA or OFT
-            checkpoint; by default the tabletop's policy in the package.
+        weights: Of "openvla": a policy file of `fastdrive robot train`, or the folder of a
+            published OpenVLA or OFT checkpoint.
         methods: How policies choose tokens, training-free ones or FILE.py:FUNCTION; unpruned they
             are always run.
         ratios: Keep ratios of the methods.
@@ -69,7 +68,7 @@ class RobotEvalArgs:
 
     out: Path = Path("runs/robot")
     suites: tuple[str, ...] = (TABLETOP,)
-    policies: tuple[str, ...] = (EXPERT, OPENVLA)
+    policies: tuple[str, ...] = CONTROLS
     weights: Path | None = None
     methods: tuple[str, ...] = ()
     ratios: tuple[float, ...] = (0.5, 0.25)

@@ -51,8 +51,8 @@ def robot_policy(
         method: How tokens are chosen; "unpruned" keeps all; None for controls.
         ratio: Kept tokens; None for controls.
         seed: Of what draws.
-        weights: Of "openvla": a policy file, or the folder of a published checkpoint; None takes
-            the tabletop's policy in the package.
+        weights: Of "openvla": a policy file of `fastdrive robot train`, or the folder of a
+            published checkpoint.
         per_view: Whether each view of "openvla" has a budget of its own.
 
     Raises:
@@ -76,9 +76,9 @@ def robot_policy(
     return make(suite=suite, method=method, ratio=ratio, seed=seed)
 
 
-def openvla_parts(suite: str, weights: Path | None) -> tuple[OpenVLA, dict, Body]:
+def openvla_parts(suite: str, weights: Path) -> tuple[OpenVLA, dict, Body]:
     """Model, parameters, and what stands between it and the robot of a suite."""
-    if weights is None or weights.is_file():
+    if weights.is_file():
         model, params, spec = load_policy(weights)
         views = tuple(VIEWS.index(view) for view in spec.views)
         body = Body(spec.prompts, spec.prompts.length, spec.statistics, views=views)
@@ -136,12 +136,17 @@ def check_policy(name: str, suite: str, weights: Path | None = None) -> None:
     if name == EXPERT and suite != TABLETOP:
         raise UserError(f"The expert knows the suite {TABLETOP} only; leave it out for {suite}.")
     if name == OPENVLA:
-        if weights is not None and not weights.exists():
-            raise UserError(f"There is no policy file or checkpoint folder {weights}.")
-        if (weights is None or weights.is_file()) and suite != TABLETOP:
+        if weights is None:
             raise UserError(
-                f"The small policy knows the suite {TABLETOP} only; for {suite} give the folder "
-                "of a checkpoint as --weights."
+                "The policy openvla needs --weights: a policy file of `fastdrive robot train`, or "
+                "the folder of a published checkpoint."
+            )
+        if not weights.exists():
+            raise UserError(f"There is no policy file or checkpoint folder {weights}.")
+        if weights.is_file() and suite != TABLETOP:
+            raise UserError(
+                f"A small policy knows the suite {TABLETOP} only; for {suite} give the folder of a "
+                "checkpoint as --weights."
             )
     if name not in POLICIES and ".py:" not in name:
         close = difflib.get_close_matches(name, POLICIES, n=1)

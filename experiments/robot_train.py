@@ -1,10 +1,8 @@
 """Train the tiny OpenVLA by behaviour cloning on demonstrations of the tabletop.
 
-    fastdrive robot demos --out demos --episodes 200 --workers 2
-    fastdrive robot train --demos demos --out runs/robot_policy
-    fastdrive robot eval --policies openvla --policy runs/robot_policy/policy.safetensors
-
-The policy that comes with the package was made so.
+fastdrive robot demos --out demos --episodes 200 --workers 2
+fastdrive robot train --demos demos --out runs/robot_policy
+fastdrive robot eval --policies openvla --weights runs/robot_policy/policy.safetensors
 """
 
 from collections.abc import Callable

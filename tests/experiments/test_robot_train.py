@@ -74,8 +74,12 @@ def test_what_does_not_fit_is_refused(config, tmp_path):
 def test_the_command_names_what_it_refuses(tmp_path, capsys):
     assert main(["robot", "train", "--demos", str(tmp_path / "none")]) == 2
     assert "holds no whole demonstrations" in capsys.readouterr().err
-    given = ["robot", "eval", "--policies", "openvla", "--suites", "libero_goal"]
-    assert main([*given, "--out", str(tmp_path / "out")]) == 2
+    given = ["robot", "eval", "--policies", "openvla", "--out", str(tmp_path / "out")]
+    assert main(given) == 2
+    assert "needs --weights" in capsys.readouterr().err
+    small = tmp_path / "policy.safetensors"
+    small.touch()
+    assert main([*given, "--suites", "libero_goal", "--weights", str(small)]) == 2
     assert "give the folder of a checkpoint" in capsys.readouterr().err
     assert main(["robot", "eval", "--methods", "reconpruner", "--out", str(tmp_path / "o")]) == 2
     assert "training-free" in capsys.readouterr().err

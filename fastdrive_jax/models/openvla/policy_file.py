@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import jax
@@ -19,7 +18,6 @@ from fastdrive_jax.models.openvla.config import OpenVLAConfig
 from fastdrive_jax.models.openvla.model import OpenVLA
 from fastdrive_jax.models.openvla.prompt import WordPrompts
 
-BUNDLED = "tiny_openvla.safetensors"  # of the tabletop, trained by `fastdrive robot train`
 _KEY = "openvla"  # of the file's metadata
 
 
@@ -58,17 +56,12 @@ def save_policy(path: Path, params: dict, spec: PolicySpec) -> None:
         raise UserError(f"The policy {path} can't be written ({error}); check the disk.") from error
 
 
-def load_policy(path: Path | None = None) -> tuple[OpenVLA, dict, PolicySpec]:
-    """Model, float32 parameters and spec.
-
-    Args:
-        path: Of `save_policy`; None takes the policy in the package.
+def load_policy(path: Path) -> tuple[OpenVLA, dict, PolicySpec]:
+    """Model, float32 parameters and spec of what `save_policy` wrote.
 
     Raises:
         UserError: The file is missing or unreadable, is no policy, or does not fit its own sizes.
     """
-    if path is None:
-        path = Path(str(resources.files("fastdrive_jax") / "assets" / BUNDLED))
     try:
         with safe_open(path, framework="flax") as file:
             kept = (file.metadata() or {}).get(_KEY)
