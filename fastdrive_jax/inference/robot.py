@@ -238,7 +238,7 @@ def _room(policy: RobotVLA) -> int:
     """Slots behind the prompt; what is answered at once needs caches only to be remembered."""
     config = policy.model.config
     if isinstance(policy.model, Pi0):
-        return config.room
+        return action_expert(config).room
     return int(policy.pruner.reuse) if config.parallel else config.action_tokens
 
 

@@ -147,6 +147,7 @@ def test_a_world_of_another_config_is_refused(run, whole):
     assert_refused(run(whole, "--world.seed=7"), "world", "this config")
 
 
+@pytest.mark.slow
 def test_a_second_start_takes_what_is_there_and_finds_the_same(run, whole):
     rows, weights = rows_of(whole), weights_digest(whole)
     before = (whole / "pruner" / "metrics.jsonl").read_bytes()
@@ -159,6 +160,7 @@ def test_a_second_start_takes_what_is_there_and_finds_the_same(run, whole):
     assert (whole / "pruner" / "metrics.jsonl").read_bytes() == before  # nothing trained again
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(run, environment, whole, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
@@ -183,6 +185,7 @@ def test_a_killed_run_ends_with_the_same_weights(run, environment, whole, tmp_pa
     assert timeless(rows_of(out)) == timeless(rows_of(whole))
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_the_drives_of_a_quick_start(environment, whole, tmp_path):
     arguments = [part.replace("--", "--quickstart.", 1) for part in SMALL]
     code = "import sys; from experiments.cli import main; sys.exit(main(sys.argv[1:]))"

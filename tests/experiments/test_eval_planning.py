@@ -108,6 +108,7 @@ def test_a_second_start_plans_what_is_missing_and_finds_the_same(out):
     assert rows_of(out) == before
 
 
+@pytest.mark.slow
 def test_parts_find_what_one_process_finds(out, tmp_path):
     for path in out.iterdir():
         if path.name != "plans":

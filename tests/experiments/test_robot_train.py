@@ -31,7 +31,7 @@ def config(tmp_path_factory):
         out=folder / "run",
         model=small_openvla()[0].config,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1, total_steps=3),
-        batch_size=4,
+        batch_size=8,  # other tests may have made eight devices of this process
         quiet=True,
     )
 

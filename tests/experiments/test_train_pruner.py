@@ -118,6 +118,7 @@ def test_what_is_kept_is_measured_beside_the_controls(whole):
     assert {row.n for row in rows if row.method == "oracle"} == {2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 1, "tensor": 2}, {"data": 1, "fsdp": 1}])
 def test_a_stopped_run_goes_on_with_other_devices(whole, shards, checkpoint, tmp_path, mesh):
     result, _ = whole
@@ -162,6 +163,7 @@ def stop_after(step, shards, checkpoint, out, run):
         module.make_loader = loader
 
 
+@pytest.mark.slow
 def test_tokens_may_be_cached(shards, checkpoint, tmp_path):
     still = replace(RUN.loader, flip=False)
     run = replace(RUN, loader=still, data=1, fsdp=1, ema_decay=None, best=None)

@@ -79,6 +79,7 @@ def test_kept_tokens_answer_as_a_prompt_that_never_held_the_others(params, sampl
     np.testing.assert_array_equal(found.keep_indices, np.tile(chosen, (2, 1)))
 
 
+@pytest.mark.slow
 def test_every_method_of_single_frames_keeps_its_budget(params, samples):
     share = jnp.asarray(np.random.default_rng(2).random((2, 24)), jnp.float32)
     within = {"fastv": {"layer": 1}}  # the model has two layers
