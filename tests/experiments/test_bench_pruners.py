@@ -19,7 +19,6 @@ from fastdrive_jax.pruning.interface import Cuts, Temporal
 CONFIG = scaled_config(256)
 
 
-@pytest.mark.slow
 def test_every_registered_method_is_measured(tmp_path):
     args = BenchPrunersArgs(tmp_path, batch=(2,), n=48, dim=256, k=12, repeats=1)
     rows, meta = read_rows(bench_pruners(args))

@@ -109,7 +109,6 @@ class InOrder:
         return map(function, values)
 
 
-@pytest.mark.slow
 def test_the_whole_evaluation_and_what_is_left_out(config, tmp_path):
     methods = ("reconpruner", "prior", "vlapruner")
     args = EvalPlanningArgs(tmp_path, methods, (0.5,), qwen=config, pictures=1, quiet=True)

@@ -44,7 +44,7 @@ def curve(out):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
-    """Losses within 3e-5 over 20 steps; tokens cached in turn; what is kept is measured alike."""
+    """Losses within 1e-5 over 20 steps; tokens cached in turn; what is kept is measured alike."""
     world = WorldConfig(
         train_scenes=2,
         val_scenes=1,
@@ -83,7 +83,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     ours, theirs = curve(tmp_path / "two"), curve(tmp_path / "one")
     assert [point[:2] for point in ours] == [point[:2] for point in theirs]
     assert len(ours) == 23
-    np.testing.assert_allclose([p[2] for p in ours], [p[2] for p in theirs], atol=3e-5)
+    np.testing.assert_allclose([p[2] for p in ours], [p[2] for p in theirs], atol=1e-5)
     rows, same = (
         json.loads((tmp_path / name / "results.json").read_text())["rows"]
         for name in ("two", "one")

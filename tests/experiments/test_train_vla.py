@@ -23,7 +23,6 @@ CONFIG = TrainVLAConfig(
 )
 
 
-@pytest.mark.slow
 def test_it_trains_evaluates_and_goes_on(tmp_path):
     params = train_vla(tmp_path, CONFIG, quiet=True)
     assert set(params) == {"visual", "language_model"}

@@ -18,7 +18,6 @@ from fastdrive_jax.training.optimizer import OptimizerConfig
 CAMERAS = ("CAM_FRONT", "CAM_BACK")
 
 
-@pytest.mark.slow
 def test_the_decoder_learns_and_the_encoder_stays(tmp_path):
     config = WidenVLAConfig(
         out=tmp_path,
