@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # What one test has compiled others need not: workers and the processes that tests start inherit
 # this. It is set before JAX reads it, and gone with the run.
@@ -25,6 +26,19 @@ COMPILED_QUICKLY = (
     *("/pruning/", "/inference/", "/docs/", "/models/", "/training/", "/export/", "/parallel/"),
     *("/parity/", "/experiments/"),
 )
+
+# Each compiled program is mapped into memory in several pieces, and Linux ends a process that asks
+# for more than 65,530 of them: a whole run of the tests compiles that much.
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_let_go():
+    """Forgets compiled programs between files, when there are many."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")
