@@ -44,9 +44,10 @@ from fastdrive_jax.training.state import init_train_state, make_train_step
 
 def _tabletop_model() -> OpenVLAConfig:
     """Two views of 6 x 6 tokens; small, since the samples that it sees count more than its size."""
-    encoders = tuple(replace(encoder, patch_size=16) for encoder in TINY_OPENVLA.encoders)
-    sizes = {"hidden_size": 96, "intermediate_size": 256, "mrope_section": (12, 0, 0)}
-    text = replace(TINY_OPENVLA.text, vocab_size=320, **sizes)
+    encoders = tuple(replace(vit, patch_size=16, num_heads=2) for vit in TINY_OPENVLA.encoders)
+    sizes = {"hidden_size": 96, "intermediate_size": 256, "vocab_size": 320}
+    heads = {"num_heads": 3, "num_kv_heads": 3, "mrope_section": (16, 0, 0)}
+    text = replace(TINY_OPENVLA.text, **sizes, **heads)
     return replace(TINY_OPENVLA, encoders=encoders, text=text, views=2)
 
 
@@ -73,12 +74,12 @@ class RobotTrainConfig:
         default_factory=lambda: OptimizerConfig(
             learning_rate=2e-3,
             warmup_steps=100,
-            total_steps=2800,
+            total_steps=2600,
             weight_decay=0.02,
             clip_norm=1.0,
         )
     )
-    batch_size: int = 32
+    batch_size: int = 64
     seed: int = 0
     quiet: bool = False
 

@@ -38,7 +38,7 @@ class RobotLossConfig:
 
     heads: HeadConfig = field(default_factory=HeadConfig)
     blur: float = 4.0
-    keep_choices: tuple[float, ...] = (1.0, 1.0, 1.0, 0.5, 0.25, 0.125)
+    keep_choices: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 0.5, 0.25, 0.125)
 
 
 def init_robot(model: OpenVLA, loss: RobotLossConfig, key: jax.Array) -> dict:
