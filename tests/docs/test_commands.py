@@ -1,0 +1,63 @@
+"""Every command that a page shows is one that the command line takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+from experiments.cli import Command
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of each `fastdrive` in the page's shell blocks."""
+    found = []
+    for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in re.sub(r"\\\n", " ", block).splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                places = [k for k, word in enumerate(words) if Path(word).name == "fastdrive"]
+                found += [words[place + 1 :] for place in places[:1]]
+    return found
+
+
+SHOWN = [(page.name, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    SHOWN,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:50],
+)
+def test_it_is_understood(page, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the reader has the page's files, and weights of a run
+    text = next(path for path in PAGES if path.name == page).read_text()
+    for name, content in re.findall(r"```python file=(\S+)\n(.*?)```", text, re.DOTALL):
+        Path(name).write_text(content)
+    for word in words:
+        if word.endswith(".safetensors"):
+            Path(word).parent.mkdir(parents=True, exist_ok=True)
+            Path(word).touch()
+    given = ["images", *words[1:]] if words[0] == "quickstart" and "--images" in words else words
+    try:
+        tyro.cli(Command, args=given, prog="fastdrive")
+    except SystemExit as stopped:
+        pytest.fail(f"{page} shows `fastdrive {' '.join(words)}`, which ends with {stopped.code}")
+
+
+def test_pages_show_commands():
+    assert len(SHOWN) > 20
+
+
+def test_every_page_is_on_the_site_and_every_link_leads_somewhere():
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in PAGES:
+        if page.parent.name == "docs" and page.stem != "index":
+            assert re.search(rf"^{page.stem}$", index, re.MULTILINE), f"{page.name} is not listed"
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
