@@ -7,6 +7,7 @@ from jaxtyping import Array, Int
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference import segments
+from fastdrive_jax.inference.live import live_sequence
 from fastdrive_jax.inference.pruned import read_pruned
 from fastdrive_jax.inference.sampling import SamplingConfig, decode_loop, ids_in
 from fastdrive_jax.models.decoder import Decoder
@@ -87,7 +88,7 @@ def answer_pruned(
         )
     total = pictures // samples * each
     embeddings = model.apply(variables, batch.ids, batch.visual, tokens, method="embed")
-    live = segments.live_sequence(
+    live = live_sequence(
         embeddings,
         jnp.asarray(batch.positions),
         jnp.asarray(batch.visual) >= 0,

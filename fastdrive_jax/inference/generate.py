@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.inference import segments
+from fastdrive_jax.inference.live import Live
 from fastdrive_jax.inference.pruned import Decoded, decode_tokens
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, positions
@@ -39,13 +40,13 @@ def live_prompt(
     tokens: Float[Array, "B K D"],
     visual_ids: Int[Array, "3 B K"],
     prompt: Int[Array, "B L"],
-) -> tuple[Decoder, dict, segments.Live, Int[Array, " B"], int]:
+) -> tuple[Decoder, dict, Live, Int[Array, " B"], int]:
     """What `segments.prefill` and `reuse.prefill` take first: the prompt before the first layer."""
     hidden, ids = model.apply(params, tokens, visual_ids, prompt, method="sequence")
     batch, length = hidden.shape[:2]
     count = tokens.shape[1]
     text = jnp.concatenate([jnp.arange(2), jnp.arange(2 + count, length)])
-    live = segments.Live(
+    live = Live(
         hidden=hidden,
         position_ids=ids,
         visual=jnp.broadcast_to(2 + jnp.arange(count), (batch, count)),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.inference import reuse, segments
+from fastdrive_jax.inference.live import Live, first_inputs, keep_live
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.pruning.budgets import split_pictures
@@ -93,7 +94,7 @@ def observed_layers(pruner: Pruner, num_layers: int) -> tuple[int, ...]:
 def read_pruned(
     decoder: Decoder,
     params: dict,
-    live: segments.Live,
+    live: Live,
     next_position: Int[Array, " B"],
     room: int,
     pruner: Pruner,
@@ -126,12 +127,12 @@ def read_pruned(
         reused = reuse.prefill(*given, *within, observe=pruner.temporal.text_layers(layers))
         return Read(reused.read, reused.computed, reused)
     if stands_before(pruner):
-        first = segments.first_inputs(live, None)
+        first = first_inputs(live, None)
         inputs = inputs.replace(text=first.text, text_valid=first.text_valid)
         if "relevance" in pruner.needs and inputs.relevance is None:
             relevance = text_relevance(inputs.tokens, first.text, first.text_valid)
             inputs = inputs.replace(relevance=relevance)
-        live = segments.keep_live(live, keep_before(pruner, pruner_params, inputs, keep_ratio, key))
+        live = keep_live(live, keep_before(pruner, pruner_params, inputs, keep_ratio, key))
         given, within = (decoder, params, live, next_position, room), ()
     read = segments.prefill(*given, *within, observe=observe, acting=acting, total=total)
     return Read(read, read.segments[-1].ids)

@@ -22,14 +22,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fastdrive_jax.inference.segments import (
+from fastdrive_jax.inference.live import (
     Live,
-    Prefilled,
-    Segment,
     cut_inputs,
     first_inputs,
     instruction,
     keep_live,
+)
+from fastdrive_jax.inference.segments import (
+    Prefilled,
+    Segment,
     last_logits,
 )
 from fastdrive_jax.models.attention_rows import attention_rows

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from fastdrive_jax.inference.live import Live, live_sequence
 from fastdrive_jax.inference.pictures import layout_inputs, token_pixels
 from fastdrive_jax.inference.pruned import (
     Read,
@@ -24,7 +25,6 @@ from fastdrive_jax.inference.pruned import (
     reset_state,
     start_memory,
 )
-from fastdrive_jax.inference.segments import Live, live_sequence
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.openvla.actions import decode_actions
 from fastdrive_jax.models.openvla.model import OpenVLA

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.inference import segments
-from fastdrive_jax.inference.segments import Live, Prefilled
+from fastdrive_jax.inference.live import Live
+from fastdrive_jax.inference.segments import Prefilled
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.pi0.expert import ActionExpert
 from fastdrive_jax.models.pi0.model import Pi0, action_expert

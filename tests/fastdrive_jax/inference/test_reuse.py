@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fastdrive_jax.inference.live import live_sequence
 from fastdrive_jax.inference.policy import DrivingPolicy, plan, start_state
 from fastdrive_jax.inference.pruned import reset_state
 from fastdrive_jax.inference.reuse import Memory, no_caches, prefill
-from fastdrive_jax.inference.segments import decode_token, live_sequence
+from fastdrive_jax.inference.segments import decode_token
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA

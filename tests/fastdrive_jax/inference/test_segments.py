@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastdrive_jax.inference.segments import decode_token, live_sequence, prefill
+from fastdrive_jax.inference.live import live_sequence
+from fastdrive_jax.inference.segments import decode_token, prefill
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.pruning import Pruner, PrunerInputs

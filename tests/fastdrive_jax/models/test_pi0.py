@@ -12,6 +12,7 @@ import pytest
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference import reuse, segments
+from fastdrive_jax.inference.live import live_sequence
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.openvla.config import TINY_OPENVLA
 from fastdrive_jax.models.pi0 import flow
@@ -324,7 +325,7 @@ def test_it_is_a_head_for_any_decoder_without_a_causal_mask():
 
     def run(key):
         hidden = jnp.zeros((BATCH, 20, llama.hidden_size))
-        live = segments.live_sequence(
+        live = live_sequence(
             hidden,
             jnp.zeros((3, BATCH, 20), jnp.int32),
             jnp.broadcast_to(jnp.arange(20) < 16, (BATCH, 20)),
