@@ -43,7 +43,9 @@ _PAGE = {
     "/page.js": ("page.js", "text/javascript"),
 }
 _PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
+    ),
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
@@ -259,6 +261,7 @@ async def _info(service: Service, request: Request) -> Response:
             "commands": COMMANDS,
             "method": service.method,
             "ready": ready is not None,
+            "progress": service.worker.progress,
             "remembers": ready is not None and ready.programs.temporal,
             "ratios": sorted(config.ratios, reverse=True),
             "target_ms": config.target_ms,

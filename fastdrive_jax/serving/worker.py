@@ -146,8 +146,8 @@ class Worker:
             self.failure = error
             self._on_failure()
             return
-        with self._changed:
-            self.ready = ready
+        self.progress = "ready"
+        self.ready = ready
         while taken := self._take():
             try:
                 self._plan(ready, taken)

@@ -41,12 +41,9 @@ async function start() {
 async function whenReady() {
   for (;;) {
     try {
-      const answer = await fetch("/readyz");
-      if (answer.ok) {
-        pill("ready", "ready");
-        return await (await fetch("/v1/info")).json();
-      }
-      pill((await answer.text()).trim(), "waiting");
+      const found = await (await fetch("/v1/info")).json();
+      pill(found.progress, found.ready ? "ready" : "waiting");
+      if (found.ready) return found;
     } catch {
       pill("no connection", "waiting");
     }
