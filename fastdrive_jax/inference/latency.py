@@ -1,18 +1,18 @@
 """A latency target in place of a keep ratio: which of the compiled buckets a frame can afford.
 
 Every keep ratio is a program of its own, a bucket. Their times are measured once, in turn, when all
-are compiled: the median, and `high_ms`, the `QUANTILE` of a frame's time. From then on one number,
-the load, says how much slower the machine is than it was then; a frame takes the largest bucket
-with
+are compiled; of each the median is kept. From then on one number, the load, says how much slower
+than its median a frame is to be expected, and a frame takes the largest bucket with
 
-    high_ms * load <= target
+    median_ms * load <= target
 
-The load is a running estimate of the same quantile of observed / high_ms, whichever bucket a frame
-took: each frame multiplies it by `exp(RATE * QUANTILE)` if it took longer than expected and by
-`exp(-RATE * (1 - QUANTILE))` otherwise, so it is at rest where `QUANTILE` of the frames take no
-longer. One outlier moves it by a ninth, however far out it lies; a machine that becomes twice as
-slow is followed within 7 frames, and trusted again after 58: missing the target costs more than a
-few tokens.
+The load is a running estimate of the `QUANTILE` of observed / median, whichever bucket a frame
+took. It begins as that of the measured rounds, all buckets together: what else a machine does hits
+all alike, and the few rounds of one bucket would tell its tail badly. Each frame multiplies it by
+`exp(RATE * QUANTILE)` if it took longer than expected and by `exp(-RATE * (1 - QUANTILE))`
+otherwise, so it is at rest where `QUANTILE` of the frames take no longer. One outlier moves it by a
+ninth, however far out it lies; a machine that becomes twice as slow is followed within 7 frames,
+and trusted again after 58: missing the target costs more than a few tokens.
 """
 
 import math
@@ -38,13 +38,24 @@ class BucketTime:
         keep_ratio: In (0, 1].
         tokens: K.
         median_ms: Milliseconds.
-        high_ms: `QUANTILE` of the milliseconds.
     """
 
     keep_ratio: float
     tokens: int
     median_ms: float
-    high_ms: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All buckets of a policy.
+
+    Attributes:
+        buckets: Largest K first.
+        load: To begin with.
+    """
+
+    buckets: tuple[BucketTime, ...]
+    load: float
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ def measure_buckets(
     rounds: int = 20,
     warm_up: int = 2,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[BucketTime, ...]:
+) -> Measured:
     """Times every bucket, each round all in turn: what else the machine does hits all alike.
 
     Args:
@@ -77,9 +88,6 @@ def measure_buckets(
         rounds: That count, after those of warming up.
         warm_up: Rounds before them.
         clock: Seconds.
-
-    Returns:
-        Largest K first.
     """
     spent: dict[float, list[float]] = {ratio: [] for ratio in runs}
     for _ in range(warm_up + rounds):
@@ -88,20 +96,22 @@ def measure_buckets(
             jax.block_until_ready(run())
             spent[ratio].append(1e3 * (clock() - begin))
     times = {ratio: np.asarray(values[warm_up:]) for ratio, values in spent.items()}
-    found = [
-        BucketTime(ratio, tokens[ratio], float(np.median(of)), float(np.quantile(of, QUANTILE)))
-        for ratio, of in times.items()
-    ]
-    return tuple(sorted(found, key=lambda bucket: -bucket.tokens))
+    medians = {ratio: float(np.median(of)) for ratio, of in times.items()}
+    slower = np.concatenate([of / medians[ratio] for ratio, of in times.items()])
+    found = [BucketTime(ratio, tokens[ratio], median) for ratio, median in medians.items()]
+    return Measured(
+        tuple(sorted(found, key=lambda bucket: -bucket.tokens)),
+        float(np.quantile(slower, QUANTILE)),
+    )
 
 
-def choose_bucket(buckets: Sequence[BucketTime], target_ms: float, load: float = 1.0) -> Choice:
+def choose_bucket(buckets: Sequence[BucketTime], target_ms: float, load: float) -> Choice:
     """The largest bucket that meets the target; the smallest if none does.
 
     Args:
-        buckets: Of `measure_buckets`.
+        buckets: That were measured.
         target_ms: Milliseconds that are left for the frame; may be negative.
-        load: Of `next_load`.
+        load: See above.
 
     Raises:
         ValueError: There is no bucket.
@@ -110,21 +120,21 @@ def choose_bucket(buckets: Sequence[BucketTime], target_ms: float, load: float =
         raise ValueError("there must be a bucket to choose")
     by_size = sorted(buckets, key=lambda bucket: -bucket.tokens)
     for bucket in by_size:
-        if bucket.high_ms * load <= target_ms:
-            return Choice(bucket, bucket.high_ms * load, True)
+        if bucket.median_ms * load <= target_ms:
+            return Choice(bucket, bucket.median_ms * load, True)
     smallest = by_size[-1]
-    return Choice(smallest, smallest.high_ms * load, False)
+    return Choice(smallest, smallest.median_ms * load, False)
 
 
 def next_load(load: float, bucket: BucketTime, observed_ms: float) -> float:
     """The load after a frame; see above.
 
     Args:
-        load: Before it, 1 at first.
+        load: Before it.
         bucket: That the frame took.
         observed_ms: What it took, measured as the bucket was.
     """
-    slower = observed_ms > bucket.high_ms * load
+    slower = observed_ms > bucket.median_ms * load
     return load * math.exp(RATE * (QUANTILE - (0 if slower else 1)))
 
 

@@ -268,7 +268,11 @@ async def _info(service: Service, request: Request) -> Response:
             "batch_sizes": config.batch_sizes,
             "buckets": []
             if ready is None
-            else [{"batch": size, **asdict(b)} for size, of in ready.times.items() for b in of],
+            else [
+                {"batch": size, **asdict(bucket)}
+                for size, measured in ready.times.items()
+                for bucket in measured.buckets
+            ],
             "limits": asdict(config.limits),
             "demo": [
                 {"name": one.name, "frames": one.frames, "period": one.period}

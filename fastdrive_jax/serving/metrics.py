@@ -18,7 +18,7 @@ class Metrics:
         drives: That are remembered.
         kept: Share of the tokens that a frame kept.
         batch: Frames that were planned at once.
-        load: How much slower than measured at the start frames are.
+        load: See `inference.latency`.
         missed: Frames that no bucket could plan within their target.
     """
 
@@ -38,11 +38,10 @@ class Metrics:
         self.batch = Histogram(
             "fastdrive_batch_size", "Frames planned at once.", buckets=_SIZES, **given
         )
-        self.load = Gauge("fastdrive_load", "Observed over measured time of a frame.", **given)
+        self.load = Gauge("fastdrive_load", "Expected over median time of a frame.", **given)
         self.missed = Counter(
             "fastdrive_target_missed", "Frames no bucket is fast enough for.", **given
         )
-        self.load.set(1)
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.inference.latency import BucketTime, measure_buckets
+from fastdrive_jax.inference.latency import Measured, measure_buckets
 from fastdrive_jax.inference.pictures import encode_pictures, encoded_inputs
 from fastdrive_jax.inference.policy import DrivingPolicy, plan_tokens, start_state
 from fastdrive_jax.pruning import make_pruner
@@ -192,7 +192,7 @@ def run_batch(
 
 def time_programs(
     programs: Programs, rounds: int = 12, progress: Callable[[], None] = lambda: None
-) -> dict[int, tuple[BucketTime, ...]]:
+) -> dict[int, Measured]:
     """Batch size to the times of all buckets, as in the middle of a drive.
 
     Args:

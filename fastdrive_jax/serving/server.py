@@ -112,15 +112,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 def ready_lines(ready: Ready, config: ServeConfig) -> list[str]:
     """What was measured, and whether the target can be met."""
-    buckets = ready.times[1]
+    buckets = ready.times[1].buckets
     lines = [f"Ready on {jax.devices()[0]}; a frame takes"]
     lines += [
         f"  {one.keep_ratio:5.0%} kept ({one.tokens} tokens): {one.median_ms:.1f} ms, "
-        f"in nine of ten {one.high_ms:.1f} ms at most"
+        f"nine of ten at most {one.median_ms * ready.load:.1f} ms"
         for one in buckets
     ]
     if config.target_ms is not None:
-        choice = choose_bucket(buckets, config.target_ms)
+        choice = choose_bucket(buckets, config.target_ms, ready.load)
         if choice.meets:
             lines.append(
                 f"{config.target_ms:g} ms are met by {choice.bucket.keep_ratio:g} and below."

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import numpy as np
+
 from fastdrive_jax.inference.latency import (
-    BucketTime,
+    Measured,
     choose_bucket,
     miss_sentence,
     next_load,
@@ -43,7 +45,12 @@ class Ready:
     """
 
     programs: Programs
-    times: dict[int, tuple[BucketTime, ...]]
+    times: dict[int, Measured]
+
+    @property
+    def load(self) -> float:
+        """To begin with, whatever the batch size."""
+        return float(np.median([measured.load for measured in self.times.values()]))
 
 
 class Worker:
@@ -146,7 +153,7 @@ class Worker:
             self.failure = error
             self._on_failure()
             return
-        self.progress = "ready"
+        self._load, self.progress = ready.load, "ready"
         self.ready = ready
         while taken := self._take():
             try:
@@ -193,8 +200,8 @@ class Worker:
         if target is None:
             return Budget(ready.programs.ratios[0])
         spent = 1e3 * (time.perf_counter() - job.arrived)
-        times = ready.times[ready.programs.size_for(len(self._waiting))]
-        choice = choose_bucket(times, target - spent, self._load)
+        measured = ready.times[ready.programs.size_for(len(self._waiting))]
+        choice = choose_bucket(measured.buckets, target - spent, self._load)
         note = None if choice.meets else miss_sentence(choice, target, spent)
         return Budget(choice.bucket.keep_ratio, target, choice.meets, note)
 
@@ -243,8 +250,8 @@ class Worker:
         return self._drives.recall(asked.drive, asked.frame, time.monotonic())
 
     def _learn(self, ready: Ready, ratio: float, count: int, spent: float) -> None:
-        times = ready.times[ready.programs.size_for(count)]
-        bucket = next(one for one in times if one.keep_ratio == ratio)
+        buckets = ready.times[ready.programs.size_for(count)].buckets
+        bucket = next(one for one in buckets if one.keep_ratio == ratio)
         self._load = next_load(self._load, bucket, spent)
         self._metrics.load.set(self._load)
         self._metrics.batch.observe(count)

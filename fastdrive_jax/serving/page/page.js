@@ -353,10 +353,10 @@ function makeBudget() {
   $("ratio").max = ratios.length - 1;
   $("ratio").value = ratios.indexOf(0.5) < 0 ? 0 : ratios.indexOf(0.5);
   $("ratio-marks").replaceChildren(...ratios.map((one) => span(`${Math.round(100 * one)}%`)));
-  const measured = info.buckets.filter((one) => one.batch === 1).map((one) => one.high_ms);
+  const measured = info.buckets.filter((one) => one.batch === 1).map((one) => one.median_ms);
   const slowest = Math.max(...measured);
   $("target").max = Math.max(100, 10 * Math.ceil((3 * slowest) / 10));
-  $("target").value = info.target_ms ?? Math.ceil(1.2 * slowest);
+  $("target").value = info.target_ms ?? Math.ceil(1.5 * slowest);
   $("target-box").querySelector(".marks").lastElementChild.textContent = `${$("target").max} ms`;
   if (info.target_ms !== null) document.querySelector("[name=budget][value=target]").checked = true;
   tellBudget();

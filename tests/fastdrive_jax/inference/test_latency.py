@@ -15,9 +15,9 @@ from fastdrive_jax.inference.latency import (
 )
 
 BUCKETS = (
-    BucketTime(1.0, 112, 90.0, 100.0),
-    BucketTime(0.5, 56, 55.0, 60.0),
-    BucketTime(0.25, 28, 38.0, 40.0),
+    BucketTime(1.0, 112, 100.0),
+    BucketTime(0.5, 56, 60.0),
+    BucketTime(0.25, 28, 40.0),
 )
 
 
@@ -39,19 +39,19 @@ def test_the_largest_bucket_that_meets_the_target(target, load, tokens, meets):
     for order in (BUCKETS, BUCKETS[::-1]):
         choice = choose_bucket(order, target, load)
         assert (choice.bucket.tokens, choice.meets) == (tokens, meets)
-        assert choice.expected_ms == pytest.approx(choice.bucket.high_ms * load)
+        assert choice.expected_ms == pytest.approx(choice.bucket.median_ms * load)
 
 
 def test_a_small_bucket_that_was_measured_slow_does_not_hide_a_larger_one():
-    noisy = (BucketTime(0.5, 56, 10.0, 11.0), BucketTime(0.25, 28, 12.0, 15.0))
-    assert choose_bucket(noisy, 12.0).bucket.tokens == 56
-    missed = choose_bucket(noisy, 9.0)
+    noisy = (BucketTime(0.5, 56, 11.0), BucketTime(0.25, 28, 15.0))
+    assert choose_bucket(noisy, 12.0, 1.0).bucket.tokens == 56
+    missed = choose_bucket(noisy, 9.0, 1.0)
     assert (missed.bucket.tokens, missed.meets) == (28, False)
 
 
 def test_there_must_be_a_bucket():
     with pytest.raises(ValueError, match="bucket"):
-        choose_bucket((), 10.0)
+        choose_bucket((), 10.0, 1.0)
 
 
 def test_the_load_rises_on_a_slow_frame_and_falls_on_others():
@@ -80,11 +80,11 @@ def test_the_load_rests_where_nine_of_ten_frames_are_in_time():
     for number in range(6000):
         observed = 3 * (number * 61 % 100)  # 0, 3 ... 297 ms, evenly and in no order
         if number >= 1000:
-            slow += observed > bucket.high_ms * load
+            slow += observed > bucket.median_ms * load
         load = next_load(load, bucket, observed)
     assert slow / 5000 == pytest.approx(1 - QUANTILE, abs=0.01)
     # A tenth of the frames take more than 267 ms.
-    assert load * bucket.high_ms == pytest.approx(267, rel=3 * RATE * QUANTILE)
+    assert load * bucket.median_ms == pytest.approx(267, rel=3 * RATE * QUANTILE)
 
 
 def test_buckets_are_timed_in_turn_behind_a_clock():
@@ -101,10 +101,10 @@ def test_buckets_are_timed_in_turn_behind_a_clock():
     runs = {0.5: run(0.5, [9, 9, 0.01, 0.02, 0.06]), 1.0: run(1.0, [9, 9, 0.03, 0.03, 0.03])}
     found = measure_buckets(runs, {0.5: 56, 1.0: 112}, rounds=3, clock=lambda: now[0])
     assert order == [0.5, 1.0] * 5
-    assert [one.tokens for one in found] == [112, 56]
-    assert found[0].median_ms == pytest.approx(30)
-    assert found[1].median_ms == pytest.approx(20)
-    assert found[1].high_ms == pytest.approx(20 + 0.8 * 40)  # 0.9 quantile of 10, 20, 60
+    assert [one.tokens for one in found.buckets] == [112, 56]
+    assert [one.median_ms for one in found.buckets] == pytest.approx([30, 20])
+    # Over their medians: 1/2, 1, 3 and 1, 1, 1, of which the 0.9 quantile is midway from 1 to 3.
+    assert found.load == pytest.approx(2)
 
 
 @pytest.mark.parametrize("target", [0.0, -1.0, math.nan, math.inf])

@@ -16,6 +16,7 @@ import pytest
 import requests
 from tiny_service import CONFIG, ask, picture, places, png, running, service_of
 
+from fastdrive_jax.inference.latency import Measured
 from fastdrive_jax.serving import worker as worker_module
 from fastdrive_jax.serving.programs import run_batch
 
@@ -125,11 +126,11 @@ def test_200_requests_from_8_clients(address, direct):
 
 def test_a_target_chooses_among_the_buckets(ready):
     # What the tiny model takes is noise: here buckets take 2 s and 1 s, whatever the batch.
-    times = tuple(
-        replace(one, median_ms=ms, high_ms=ms)
-        for one, ms in zip(ready.times[1], (2000.0, 1000.0), strict=True)
+    buckets = tuple(
+        replace(one, median_ms=ms)
+        for one, ms in zip(ready.times[1].buckets, (2000.0, 1000.0), strict=True)
     )
-    faked = replace(ready, times=dict.fromkeys(ready.times, times))
+    faked = replace(ready, times=dict.fromkeys(ready.times, Measured(buckets, 1.0)))
     with running(service_of(faked, replace(CONFIG, target_ms=1500.0))) as address:
         assert ask(address).json()["keep_ratio"] == 0.5  # the service's own target
         loose = ask(address, target_ms=9000.0).json()

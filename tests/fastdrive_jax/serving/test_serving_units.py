@@ -9,6 +9,7 @@ import pytest
 from tiny_service import CONFIG, picture, service_of
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.inference.latency import Measured
 from fastdrive_jax.pruning import make_pruner
 from fastdrive_jax.serving.config import Limits, ServeConfig
 from fastdrive_jax.serving.drives import Drives
@@ -168,8 +169,9 @@ def test_batch_sizes_are_powers_of_two_and_the_largest(most, sizes):
 
 
 def test_a_target_that_no_bucket_meets_is_said_at_the_start(ready):
-    slow = tuple(replace(one, high_ms=50.0) for one in ready.times[1])
-    lines = ready_lines(replace(ready, times={1: slow}), replace(CONFIG, target_ms=20.0))
+    slow = tuple(replace(one, median_ms=25.0) for one in ready.times[1].buckets)
+    slow = replace(ready, times={1: Measured(slow, 2.0)})
+    lines = ready_lines(slow, replace(CONFIG, target_ms=20.0))
     assert "No bucket meets 20 ms: the smallest, 0.5 (5 tokens)" in lines[-1]
-    lines = ready_lines(replace(ready, times={1: slow}), replace(CONFIG, target_ms=60.0))
+    lines = ready_lines(slow, replace(CONFIG, target_ms=60.0))
     assert lines[-1] == "60 ms are met by 1 and below."
