@@ -4,8 +4,8 @@
     fastdrive serve --bundle runs/quickstart/export --target-ms 80
     fastdrive serve --bundle runs/vla_six/vla.safetensors       # six cameras, of `widen-vla`
 
-Compiles every ratio at every batch size first: 12 programs of the packaged VLA take 1 to 2 minutes
-on 2 CPU cores, and seconds from the second start on with JAX_COMPILATION_CACHE_DIR set.
+Compiles every ratio at every batch size first: 15 programs of the packaged VLA take 1 to 2 minutes
+on 2 CPU cores, and half a minute from the second start on with JAX_COMPILATION_CACHE_DIR set.
 """
 
 from dataclasses import dataclass, field

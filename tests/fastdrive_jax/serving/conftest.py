@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny_service import CONFIG, RATIOS, Direct, running, service_of
+from tiny_service import RATIOS, SIZES, Direct, running, service_of
 
 from fastdrive_jax.inference.policy import DrivingPolicy
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
@@ -36,7 +36,7 @@ def policy(one_camera) -> tuple[DrivingPolicy, dict]:
 def ready(policy) -> Ready:
     # As `compiled_quickly`, which comes after what belongs to the whole session.
     jax.config.update("jax_disable_most_optimizations", True)
-    programs = compile_programs(*policy, RATIOS, CONFIG.batch_sizes)
+    programs = compile_programs(*policy, RATIOS, SIZES)
     jax.config.update("jax_disable_most_optimizations", False)
     return Ready(programs, time_programs(programs, rounds=3))
 

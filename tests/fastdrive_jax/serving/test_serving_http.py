@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import requests
-from tiny_service import CONFIG, ask, picture, places, png, running, service_of
+from tiny_service import CONFIG, SIZES, ask, picture, places, png, running, service_of
 
 from fastdrive_jax.inference.latency import Measured
 from fastdrive_jax.serving import worker as worker_module
@@ -274,7 +274,7 @@ def test_the_service_tells_what_it_is_and_how(address):
     assert info["token_grid"] == [2, 5]
     assert info["remembers"] is True
     assert {(one["batch"], one["tokens"]) for one in info["buckets"]} == {
-        (size, tokens) for size in (1, 2, 4) for tokens in (10, 5)
+        (size, tokens) for size in SIZES for tokens in (10, 5)
     }
     assert requests.get(f"{address}/healthz", timeout=5).text == "ok\n"
     assert requests.get(f"{address}/readyz", timeout=5).text == "ready\n"
