@@ -160,6 +160,6 @@ def miss_sentence(choice: Choice, target_ms: float, spent_ms: float = 0.0) -> st
     bucket = choice.bucket
     gone = f", and {spent_ms:.1f} ms were gone already" if spent_ms else ""
     return (
-        f"No bucket meets {target_ms:g} ms: the smallest, {bucket.keep_ratio:g} "
+        f"No bucket is expected to meet {target_ms:g} ms: the smallest, {bucket.keep_ratio:g} "
         f"({bucket.tokens} tokens), takes up to {choice.expected_ms:.1f} ms{gone}. It is used."
     )

@@ -174,13 +174,16 @@ async def _planned(
         }
     received = time.perf_counter()
 
-    def decode() -> np.ndarray:
-        given = model.image_size, limits.megapixels
-        return np.stack([read_picture(encoded[name], name, *given) for name in model.cameras])
-
-    images = await to_thread.run_sync(decode)
+    images = await asyncio.gather(
+        *(
+            to_thread.run_sync(
+                read_picture, encoded[name], name, model.image_size, limits.megapixels
+            )
+            for name in model.cameras
+        )
+    )
     queued = time.perf_counter()
-    waiting = service.worker.submit(Job(asked, images, begun, queued))
+    waiting = service.worker.submit(Job(asked, np.stack(images), begun, queued))
     try:
         answer = await asyncio.wait_for(asyncio.wrap_future(waiting), limits.answer_seconds)
     except TimeoutError as error:

@@ -43,6 +43,8 @@ async function whenReady() {
     try {
       const found = await (await fetch("/v1/info")).json();
       pill(found.progress, found.ready ? "ready" : "waiting");
+      document.querySelector("main").inert = !found.ready;
+      say(found.ready ? "" : "The service compiles its programs; the drive begins when it is done.");
       if (found.ready) return found;
     } catch {
       pill("no connection", "waiting");
@@ -281,7 +283,8 @@ function drawMap(answer, driven) {
   const points = (way) => [[0, 0], ...way].map(([x, y]) => `${-y},${-x}`).join(" ");
   const far = Math.max(14, ...answer.waypoints.map(([x]) => x), ...driven.map(([x]) => x));
   const tall = Math.min(80, 10 * Math.ceil((far + 4) / 10)); // metres ahead that are shown
-  const wide = 0.5 * (tall + 8);
+  const side = Math.max(...answer.waypoints.map(([, y]) => Math.abs(y)));
+  const wide = Math.max(0.5 * (tall + 8), 2 * side);
   map.setAttribute("viewBox", `${-wide / 2 - 3} ${-tall} ${wide + 6} ${tall + 7}`);
   map.replaceChildren();
   for (let reach = 10; reach < tall; reach += 10) {
@@ -294,9 +297,8 @@ function drawMap(answer, driven) {
   add(map, "polyline", { class: "plan", points: points(answer.waypoints) });
   answer.waypoints.forEach(([x, y]) => add(map, "circle", { class: "dot", cx: -y, cy: -x, r: 0.62 }));
   const [x, y] = answer.waypoints.at(-1);
-  const side = Math.abs(y) < 0.05 ? "" : `, ${Math.abs(y).toFixed(1)} m ${y > 0 ? "left" : "right"}`;
-  $("map-text").textContent =
-    `In ${answer.times.at(-1)} s: ${x.toFixed(1)} m ahead${side}.`;
+  const aside = Math.abs(y) < 0.05 ? "" : `, ${Math.abs(y).toFixed(1)} m ${y > 0 ? "left" : "right"}`;
+  $("map-text").textContent = `In ${answer.times.at(-1)} s: ${x.toFixed(1)} m ahead${aside}.`;
   $("waypoints").replaceChildren(
     ...answer.waypoints.map(([ahead, left], step) => {
       const row = document.createElement("tr");

@@ -172,6 +172,6 @@ def test_a_target_that_no_bucket_meets_is_said_at_the_start(ready):
     slow = tuple(replace(one, median_ms=25.0) for one in ready.times[1].buckets)
     slow = replace(ready, times={1: Measured(slow, 2.0)})
     lines = ready_lines(slow, replace(CONFIG, target_ms=20.0))
-    assert "No bucket meets 20 ms: the smallest, 0.5 (5 tokens)" in lines[-1]
+    assert "No bucket is expected to meet 20 ms: the smallest, 0.5 (5 tokens)" in lines[-1]
     lines = ready_lines(slow, replace(CONFIG, target_ms=60.0))
     assert lines[-1] == "60 ms are met by 1 and below."
