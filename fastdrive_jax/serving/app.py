@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -62,6 +63,7 @@ class Service:
         worker: That plans.
         metrics: Of it.
         demo: Drives that the page can play.
+        decoders: Bounds how many pictures are decoded at once, and with them the memory.
     """
 
     config: ServeConfig
@@ -69,7 +71,8 @@ class Service:
     method: str
     worker: Worker
     metrics: Metrics
-    demo: Sequence[DemoDrive] = field(default=())
+    demo: Sequence[DemoDrive] = ()
+    decoders: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(os.cpu_count() or 1))
 
 
 def make_app(service: Service) -> Starlette:
@@ -173,12 +176,10 @@ async def _planned(
             for name, value in files
         }
     received = time.perf_counter()
-
+    given = model.image_size, limits.megapixels
     images = await asyncio.gather(
         *(
-            to_thread.run_sync(
-                read_picture, encoded[name], name, model.image_size, limits.megapixels
-            )
+            to_thread.run_sync(read_picture, encoded[name], name, *given, limiter=service.decoders)
             for name in model.cameras
         )
     )

@@ -29,7 +29,7 @@ class Limits:
     answer_seconds: float = 10.0
     drives: int = 64
     drive_seconds: float = 60.0
-    connections: int = 256
+    connections: int = 64
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -14,12 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdrive_jax.inference.latency import (
-    Measured,
-    choose_bucket,
-    miss_sentence,
-    next_load,
-)
+from fastdrive_jax.inference.latency import Measured, choose_bucket, miss_sentence, next_load
 from fastdrive_jax.serving.config import ServeConfig
 from fastdrive_jax.serving.drives import Drives, Recalled
 from fastdrive_jax.serving.jobs import Answer, Budget, Job, next_batch
@@ -89,7 +84,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.ready: Ready | None = None
         self.progress = "starting"
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None
 
     def start(self) -> None:
         """Begins to compile."""
@@ -149,7 +144,7 @@ class Worker:
             ready = self._prepare(self._report)
         except Stopped:
             return
-        except BaseException as error:
+        except Exception as error:
             self.failure = error
             self._on_failure()
             return

@@ -14,10 +14,12 @@ from fastdrive_jax.pruning import make_pruner
 from fastdrive_jax.serving.config import Limits, ServeConfig
 from fastdrive_jax.serving.drives import Drives
 from fastdrive_jax.serving.jobs import Budget, Job, next_batch
+from fastdrive_jax.serving.metrics import Metrics
 from fastdrive_jax.serving.programs import Frame, compile_programs, run_batch
 from fastdrive_jax.serving.refusals import Refusal
 from fastdrive_jax.serving.requests import PlanRequest, check_cameras
 from fastdrive_jax.serving.server import ready_lines
+from fastdrive_jax.serving.worker import Worker
 
 SIX = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT")
 
@@ -124,7 +126,6 @@ def test_a_service_that_is_not_warm_or_full_says_when_to_come_back(ready):
 
 
 def test_a_service_that_ends_while_it_compiles_stops_there(ready):
-    service = service_of(ready)
     reached = []
 
     def prepare(progress):
@@ -134,12 +135,25 @@ def test_a_service_that_ends_while_it_compiles_stops_there(ready):
             time.sleep(0.01)
         return ready
 
-    service.worker._prepare = prepare
-    service.worker.start()
-    assert service.worker.stop(5.0)
+    worker = Worker(prepare, CONFIG, Metrics())
+    worker.start()
+    assert worker.stop(5.0)
     assert len(reached) < 1000
-    assert service.worker.ready is None
-    assert service.worker.failure is None
+    assert worker.ready is None
+    assert worker.failure is None
+
+
+def test_a_service_that_cannot_get_ready_ends_with_the_reason(ready):
+    def prepare(progress):
+        raise UserError("this cannot be compiled")
+
+    ended = []
+    worker = Worker(prepare, CONFIG, Metrics(), lambda: ended.append(True))
+    worker.start()
+    assert worker.stop(5.0)
+    assert ended == [True]
+    assert "cannot be compiled" in str(worker.failure)
+    assert worker.ready is None
 
 
 @pytest.mark.parametrize(
