@@ -22,7 +22,7 @@ from fastdrive_jax.serving.server import listen
 from fastdrive_jax.serving.worker import Ready, Worker
 
 RATIOS, SIZES = (1.0, 0.5), (1, 4)  # few programs; two or three frames are padded
-LIMITS = Limits(body_mb=1.0, megapixels=1.0, body_seconds=1.0, answer_seconds=20.0)
+LIMITS = Limits(body_mb=1.0, megapixels=1.0, answer_seconds=20.0)
 CONFIG = ServeConfig(ratios=RATIOS, max_batch=4, max_wait_ms=1.0, limits=LIMITS)
 
 

@@ -1,8 +1,10 @@
 """Starts and ends the service."""
 
+import contextlib
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import uvicorn
@@ -10,13 +12,12 @@ import uvicorn
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.latency import choose_bucket, miss_sentence
 from fastdrive_jax.inference.policy import DrivingPolicy
-from fastdrive_jax.serving.app import Service, is_loopback, make_app
+from fastdrive_jax.serving.app import STOP_SECONDS, Service, is_loopback, make_app
 from fastdrive_jax.serving.config import ServeConfig
 from fastdrive_jax.serving.demo import DemoDrive
 from fastdrive_jax.serving.metrics import Metrics
 from fastdrive_jax.serving.programs import compile_programs, time_programs
 from fastdrive_jax.serving.worker import Ready, Worker
-from fastdrive_jax.training.signals import stop_on_signals
 
 FINISH_SECONDS = 3.5  # that requests in flight have when the service ends
 
@@ -87,11 +88,26 @@ def serve(
     _say(f"http://{shown}:{port} opens at once; plans come once all programs are compiled.")
     if not is_loopback(config.host):
         _say(f"Whoever reaches {config.host} can ask for plans: there is no log-in.")
-    # uvicorn raises the signal again when it has ended; asked for, that is no failure.
-    with stop_on_signals():
+    with ended_by_signals(server):
         server.run(sockets=[listening])
+    service.worker.stop(STOP_SECONDS)  # a signal at the very start leaves it running
     if service.worker.failure is not None:
         raise service.worker.failure
+
+
+@contextlib.contextmanager
+def ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """While inside, SIGTERM and Ctrl-C end the server, and neither the process nor its exit code.
+
+    uvicorn listens to signals once it runs, and raises them again when it has ended.
+    """
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = {number: signal.signal(number, server.handle_exit) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -196,7 +196,9 @@ async function plan(at) {
   }
   if (!answer.ok) throw new Error(content.error);
   sent += 1;
-  const pictures = await Promise.all(frame.blobs.map((blob) => createImageBitmap(blob)));
+  // The service too takes pictures as they are stored, whatever their EXIF says.
+  const upright = { imageOrientation: "none" };
+  const pictures = await Promise.all(frame.blobs.map((blob) => createImageBitmap(blob, upright)));
   last = { pictures, driven: frame.driven, answer: content };
   spent.push(content.timings_ms.total);
   if (spent.length > SHOWN) spent.shift();

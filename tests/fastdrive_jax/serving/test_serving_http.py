@@ -4,6 +4,7 @@ import json
 import math
 import select
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import requests
-from tiny_service import CONFIG, SIZES, ask, picture, places, png, running, service_of
+from tiny_service import CONFIG, SIZES, ask, picture, places, png, running, service_of, until
 
 from fastdrive_jax.inference.latency import Measured
 from fastdrive_jax.serving import worker as worker_module
@@ -233,29 +234,38 @@ def test_100_megabytes_of_unknown_length_are_refused_on_the_way(address):
     assert ask(address).status_code == 200
 
 
-def test_a_body_that_does_not_come_is_given_up(address):
-    with connected(address) as client:
-        client.sendall(f"{HEAD}Content-Length: 1000\r\n\r\n--x\r\n".encode())
-        begin = time.monotonic()
-        answer = client.recv(65536)
-    assert answer.startswith(b"HTTP/1.1 408")
-    assert time.monotonic() - begin < 5
+def test_a_body_that_does_not_come_is_given_up(ready):
+    limits = replace(CONFIG.limits, body_seconds=0.3)
+    with running(service_of(ready, replace(CONFIG, limits=limits))) as address:
+        with connected(address) as client:
+            client.sendall(f"{HEAD}Content-Length: 1000\r\n\r\n--x\r\n".encode())
+            begin = time.monotonic()
+            answer = client.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert time.monotonic() - begin < 5
 
 
-def test_a_plan_that_takes_too_long_is_given_up(ready, monkeypatch):
+def test_a_plan_that_takes_too_long_is_given_up_and_a_queue_is_bounded(ready, monkeypatch):
+    begun, release = threading.Event(), threading.Event()
+
     def slow(*given):
-        time.sleep(0.6)
+        begun.set()
+        assert release.wait(20)
         return run_batch(*given)
 
     monkeypatch.setattr(worker_module, "run_batch", slow)
     limits = replace(CONFIG.limits, answer_seconds=0.2, queue=1)
     with running(service_of(ready, replace(CONFIG, limits=limits, max_batch=1))) as address:
-        with ThreadPoolExecutor(3) as pool:
-            first = pool.submit(ask, address)
-            time.sleep(0.1)
-            others = [pool.submit(ask, address) for _ in range(2)]
-            codes = sorted(one.result().status_code for one in (first, *others))
-        assert codes == [503, 504, 504]  # one waits, one more is told to come back
+        with ThreadPoolExecutor(1) as pool:
+            running_one = pool.submit(ask, address)
+            assert begun.wait(20)
+            assert ask(address).status_code == 504  # it waits, in vain
+            more = ask(address)
+            assert more.status_code == 503
+            assert more.headers["Retry-After"] == "1"
+            assert running_one.result().status_code == 504
+        release.set()
+        until(lambda: ask(address).status_code == 200)
 
 
 def test_a_fault_is_answered_and_does_not_end_the_worker(ready, monkeypatch):
