@@ -12,13 +12,12 @@ import cv2
 import jax
 import numpy as np
 import requests
-import uvicorn
 
 from fastdrive_jax.inference.policy import DrivingPolicy, plan, start_state
-from fastdrive_jax.serving.app import Service, make_app
+from fastdrive_jax.serving.app import Service
 from fastdrive_jax.serving.config import Limits, ServeConfig
 from fastdrive_jax.serving.metrics import Metrics
-from fastdrive_jax.serving.server import listen
+from fastdrive_jax.serving.server import http_server, listen
 from fastdrive_jax.serving.worker import Ready, Worker
 
 RATIOS, SIZES = (1.0, 0.5), (1, 4)  # few programs; two or three frames are padded
@@ -37,10 +36,7 @@ def service_of(ready: Ready, config: ServeConfig = CONFIG, demo=()) -> Service:
 def running(service: Service):
     """A service on a free port, as its address."""
     with listen("127.0.0.1", 0) as listening:
-        config = uvicorn.Config(
-            make_app(service), log_level="error", timeout_graceful_shutdown=3, access_log=False
-        )
-        server = uvicorn.Server(config)
+        server = http_server(service)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"

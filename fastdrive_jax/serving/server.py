@@ -12,14 +12,14 @@ import uvicorn
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.latency import choose_bucket, miss_sentence
 from fastdrive_jax.inference.policy import DrivingPolicy
-from fastdrive_jax.serving.app import STOP_SECONDS, Service, is_loopback, make_app
+from fastdrive_jax.serving.app import Service, is_loopback, make_app
 from fastdrive_jax.serving.config import ServeConfig
 from fastdrive_jax.serving.demo import DemoDrive
 from fastdrive_jax.serving.metrics import Metrics
 from fastdrive_jax.serving.programs import compile_programs, time_programs
 from fastdrive_jax.serving.worker import Ready, Worker
 
-FINISH_SECONDS = 3.5  # that requests in flight have when the service ends
+FINISH_SECONDS = 3  # that requests in flight have when the service ends
 
 Say = Callable[[str], None]
 
@@ -60,17 +60,24 @@ def make_server(
 
     worker = Worker(prepare, config, metrics, give_up)
     service = Service(config, policy.model.config, policy.pruner.name, worker, metrics, demo)
-    server = uvicorn.Server(
+    server = http_server(service)  # which `give_up` means
+    return server, service
+
+
+def http_server(service: Service) -> uvicorn.Server:
+    """What speaks HTTP for a service."""
+    return uvicorn.Server(
         uvicorn.Config(
             make_app(service),
+            http="h11",  # closes a connection whose body it does not want, see `serving.body`
+            ws="none",
             log_level="warning",
             access_log=False,
             server_header=False,
-            limit_concurrency=config.limits.connections,
+            limit_concurrency=service.config.limits.connections,
             timeout_graceful_shutdown=FINISH_SECONDS,
         )
     )
-    return server, service
 
 
 def serve(
@@ -90,7 +97,7 @@ def serve(
         _say(f"Whoever reaches {config.host} can ask for plans: there is no log-in.")
     with ended_by_signals(server):
         server.run(sockets=[listening])
-    service.worker.stop(STOP_SECONDS)  # a signal at the very start leaves it running
+    service.worker.stop(0)  # a signal at the very start leaves it running
     if service.worker.failure is not None:
         raise service.worker.failure
 

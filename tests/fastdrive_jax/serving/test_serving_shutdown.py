@@ -1,5 +1,6 @@
 """A service in a process of its own: how it starts and how it ends."""
 
+import contextlib
 import os
 import re
 import signal
@@ -57,27 +58,16 @@ def listening(address: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_request_in_flight_is_finished_within_5_seconds(bundle, number):
+def test_a_request_in_flight_is_finished_within_5_seconds(bundle):
     process, address = started(bundle)
     try:
-        until(lambda: requests.get(f"{address}/readyz", timeout=5).ok, 120)
-        boundary, body = form()
-        where = urlsplit(address)
-        with socket.create_connection((where.hostname, where.port), timeout=10) as client:
-            head = (
-                f"POST /v1/plan HTTP/1.1\r\nHost: {where.netloc}\r\n"
-                f"Content-Type: multipart/form-data; boundary={boundary}\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n"
-            )
-            client.sendall(head.encode() + body[:100])
-            time.sleep(0.3)  # it has begun to read
+        with half_sent(address) as (client, rest):
             begin = time.monotonic()
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM)
             time.sleep(0.5)
             assert process.poll() is None  # it waits for the rest
             assert not listening(address)  # and takes nothing new
-            client.sendall(body[100:])
+            client.sendall(rest)
             answer = b""
             while part := client.recv(65536):
                 answer += part
@@ -90,6 +80,35 @@ def test_a_request_in_flight_is_finished_within_5_seconds(bundle, number):
         said = process.stdout.read()
     assert "50% kept (5 tokens)" in said
     assert "Traceback" not in said
+
+
+def test_a_client_that_stalls_does_not_hold_it_up(bundle):
+    process, address = started(bundle)
+    try:
+        with half_sent(address):
+            begin = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
+            assert time.monotonic() - begin < 5
+    finally:
+        process.kill()
+
+
+@contextlib.contextmanager
+def half_sent(address: str):
+    """A connection over which half a request came, once the service is warm; and the other half."""
+    until(lambda: requests.get(f"{address}/readyz", timeout=5).ok, 120)
+    boundary, body = form()
+    where = urlsplit(address)
+    with socket.create_connection((where.hostname, where.port), timeout=10) as client:
+        head = (
+            f"POST /v1/plan HTTP/1.1\r\nHost: {where.netloc}\r\n"
+            f"Content-Type: multipart/form-data; boundary={boundary}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        client.sendall(head.encode() + body[:100])
+        time.sleep(0.3)  # it has begun to read
+        yield client, body[100:]
 
 
 def test_it_ends_at_once_while_it_still_compiles(bundle):
