@@ -34,6 +34,7 @@ from experiments.quickstart import QuickstartConfig, quickstart, shards_of
 from experiments.robot_demos import RobotDemosArgs, robot_demos
 from experiments.robot_eval import RobotEvalArgs, robot_eval
 from experiments.robot_train import RobotTrainConfig, robot_train
+from experiments.serve import ServeArgs, serve
 from experiments.study_pruner import StudyPrunerArgs, study_pruner
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig, train_vla
@@ -122,6 +123,7 @@ Command = (
     | Annotated[ComparePrunersArgs, tyro.conf.subcommand("compare-pruners")]
     | Annotated[EvalPlanningArgs, tyro.conf.subcommand("eval-planning")]
     | Annotated[DriveArgs, tyro.conf.subcommand("drive")]
+    | Annotated[ServeArgs, tyro.conf.subcommand("serve")]
     | Annotated[CompileTrainArgs, tyro.conf.subcommand("compile-train")]
     | Annotated[BenchTrainArgs, tyro.conf.subcommand("bench-train")]
     | Annotated[PlotMetricsArgs, tyro.conf.subcommand("plot-metrics")]
@@ -172,6 +174,7 @@ RUN = {
     ComparePrunersArgs: compare_pruners,
     EvalPlanningArgs: eval_planning,
     DriveArgs: drive_closed_loop,
+    ServeArgs: serve,
     BenchTrainArgs: bench_train,
     PlotMetricsArgs: plot_metrics,
     CompileModelArgs: compile_model,

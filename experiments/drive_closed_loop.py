@@ -11,7 +11,7 @@ a setting that is in OUT/drives already is not driven again. One setting on 100 
 import io
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,12 +26,14 @@ from data_pipelines.closed_loop.route import Route, log_routes
 from data_pipelines.closed_loop.simulate import Drives, LoopConfig, simulate_batches
 from experiments.drive_recovery import recovery_rows
 from experiments.drive_report import draw_drives, markdown, rows_of
+from experiments.drive_target import ratio_within
 from experiments.drives import DRAWN, UNPRUNED, check_methods, label, own_file_sum
 from experiments.driving_policies import CONTROLS, NO_IMAGE, driving_policy, frame_seconds
 from experiments.quickstart import RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes, write_text
 from fastdrive_jax.evaluation.results import read_rows, write_rows
+from fastdrive_jax.inference.latency import check_target
 from fastdrive_jax.models.dinov2.weights import params_digest
 from fastdrive_jax.training.run_config import claim_run_folder
 
@@ -57,6 +59,8 @@ class DriveArgs:
         log_seconds: Duration of a log.
         latency: Seconds from a picture to its plan.
         latency_scale: If above 0, the latency is this times the measured seconds of a frame.
+        target_ms: Drive each method at one ratio alone, the largest of `ratios` with which a frame
+            is planned within this; its plans arrive when that has passed.
         batch: Routes that are planned at once.
         seed: Of methods that draw, and of the logs' looks.
         workers: Processes that draw pictures; 0 takes the CPU count.
@@ -74,6 +78,7 @@ class DriveArgs:
     log_seconds: float = 16.0
     latency: float = 0.1
     latency_scale: float = 0.0
+    target_ms: float | None = None
     batch: int = 50
     seed: int = 0
     workers: int = 0
@@ -87,6 +92,12 @@ class DriveArgs:
         for name in ("first", "latency_scale", "pictures", "workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.target_ms is not None:
+            check_target(self.target_ms)
+            if self.latency_scale:
+                raise UserError(
+                    "target_ms and latency_scale both say how late plans are; give one."
+                )
         for seconds in (self.seconds, self.log_seconds):
             LoopConfig(seconds=seconds, latency=self.latency)
 
@@ -97,7 +108,7 @@ def drive_closed_loop(args: DriveArgs) -> Path:
     world = prepare(config, lambda stage, text: None if config.quiet else print(text, flush=True))
     claim(args, world)
     courses = courses_of(args)
-    jobs = settings(args)
+    jobs = settings(args, world)
     found = drive_all(args, world, courses, jobs)
     verdicts = {
         setting: {
@@ -119,6 +130,7 @@ def drive_closed_loop(args: DriveArgs) -> Path:
         "seconds": {"world": args.seconds, "log": args.log_seconds},
         "latency": args.latency,
         "latency_scale": args.latency_scale,
+        "target_ms": args.target_ms,
         "batch": args.batch,
     }
     return write_rows(args.out / "drive.json", rows, meta)
@@ -134,6 +146,8 @@ def claim(args: DriveArgs, world: WorldRun) -> None:
     weights = params_digest({"vla": world.params, "pruner": world.trained["pruner"]})
     names = ("routes", "first", "seconds", "log_seconds", "latency", "latency_scale", "batch")
     kept = {name: getattr(args, name) for name in names} | {"seed": args.seed}
+    if args.target_ms is not None:
+        kept |= {"target_ms": args.target_ms, "ratios": args.ratios}
     kept |= {"logs": len(log_files(args)), "world_seed": args.quickstart.world.seed}
     claim_run_folder(args.out, {"drive": kept, "weights": weights})
 
@@ -166,27 +180,37 @@ def courses_of(args: DriveArgs) -> dict[str, list[Route]]:
     return courses
 
 
-def settings(args: DriveArgs) -> list[Setting]:
-    """The controls, the unpruned model, then every method at every ratio."""
+def settings(args: DriveArgs, world: WorldRun) -> dict[Setting, float]:
+    """The controls, the unpruned model, then every method at its ratios; with their latencies."""
     controls: list[Setting] = [(name, None) for name in (*CONTROLS, NO_IMAGE)]
-    methods = [(name, ratio) for ratio in args.ratios for name in args.methods]
-    return [*controls, (UNPRUNED, 1.0), *methods]
+    if args.target_ms is None:
+        methods = [(name, ratio) for ratio in args.ratios for name in args.methods]
+        return dict.fromkeys([*controls, (UNPRUNED, 1.0), *methods], args.latency)
+    jobs = dict.fromkeys(controls, args.target_ms / 1e3)
+    for name, ratios in ((UNPRUNED, (1.0,)), *((name, args.ratios) for name in args.methods)):
+        ratio, latency = ratio_within(args.out, world, name, ratios, args.target_ms, args.seed)
+        jobs[name, ratio] = latency
+    return jobs
 
 
 def drive_all(
-    args: DriveArgs, world: WorldRun, courses: dict[str, list[Route]], jobs: Sequence[Setting]
+    args: DriveArgs,
+    world: WorldRun,
+    courses: dict[str, list[Route]],
+    jobs: Mapping[Setting, float],
 ) -> dict[Setting, tuple[list[Drives], float]]:
     """Drives of each setting, one for each kind of route, and the latency that they had."""
     routes = [route for part in courses.values() for route in part]
     config = args.quickstart
     found = {}
     with FrontCameras(routes, image_size(world), args.workers) as cameras:
-        for name, ratio in tqdm(jobs, desc="drives", unit="setting", disable=config.quiet):
+        for (name, ratio), latency in tqdm(
+            jobs.items(), desc="drives", unit="setting", disable=config.quiet
+        ):
             parts = [label(name), *([] if ratio is None else [f"{ratio:g}"]), *own_file_sum(name)]
             file = args.out / "drives" / f"{'_'.join(parts)}.npz"
             if not file.exists():
                 policy = driving_policy(world, name, ratio, args.seed)
-                latency = args.latency
                 if args.latency_scale and name not in CONTROLS:
                     tokens = world.model.config.visual_tokens
                     spent = frame_seconds(policy, image_size(world), tokens, 7)

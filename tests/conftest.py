@@ -24,7 +24,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Programs of these run once or twice on few numbers: compiling them well costs more than it gives.
 COMPILED_QUICKLY = (
     *("/pruning/", "/inference/", "/docs/", "/models/", "/training/", "/export/", "/parallel/"),
-    *("/parity/", "/experiments/"),
+    *("/parity/", "/experiments/", "/serving/"),
 )
 
 # Each compiled program is mapped into memory in several pieces, and Linux ends a process that asks

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from data_pipelines.closed_loop import camera
 from data_pipelines.closed_loop.clean import clean_routes
 from data_pipelines.closed_loop.policies import Policy
 from data_pipelines.closed_loop.simulate import LoopConfig, simulate_batches
-from experiments import compare_pruners, drive_closed_loop
+from experiments import compare_pruners, drive_closed_loop, drive_target
 from experiments.configs.pruner import TINY
 from experiments.drive_closed_loop import DriveArgs
 from experiments.driving_policies import driving_policy
@@ -118,6 +119,30 @@ def test_a_frame_is_timed():
     assert 0.02 <= drive_closed_loop.frame_seconds(Policy(plan), (224, 392), 112, 3) < 0.5
 
 
+def test_a_target_picks_the_ratio_of_each_method_once(args, world, monkeypatch):
+    seconds = {1.0: 0.03, 0.5: 0.004, 0.25: 0.002}
+    monkeypatch.setattr(drive_target, "driving_policy", lambda world, name, ratio, seed: ratio)
+    monkeypatch.setattr(
+        drive_target, "frame_planner", lambda ratio, *given: lambda: time.sleep(seconds[ratio])
+    )
+    args = replace(args, target_ms=25.0, ratios=(0.25, 0.5), methods=("uniform",))
+    jobs = drive_closed_loop.settings(args, world)
+    assert list(jobs)[-2:] == [("unpruned", 1.0), ("uniform", 0.5)]
+    assert jobs["expert", None] == jobs["uniform", 0.5] == 0.025
+    assert jobs["unpruned", 1.0] > 0.03  # later than the target, as it is
+    monkeypatch.setattr(drive_target, "frame_planner", None)  # what is known is not timed again
+    assert drive_closed_loop.settings(args, world) == jobs
+    (args.out / "target.json").write_text("{")
+    with pytest.raises(UserError, match=r"target\.json"):
+        drive_closed_loop.settings(args, world)
+
+
+def test_without_a_target_all_methods_are_driven_at_all_ratios(args, world):
+    jobs = drive_closed_loop.settings(replace(args, ratios=(0.5, 0.25)), world)
+    assert list(jobs)[-3:] == [("unpruned", 1.0), ("ground_truth", 0.5), ("ground_truth", 0.25)]
+    assert set(jobs.values()) == {args.latency}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -125,6 +150,8 @@ def test_a_frame_is_timed():
         ({"ratios": (1.5,)}, "1.5"),
         ({"routes": 0}, "routes"),
         ({"latency": -1.0}, "latency"),
+        ({"target_ms": 0.0}, "target_ms=0"),
+        ({"target_ms": 50.0, "latency_scale": 1.0}, "give one"),
     ],
 )
 def test_refusals(change, named):

@@ -1,0 +1,90 @@
+"""What a service is started with: where it listens, what is compiled, and its limits."""
+
+from dataclasses import dataclass, field
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.inference.latency import check_target
+from fastdrive_jax.pruning.select import num_keep
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what a client may ask of the service.
+
+    Attributes:
+        body_mb: Of a whole request.
+        megapixels: Of one picture, before it is decoded.
+        queue: Requests that wait; more are told to come back.
+        body_seconds: Until a request's body must be here.
+        answer_seconds: Until a request that waits is given up.
+        drives: Of which the memory is kept; the one that was silent longest goes first.
+        drive_seconds: Of silence after which a drive is forgotten.
+        connections: Open at once.
+    """
+
+    body_mb: float = 32.0
+    megapixels: float = 16.0
+    queue: int = 64
+    body_seconds: float = 10.0
+    answer_seconds: float = 10.0
+    drives: int = 64
+    drive_seconds: float = 60.0
+    connections: int = 64
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise UserError(f"limits.{name}={value} must be positive.")
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of a whole request."""
+        return int(self.body_mb * 2**20)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """A service.
+
+    Attributes:
+        host: Address to listen on; loopback unless told otherwise, for there is no log-in.
+        port: 0 takes a free one.
+        ratios: Keep ratios that are compiled.
+        target_ms: Milliseconds of a frame, from its arrival, that decide the ratio where a request
+            names neither a ratio nor a target.
+        max_batch: Frames that are planned at once.
+        max_wait_ms: That a frame waits for others to share its batch.
+        seed: Of methods that draw.
+        limits: Bounds.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    ratios: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    target_ms: float | None = None
+    max_batch: int = 4
+    max_wait_ms: float = 2.0
+    seed: int = 0
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self):
+        for ratio in self.ratios:
+            num_keep(1000, ratio)
+        if not self.ratios or len(set(self.ratios)) != len(self.ratios):
+            raise UserError(f"ratios={self.ratios} must name each wanted keep ratio once.")
+        if self.target_ms is not None:
+            check_target(self.target_ms)
+        if not 0 <= self.port < 2**16:
+            raise UserError(f"port={self.port} must be in 0..65535.")
+        if self.max_batch < 1:
+            raise UserError(f"max_batch={self.max_batch} must be at least 1.")
+        if self.max_wait_ms < 0 or self.seed < 0:
+            raise UserError(
+                f"max_wait_ms={self.max_wait_ms} and seed={self.seed} must not be negative."
+            )
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Sizes that are compiled: powers of two, and the largest."""
+        powers = [2**k for k in range(self.max_batch.bit_length()) if 2**k < self.max_batch]
+        return (*powers, self.max_batch)

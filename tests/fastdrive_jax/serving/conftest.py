@@ -1,0 +1,52 @@
+"""A tiny random policy with memory, compiled once, and a service of it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_service import RATIOS, SIZES, Direct, running, service_of
+
+from fastdrive_jax.inference.policy import DrivingPolicy
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
+from fastdrive_jax.pruning import Pruner
+from fastdrive_jax.pruning.interface import Temporal
+from fastdrive_jax.serving.programs import compile_programs, time_programs
+from fastdrive_jax.serving.worker import Ready
+
+
+def looks_elsewhere() -> Pruner:
+    """A method that looks at what it has not kept lately."""
+
+    def score(params, inputs, key):
+        return inputs.tokens.mean(axis=-1) - 10 * inputs.state
+
+    def observe(state, seen):
+        return 0.5 * state + seen.kept
+
+    start = Temporal(lambda inputs: jnp.zeros(inputs.tokens.shape[:2]), observe)
+    return Pruner("elsewhere", score, frozenset({"tokens", "state"}), temporal=start)
+
+
+@pytest.fixture(scope="session")
+def policy(one_camera) -> tuple[DrivingPolicy, dict]:
+    config, params = one_camera
+    return DrivingPolicy(DrivingVLA(config), looks_elsewhere(), 1.0), {**params, "pruner": None}
+
+
+@pytest.fixture(scope="session")
+def ready(policy) -> Ready:
+    # As `compiled_quickly`, which comes after what belongs to the whole session.
+    jax.config.update("jax_disable_most_optimizations", True)
+    programs = compile_programs(*policy, RATIOS, SIZES)
+    jax.config.update("jax_disable_most_optimizations", False)
+    return Ready(programs, time_programs(programs, rounds=3))
+
+
+@pytest.fixture(scope="session")
+def address(ready):
+    with running(service_of(ready)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def direct(policy) -> Direct:
+    return Direct(*policy)

@@ -1,0 +1,191 @@
+"""The parts of the service that need no socket."""
+
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from tiny_service import CONFIG, picture, service_of
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.inference.latency import Measured
+from fastdrive_jax.pruning import make_pruner
+from fastdrive_jax.serving.config import Limits, ServeConfig
+from fastdrive_jax.serving.drives import Drives
+from fastdrive_jax.serving.jobs import Budget, Job, next_batch
+from fastdrive_jax.serving.metrics import Metrics
+from fastdrive_jax.serving.programs import Frame, compile_programs, run_batch
+from fastdrive_jax.serving.refusals import Refusal
+from fastdrive_jax.serving.requests import PlanRequest, check_cameras
+from fastdrive_jax.serving.server import ready_lines
+from fastdrive_jax.serving.worker import Worker
+
+SIX = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT")
+
+
+def frames(count: int) -> list[Frame]:
+    return [Frame(picture(seed)[None], 3.0 + seed, seed % 3) for seed in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_a_batch_plans_what_its_frames_would_alone(ready, count, ratio):
+    """Padded to the next compiled size, with and without memories."""
+    programs = ready.programs
+    batch = frames(count)
+    for _ in range(3):
+        together = run_batch(programs, ratio, batch)
+        alone = [run_batch(programs, ratio, [frame])[0] for frame in batch]
+        assert len(together) == count
+        for one, other in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(one.kept, other.kept)
+            np.testing.assert_array_equal(one.waypoints, other.waypoints)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.memory, other.memory
+            )
+        # Every other frame begins anew.
+        batch = [
+            replace(frame, memory=one.memory if number % 2 else None)
+            for number, (frame, one) in enumerate(zip(batch, together, strict=True))
+        ]
+    assert [one.remembered for one in together] == [bool(n % 2) for n in range(count)]
+
+
+def test_a_memory_of_another_kind_is_not_used(ready):
+    planned = run_batch(ready.programs, 0.5, [replace(frames(1)[0], memory={"other": 1})])
+    assert not planned[0].remembered
+
+
+def test_what_needs_the_truth_is_not_served(policy):
+    served, params = policy
+    truth = replace(served, pruner=make_pruner("ground_truth"))
+    with pytest.raises(UserError, match="true foreground"):
+        compile_programs(truth, params, (0.5,), (1,))
+
+
+def job(drive: str | None = None) -> Job:
+    return Job(PlanRequest(1.0, 1, drive), np.zeros((1, 2, 2, 3), np.uint8), 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "most", "chosen"),
+    [
+        ([("a", 0.5), ("b", 0.5), ("c", 0.5)], 2, [0, 1]),
+        ([("a", 0.5), ("b", 1.0), ("c", 0.5)], 4, [0, 2]),
+        ([("a", 0.5), ("a", 0.5), ("b", 0.5)], 4, [0, 2]),  # one frame of a drive
+        ([("a", 0.5), ("b", 1.0), ("b", 0.5)], 4, [0]),  # b's second waits for its first
+        ([(None, 0.5), (None, 0.5), (None, 0.5)], 4, [0, 1, 2]),
+    ],
+)
+def test_who_shares_a_batch(waiting, most, chosen):
+    jobs = [job(drive) for drive, _ in waiting]
+    budgets = [Budget(ratio) for _, ratio in waiting]
+    assert next_batch(jobs, budgets, most) == chosen
+
+
+def test_drives_are_forgotten_by_time_and_number():
+    drives = Drives(most=2, seconds=10)
+    for at, name in enumerate("abc"):
+        assert drives.recall(name, None, at).frame == 0
+        drives.remember(name, 0, f"memory of {name}", at)
+    assert len(drives) == 2
+    assert drives.recall("a", 1, 3).memory is None  # b and c came after it
+    assert drives.recall("b", None, 3).memory == "memory of b"
+    drives.remember("b", 1, "more of b", 9)
+    assert drives.recall("c", 1, 12).memory == "memory of c"
+    assert drives.recall("c", 1, 12.5).note is not None  # silent for more than 10 s
+    assert drives.recall("b", 2, 19).memory == "more of b"
+    with pytest.raises(Refusal, match="frame 1 is not after it") as refusal:
+        drives.recall("b", 1, 19)
+    assert refusal.value.status == 409
+
+
+def test_each_camera_gets_one_picture():
+    check_cameras(SIX[::-1], SIX)
+    with pytest.raises(Refusal, match=r"5 cameras.*4 came.*missing: CAM_BACK_LEFT"):
+        check_cameras(SIX[:4], SIX)
+
+
+def test_a_service_that_is_not_warm_or_full_says_when_to_come_back(ready):
+    config = replace(CONFIG, limits=replace(CONFIG.limits, queue=1))
+    worker = service_of(ready, config).worker
+    with pytest.raises(Refusal, match="not ready yet") as refusal:
+        worker.submit(job())
+    assert (refusal.value.status, refusal.value.headers["Retry-After"]) == (503, "5")
+    worker.ready = ready  # warm, but its thread does not run
+    waiting = worker.submit(job())
+    with pytest.raises(Refusal, match="1 frames wait") as refusal:
+        worker.submit(job())
+    assert (refusal.value.status, refusal.value.headers["Retry-After"]) == (503, "1")
+    assert worker.stop(1.0)
+    with pytest.raises(Refusal, match="shutting down"):
+        waiting.result(0)
+    with pytest.raises(Refusal, match="shutting down"):
+        worker.submit(job())
+
+
+def test_a_service_that_ends_while_it_compiles_stops_there(ready):
+    reached = []
+
+    def prepare(progress):
+        for step in range(1000):
+            progress(f"step {step}")
+            reached.append(step)
+            time.sleep(0.01)
+        return ready
+
+    worker = Worker(prepare, CONFIG, Metrics())
+    worker.start()
+    assert worker.stop(5.0)
+    assert len(reached) < 1000
+    assert worker.ready is None
+    assert worker.failure is None
+
+
+def test_a_service_that_cannot_get_ready_ends_with_the_reason(ready):
+    def prepare(progress):
+        raise UserError("this cannot be compiled")
+
+    ended = []
+    worker = Worker(prepare, CONFIG, Metrics(), lambda: ended.append(True))
+    worker.start()
+    assert worker.stop(5.0)
+    assert ended == [True]
+    assert "cannot be compiled" in str(worker.failure)
+    assert worker.ready is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"ratios": ()}, "ratios="),
+        ({"ratios": (0.5, 0.5)}, "ratios="),
+        ({"ratios": (1.5,)}, "keep_ratio=1.5"),
+        ({"port": 70000}, "port="),
+        ({"max_batch": 0}, "max_batch="),
+        ({"max_wait_ms": -1.0}, "max_wait_ms="),
+        ({"target_ms": -1.0}, "target_ms="),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changed, named):
+    with pytest.raises(UserError, match=named):
+        ServeConfig(**changed)
+    with pytest.raises(UserError, match=r"limits\.queue=0"):
+        Limits(queue=0)
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (4, (1, 2, 4)), (6, (1, 2, 4, 6))]
+)
+def test_batch_sizes_are_powers_of_two_and_the_largest(most, sizes):
+    assert ServeConfig(max_batch=most).batch_sizes == sizes
+
+
+def test_a_target_that_no_bucket_meets_is_said_at_the_start(ready):
+    slow = tuple(replace(one, median_ms=25.0) for one in ready.times[1].buckets)
+    slow = replace(ready, times={1: Measured(slow, 2.0)})
+    lines = ready_lines(slow, replace(CONFIG, target_ms=20.0))
+    assert "No bucket is expected to meet 20 ms: the smallest, 0.5 (5 tokens)" in lines[-1]
+    lines = ready_lines(slow, replace(CONFIG, target_ms=60.0))
+    assert lines[-1] == "60 ms are met by 1 and below."
