@@ -74,7 +74,7 @@ class RobotTrainConfig:
         default_factory=lambda: OptimizerConfig(
             learning_rate=2e-3,
             warmup_steps=100,
-            total_steps=2600,
+            total_steps=2000,
             weight_decay=0.02,
             clip_norm=1.0,
         )
