@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,8 +289,8 @@ def test_a_killed_write_is_never_taken_for_a_bundle(tmp_path, step):
         f"""
         import os, signal, sys
         import jax.numpy as jnp
-        from fastdrive_jax.export import bundle
-        bundle.{step} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        from fastdrive_jax.export import bundle, folder
+        folder.{step} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         bundle.write_bundle(sys.argv[1], {{"m": {{"w": jnp.ones(4)}}}}, {{}})
         """
     )
@@ -313,7 +314,7 @@ def test_a_part_without_its_config_is_no_bundle(copy):
 
 def test_too_little_space_is_said_before_writing(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100_000})
-    monkeypatch.setattr(bundle.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="MiB are free"):
         write_bundle(tmp_path / "m", _params(), CONFIG)
     assert not list(tmp_path.iterdir())
