@@ -43,7 +43,7 @@ def kernels_of(platform: str) -> Iterator[None]:
     Pallas kernel of a TPU has no form for a CPU.
 
     Args:
-        platform: "cpu", "gpu" or "tpu".
+        platform: "cpu", "gpu" or "tpu", or "any" for the plain operations that converters know.
     """
     token = _platform.set(platform)
     try:
@@ -58,9 +58,11 @@ def attention_kernel(dtype: jnp.dtype, head_dim: int, platform: str | None = Non
     Args:
         dtype: Of the queries.
         head_dim: d.
-        platform: "cpu", "gpu" or "tpu"; None takes that of `kernels_of`, or asks jax.
+        platform: See `kernels_of`; None takes what that says, or asks jax.
     """
     platform = platform or _platform.get() or jax.default_backend()
+    if platform == "any":
+        return "xla"
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
