@@ -27,6 +27,7 @@ from experiments.data_commands import BuildArgs, MaskArgs, VerifyArgs, build, ma
 from experiments.drive_closed_loop import DriveArgs, drive_closed_loop
 from experiments.efficiency_args import BenchEfficiencyArgs
 from experiments.eval_planning import EvalPlanningArgs, eval_planning
+from experiments.export_model import ExportArgs, export_model
 from experiments.kill_data import KillDataArgs, kill_data
 from experiments.own_images import ImagesConfig, own_images
 from experiments.plot_metrics import PlotMetricsArgs, plot_metrics
@@ -108,6 +109,7 @@ Command = (
     | Annotated[WorldArgs, tyro.conf.subcommand("world")]
     | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
     | Annotated[StudyPrunerArgs, tyro.conf.subcommand("study-pruner")]
+    | Annotated[ExportArgs, tyro.conf.subcommand("export")]
     | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
     | Annotated[WidenVLAConfig, tyro.conf.subcommand("widen-vla")]
     | Annotated[AnswerArgs, tyro.conf.subcommand("answer")]
@@ -158,6 +160,7 @@ RUN = {
     WorldArgs: write_world,
     TrainPrunerConfig: train_on_shards,
     StudyPrunerArgs: study_pruner,
+    ExportArgs: export_model,
     TrainVLAArgs: train,
     WidenVLAConfig: widen_vla,
     AnswerArgs: answer,

@@ -153,9 +153,7 @@ def lower(
         return jax.export.export(jax.jit(run), platforms=(platform,))(weights, *inputs)
 
 
-def read_program(
-    folder: Path, bucket: Bucket | None = None
-) -> Callable[..., dict[str, jax.Array]]:
+def read_program(folder: Path, bucket: Bucket | None = None) -> Callable[..., dict[str, jax.Array]]:
     """The program of a bucket for the devices at hand; see `run_program.load_program`.
 
     Args:

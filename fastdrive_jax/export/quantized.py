@@ -27,7 +27,9 @@ from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig, recon_pruner
 
 KIND = "quantized driving policy"
-LINEAR = r".*(_proj|qkv|attn/proj|mlp_\d|scorer)"  # paths of the modules whose kernels are quantized
+LINEAR = (
+    r".*(_proj|qkv|attn/proj|mlp_\d|scorer)"  # paths of the modules whose kernels are quantized
+)
 QType = Literal["int8", "float8_e4m3fn"]
 
 
@@ -81,9 +83,7 @@ def quantized_plan(
     return run
 
 
-def write_quantized(
-    folder: Path, quantized: QuantizedPolicy, params: dict
-) -> Path:
+def write_quantized(folder: Path, quantized: QuantizedPolicy, params: dict) -> Path:
     """Writes the bundle of a policy with its kernels in eight bits; see `write_bundle`.
 
     Raises:

@@ -37,7 +37,7 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 @contextlib.contextmanager
 def kernels_of(platform: str) -> Iterator[None]:
-    """What is traced within takes the kernels of a platform that need not be here, for `jax.export`.
+    """What is traced within takes the kernels of a platform, which need not be here.
 
     One program for several platforms won't do: JAX lowers each branch of it for all of them, and a
     Pallas kernel of a TPU has no form for a CPU.

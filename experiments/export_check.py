@@ -1,0 +1,247 @@
+"""Whether every exported form plans what the training code plans, on frames of the synthetic world.
+
+The training code is `inference.policy.plan` with the parameters in memory. Forms are read back from
+the disk, so what is compared is what others will load.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from data_pipelines.schema import TOKEN_PIXELS
+from data_pipelines.synthetic.config import WorldConfig
+from data_pipelines.synthetic.frames import Frames, world_frames
+from experiments.export_source import Source
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.export.driving import read_policy
+from fastdrive_jax.export.onnx_programs import POLICY, PRUNER, read_onnx
+from fastdrive_jax.export.programs import Bucket, read_program
+from fastdrive_jax.export.pruner import read_pruner
+from fastdrive_jax.export.quantized import quantized_plan, read_quantized
+from fastdrive_jax.inference.pictures import driving_inputs, layout_inputs
+from fastdrive_jax.inference.policy import DrivingPolicy, plan
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
+from fastdrive_jax.pruning.interface import PrunerInputs
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, recon_pruner
+
+METRES, SCORES = 1e-5, 1e-5  # of forms that hold the same numbers; scores relative to the largest
+
+PlanFn = Callable[..., tuple[np.ndarray, np.ndarray]]  # images, speed, command to plan, kept
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a form is from the training code.
+
+    Attributes:
+        form: What was read.
+        quantity: "waypoints, m" or "scores".
+        largest: Of all absolute differences.
+        bound: It must not exceed; None of a form that rounds weights.
+        kept: Share of the kept tokens that are the same; None of scores.
+        n: Frames.
+    """
+
+    form: str
+    quantity: str
+    largest: float
+    bound: float | None
+    kept: float | None
+    n: int
+
+    def __str__(self):
+        kept = "" if self.kept is None else f", {self.kept:.2%} of the kept tokens the same"
+        note = " (rounded weights)" if self.bound is None else ""
+        return f"{self.form}: {self.quantity} differ by at most {self.largest:.2g}{kept}{note}"
+
+
+def check_frames(config: DrivingConfig, count: int) -> Frames:
+    """Frames of the synthetic world for the cameras and pictures of a VLA, two of each scene."""
+    height, width = config.image_size
+    world = WorldConfig(
+        train_scenes=0,
+        val_scenes=1,
+        keyframes_per_scene=2,
+        height=height,
+        width=width,
+        cameras=config.cameras,
+    )
+    return world_frames(world, count)
+
+
+def policy_of(source: Source, keep_ratio: float) -> DrivingPolicy:
+    """The policy of a source with a VLA."""
+    return DrivingPolicy(DrivingVLA(source.vla), recon_pruner(source.pruner), keep_ratio)
+
+
+def in_batches(run: PlanFn, frames: Frames, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Waypoints [S, T, 2] and kept tokens [S, K] of all frames by a program of one batch size."""
+    count, parts = len(frames.images), []
+    for start in range(0, count, batch):
+        rows = np.arange(start, start + batch).clip(max=count - 1)
+        parts.append(run(frames.images[rows], frames.speed[rows], frames.command[rows]))
+    waypoints, kept = (
+        np.concatenate([np.asarray(x) for x in part]) for part in zip(*parts, strict=True)
+    )
+    return waypoints[:count], kept[:count]
+
+
+def of_plan(function: Callable, *first) -> PlanFn:
+    """A function of `plan`'s answer as one of arrays, compiled."""
+    run = jax.jit(functools.partial(function))
+
+    def call(*inputs):
+        planned = run(*first, *inputs)
+        return planned.waypoints, planned.keep_indices
+
+    return call
+
+
+def training_plan(source: Source, keep_ratio: float) -> PlanFn:
+    """What all else is compared with."""
+    return of_plan(functools.partial(plan, policy_of(source, keep_ratio)), source.params)
+
+
+def differences(
+    out: Path, forms: tuple[str, ...], source: Source, buckets: tuple[Bucket, ...], frames: int
+) -> Iterator[Difference]:
+    """Reads each form back and compares it.
+
+    Args:
+        out: Folder of the export.
+        forms: What is in it.
+        source: What it was made from.
+        buckets: Of its programs; the first is that of the other forms of the policy.
+        frames: How many frames.
+    """
+    if "pruner" in forms or "onnx" in forms:
+        yield from _score_differences(out, forms, source, frames, buckets[0].batch)
+    if source.vla is None:
+        return
+    seen = check_frames(source.vla, frames)
+    for number, bucket in enumerate(buckets):
+        want = in_batches(training_plan(source, bucket.keep_ratio), seen, bucket.batch)
+        for form, run, bound in _planners(out, forms, bucket, first=number == 0):
+            have = in_batches(run, seen, bucket.batch)
+            largest = float(np.abs(want[0] - have[0]).max())
+            same = np.mean(
+                [len(np.intersect1d(*rows)) for rows in zip(want[1], have[1], strict=True)]
+            )
+            kept = float(same) / want[1].shape[1]
+            yield Difference(form, "waypoints, m", largest, bound, kept, frames)
+
+
+def _planners(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
+    """(name, program, bound) of each form that has the bucket."""
+    if "policy" in forms and first:
+        for form in ("safetensors", "orbax"):
+            policy, params = read_policy(out / "policy", form)
+            yield f"policy, {form}", of_plan(functools.partial(plan, policy), params), METRES
+    if "stablehlo" in forms:
+        program = read_program(out / "stablehlo", bucket)
+        name = f"stablehlo, {bucket.keep_ratio:.0%} kept, batch {bucket.batch}"
+
+        def run(*inputs):
+            answer = program(*inputs)
+            return answer["waypoints"], answer["keep_indices"]
+
+        yield name, run, METRES
+    if "int8" in forms and first:
+        quantized, tensors = read_quantized(out / "int8")
+        yield "int8 weights", of_plan(quantized_plan(quantized), tensors), None
+    if "onnx" in forms and first:
+        yield "policy, onnx", read_onnx(out / "onnx", POLICY), METRES
+
+
+def sample_inputs(source: Source, frames: int) -> PrunerInputs:
+    """Visual tokens of the frames or, of a pruner alone, random ones."""
+    if source.vla is not None:
+        model, variables = DrivingVLA(source.vla), {"params": source.params["vla"]}
+        encode = jax.jit(functools.partial(model.apply, method="encode"))
+        tokens = encode(variables, check_frames(source.vla, frames).images)
+        return driving_inputs(source.vla, tokens)
+    grid = token_grid(source)
+    size = source.pruner.layer.hidden_size
+    tokens = jax.random.normal(jax.random.key(0), (frames, grid[0] * grid[1], size))
+    return layout_inputs(tokens, grid)
+
+
+def token_grid(source: Source) -> tuple[int, int]:
+    """Token rows and columns of a picture that the pruner was trained on.
+
+    Raises:
+        UserError: Neither a VLA nor a run says how large pictures were.
+    """
+    if source.vla is not None:
+        return source.vla.token_grid
+    size = ((source.facts.training or {}).get("loader") or {}).get("image_size")
+    if size is None:
+        raise UserError(
+            f"{source.path} does not say how large the pictures were, which ONNX and the check "
+            "need: give the folder of the run in place of its bundle, or leave onnx out and say "
+            "--no-check."
+        )
+    return size[0] // TOKEN_PIXELS, size[1] // TOKEN_PIXELS
+
+
+def _score_differences(out, forms, source: Source, frames, batch) -> Iterator[Difference]:
+    inputs = sample_inputs(source, frames)
+    ids = inputs.position_ids if source.pruner.rope else None
+    apply = jax.jit(ReconPruner(source.pruner).apply)
+
+    def score(params):
+        return np.asarray(apply({"params": params}, inputs.tokens, ids))
+
+    want = score(source.params["pruner"])
+    bound = SCORES * max(1.0, float(np.abs(want).max()))
+
+    def difference(form, have):
+        largest = float(np.abs(want - np.asarray(have)).max())
+        return Difference(f"pruner, {form}", "scores", largest, bound, None, frames)
+
+    if "pruner" in forms:
+        for form in ("safetensors", "orbax"):
+            config, params = read_pruner(out / "pruner", form)
+            if config != source.pruner:
+                raise RuntimeError(f"{out / 'pruner'} came back with another config")
+            yield difference(form, score(params))
+        if importlib.util.find_spec("torch") is not None:
+            yield difference("PyTorch", torch_scores(out / "pruner", inputs, ids))
+    if "onnx" in forms:
+        run = read_onnx(out / "onnx", PRUNER)
+        parts = []
+        for start in range(0, frames, batch):
+            rows = np.arange(start, start + batch).clip(max=frames - 1)
+            parts.append(run(inputs.tokens[rows], *([] if ids is None else [ids[:, rows]]))[0])
+        yield difference("onnx", np.concatenate(parts)[:frames])
+
+
+def torch_scores(folder: Path, inputs: PrunerInputs, ids) -> np.ndarray:
+    """Scores by the PyTorch module."""
+    import torch
+
+    from fastdrive_jax.export.torch_pruner import load_pruner
+
+    arrays = [inputs.tokens] if ids is None else [inputs.tokens, ids]
+    with torch.no_grad():
+        return load_pruner(folder)(*(torch.from_numpy(np.array(a)) for a in arrays)).numpy()
+
+
+def refuse_differences(found: list[Difference]) -> None:
+    """Raises if a form that holds the same numbers plans something else.
+
+    Raises:
+        UserError: It does.
+    """
+    wrong = [one for one in found if one.bound is not None and not one.largest <= one.bound]
+    if wrong:
+        raise UserError(
+            "The export is not what was trained: "
+            + "; ".join(map(str, wrong))
+            + ". Do not use it; please report this with the versions in its config.json."
+        )
