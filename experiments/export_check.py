@@ -18,6 +18,8 @@ from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.frames import Frames, world_frames
 from experiments.export_source import Source
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.export import manifest as manifests
+from fastdrive_jax.export import run_program
 from fastdrive_jax.export.driving import read_policy
 from fastdrive_jax.export.onnx_programs import POLICY, PRUNER, read_onnx
 from fastdrive_jax.export.programs import Bucket, read_program
@@ -93,7 +95,7 @@ def in_batches(run: PlanFn, frames: Frames, batch: int) -> tuple[np.ndarray, np.
 
 def of_plan(function: Callable, *first) -> PlanFn:
     """A function of `plan`'s answer as one of arrays, compiled."""
-    run = jax.jit(functools.partial(function))
+    run = jax.jit(function)
 
     def call(*inputs):
         planned = run(*first, *inputs)
@@ -142,7 +144,7 @@ def _planners(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
         for form in ("safetensors", "orbax"):
             policy, params = read_policy(out / "policy", form)
             yield f"policy, {form}", of_plan(functools.partial(plan, policy), params), METRES
-    if "stablehlo" in forms:
+    if "stablehlo" in forms and runs_here(out / "stablehlo"):
         program = read_program(out / "stablehlo", bucket)
         name = f"stablehlo, {bucket.keep_ratio:.0%} kept, batch {bucket.batch}"
 
@@ -156,6 +158,16 @@ def _planners(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
         yield "int8 weights", of_plan(quantized_plan(quantized), tensors), None
     if "onnx" in forms and first:
         yield "policy, onnx", read_onnx(out / "onnx", POLICY), METRES
+
+
+def runs_here(folder: Path) -> bool:
+    """Whether programs are for the devices at hand; says so if they are not."""
+    platforms = manifests.load(folder).config["buckets"][0]["programs"]
+    here = jax.default_backend()
+    if run_program.PLATFORMS[here] in platforms:
+        return True
+    print(f"check: {folder} is for {', '.join(platforms)} alone and cannot run on this {here}.")
+    return False
 
 
 def sample_inputs(source: Source, frames: int) -> PrunerInputs:

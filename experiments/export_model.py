@@ -27,17 +27,16 @@ from experiments.export_source import Source, read_source
 from experiments.model_card import model_card
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_text
-from fastdrive_jax.export import torch_pruner
 from fastdrive_jax.export.driving import write_policy
 from fastdrive_jax.export.onnx_programs import OPSET, write_onnx
 from fastdrive_jax.export.programs import PLATFORMS, Bucket, need_flatbuffers, write_programs
-from fastdrive_jax.export.pruner import write_pruner
+from fastdrive_jax.export.pruner import TORCH_MODULE, write_pruner
 from fastdrive_jax.export.quantized import QuantizedPolicy, write_quantized
 
 Form = Literal["pruner", "policy", "stablehlo", "int8", "onnx"]
 USUAL: tuple[Form, ...] = ("pruner", "policy", "stablehlo")
 NEED_VLA: tuple[Form, ...] = ("policy", "stablehlo", "int8")
-CARD, TORCH = "README.md", "torch_pruner.py"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def export_model(args: ExportArgs) -> Path:
     for form in forms:
         print(f"export: {args.out / form}", flush=True)
         _write(form, args, source, buckets)
-    shutil.copyfile(torch_pruner.__file__, args.out / TORCH)
+    shutil.copyfile(TORCH_MODULE, args.out / TORCH_MODULE.name)
     found: list[Difference] = []
     if args.check:
         for one in differences(args.out, forms, source, buckets, args.check_frames):
@@ -128,7 +127,7 @@ def _claim(out: Path, forms: tuple[Form, ...]) -> None:
     """Refuses a folder with anything but an earlier export of the same forms."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another folder.")
-    ours = {*forms, CARD, TORCH}
+    ours = {*forms, CARD, TORCH_MODULE.name}
     if out.is_dir() and (other := sorted({path.name for path in out.iterdir()} - ours)):
         raise UserError(
             f"{out} holds {other[0]}, which this export would not write; choose another folder or "

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+import jax
 import jinja2
 
 from experiments.export_check import Difference
@@ -13,7 +14,11 @@ from fastdrive_jax.evaluation.results import Row, select
 from fastdrive_jax.export.programs import Bucket
 
 METHODS = ("reconpruner", "random", "uniform", "prior", "ground_truth", "oracle")
-UNTIMED = ("ms", "GFLOP")  # units of figures that are of a machine, not of the model
+REFERENCES = ("unpruned", "no_image")  # which have no keep ratio of their own
+METRICS = (
+    *("foreground_recall", "foreground_precision", "object_recall"),
+    *("l2_temavg", "ade", "fde"),
+)
 
 CARD = """\
 # {{ title }}
@@ -97,7 +102,7 @@ Shards with the digest `{{ facts.data_digest }}`; where the run says they are, t
 ## Figures
 
 {% if rows -%}
-From `{{ facts.results }}`: measured by the run on the split `val` of its data, on n pictures or \
+From `{{ facts.results }}`, which has more: measured by the run on the split `val`, n pictures or \
 samples, with 95% intervals.
 
 | metric | kept | {{ methods | join(" | ") }} | n |
@@ -105,6 +110,9 @@ samples, with 95% intervals.
 {% for row in rows -%}
 | {{ row.metric }} | {{ row.kept }} | {{ row.cells | join(" | ") }} | {{ row.n }} |
 {% endfor %}
+{% for line in references -%}
+- {{ line }}
+{% endfor -%}
 {%- else -%}
 `{{ source.path }}` holds no figures.
 {%- endif %}
@@ -137,7 +145,9 @@ kept = keep(scores, k)                            # [B, K]
 `policy/`: the whole pruned policy, safetensors and Orbax.
 
 ```python
+import jax
 from fastdrive_jax.export.driving import read_policy
+from fastdrive_jax.inference.policy import plan
 policy, params = read_policy("policy")
 planned = jax.jit(plan, static_argnums=0)(policy, params, images, speed, command)
 ```
@@ -157,6 +167,7 @@ answer = load_program(keep_ratio={ratio}, batch={batch})(images, speed, command)
 `int8/`: the policy with the kernels of linear layers in eight bits (qwix).
 
 ```python
+import jax
 from fastdrive_jax.export.quantized import quantized_plan, read_quantized
 quantized, tensors = read_quantized("int8")       # activations="int8": products of int8 too
 planned = jax.jit(quantized_plan(quantized))(tensors, images, speed, command)
@@ -167,6 +178,7 @@ planned = jax.jit(quantized_plan(quantized))(tensors, images, speed, command)
 see `onnx/config.json`.
 
 ```python
+import onnxruntime
 session = onnxruntime.InferenceSession("onnx/{model}")
 ```
 """,
@@ -224,12 +236,13 @@ def model_card(
         foreground=_foreground(facts),
         methods=methods,
         rows=rows,
+        references=references(facts.rows),
     )
 
 
 def figures(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]]]:
     """Methods in their columns, and a line for each metric and ratio of the pruner's figures."""
-    kept = [r for r in rows if r.method == METHODS[0] and r.unit not in UNTIMED]
+    kept = [row for row in rows if row.method == METHODS[0] and row.metric in METRICS]
     methods = [name for name in METHODS if select(rows, method=name)]
     lines = []
     for row in kept:
@@ -241,6 +254,15 @@ def figures(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]]]:
         unit = f" ({row.unit})" if row.unit else ""
         lines.append({"metric": row.metric + unit, "kept": share, "cells": cells, "n": row.n})
     return methods, lines
+
+
+def references(rows: Sequence[Row]) -> list[str]:
+    """A line for each figure that no pruner comes with."""
+    return [
+        f"{row.method}, {row.metric}{f' ({row.unit})' if row.unit else ''}: {_cell(row)}, n {row.n}"
+        for row in rows
+        if row.method in REFERENCES and row.metric in METRICS
+    ]
 
 
 def _cell(row: Row) -> str:
@@ -255,8 +277,6 @@ def _mean(rows: Sequence[Row]) -> str:
 
 
 def _count(tree: Any) -> int:
-    import jax
-
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 

@@ -9,6 +9,7 @@ from fastdrive_jax.export.bundle import read_bundle_orbax, read_bundle_safetenso
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 
 KIND = "pruner"
+TORCH_MODULE = Path(__file__).with_name("torch_pruner.py")  # to copy; importing it needs torch
 
 
 def write_pruner(folder: Path, params: dict, pruner: ReconPrunerConfig) -> Path:

@@ -83,6 +83,26 @@ def quantized_plan(
     return run
 
 
+def quantized_scores(
+    quantized: QuantizedPolicy,
+) -> Callable[[dict[str, jax.Array], jax.Array], jax.Array]:
+    """`(tensors, tokens [B, N, D])` to the pruner's scores [B, N]; of a pruner without rope.
+
+    Raises:
+        UserError: qwix is not installed.
+    """
+    qwix, shapes = _qwix(), _abstract(quantized)["pruner"]
+    names = [f"pruner{SEPARATOR}{name}" for name, _ in _leaves(shapes)]
+    structure = jax.tree.structure(shapes)
+    module = qwix.quantize_model(ReconPruner(quantized.pruner), _provider(quantized))
+
+    def run(tensors, tokens):
+        params = jax.tree.unflatten(structure, [tensors[name] for name in names])
+        return module.apply({"params": params}, tokens)
+
+    return run
+
+
 def write_quantized(folder: Path, quantized: QuantizedPolicy, params: dict) -> Path:
     """Writes the bundle of a policy with its kernels in eight bits; see `write_bundle`.
 

@@ -1,0 +1,116 @@
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.export.driving import write_policy
+from fastdrive_jax.export.quantized import (
+    QuantizedPolicy,
+    quantize_params,
+    quantized_plan,
+    quantized_scores,
+    read_quantized,
+    write_quantized,
+)
+from fastdrive_jax.inference.policy import DrivingPolicy, plan
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
+from fastdrive_jax.pruning import make_pruner
+from fastdrive_jax.pruning.recon_pruner import ReconPruner
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("qwix") is None, reason="qwix is not installed (extra: export)"
+)
+
+
+@pytest.fixture(scope="module")
+def quantized(one_camera, small_pruner):
+    pruner = make_pruner("reconpruner", config=small_pruner)
+    return QuantizedPolicy(DrivingPolicy(DrivingVLA(one_camera[0]), pruner, 0.4), small_pruner)
+
+
+@pytest.fixture(scope="module")
+def folder(quantized, one_camera, tmp_path_factory):
+    return write_quantized(tmp_path_factory.mktemp("q") / "int8", quantized, one_camera[1])
+
+
+def inputs(config, batch=2):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, 1, *config.image_size, 3), np.uint8)
+    return images, np.array([2.0, 9.0], np.float32), np.array([0, 1], np.int32)
+
+
+def test_kernels_of_linear_layers_are_stored_in_eight_bits(quantized, one_camera):
+    tensors = quantize_params(quantized, one_camera[1])
+    flat = flatten_dict(one_camera[1], sep="/")
+    rounded = {name.removesuffix("/qvalue") for name in tensors if name.endswith("/qvalue")}
+    linear = {name for name, leaf in flat.items() if name.endswith("/kernel") and leaf.ndim == 2}
+    assert rounded == linear - {"vla/visual/patch_embed/kernel"}
+    assert len(rounded) > 10
+    for name in rounded:
+        kernel, value, scale = flat[name], tensors[f"{name}/qvalue"], tensors[f"{name}/scale"]
+        assert value.dtype == jnp.int8
+        assert scale.shape == (1, kernel.shape[1])
+        np.testing.assert_allclose(value * scale, kernel, atol=0.51 * float(scale.max()))
+    for name in flat.keys() - rounded:
+        np.testing.assert_array_equal(tensors[name], flat[name])
+
+
+@pytest.mark.parametrize("form", ["safetensors", "orbax"])
+def test_what_was_read_back_plans_what_rounded_weights_plan(folder, one_camera, quantized, form):
+    again, tensors = read_quantized(folder, form)
+    assert again.policy.model.config == one_camera[0]
+    have = jax.jit(quantized_plan(again))(tensors, *inputs(one_camera[0]))
+    # the same with the rounded kernels written out, by the code that trains
+    flat = flatten_dict(one_camera[1], sep="/")
+    for name in flat:
+        if f"{name}/qvalue" in tensors:
+            flat[name] = tensors[f"{name}/qvalue"] * tensors[f"{name}/scale"]
+    params = {"vla": {}, "pruner": {}}
+    for name, value in flat.items():
+        *branches, leaf = name.split("/")
+        node = params
+        for branch in branches:
+            node = node.setdefault(branch, {})
+        node[leaf] = value
+    want = jax.jit(plan, static_argnums=0)(quantized.policy, params, *inputs(one_camera[0]))
+    np.testing.assert_array_equal(have.keep_indices, want.keep_indices)
+    np.testing.assert_allclose(have.waypoints, want.waypoints, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+def test_products_of_eight_bits_are_in_the_program(quantized, one_camera, kind):
+    config, params = one_camera
+    eight = QuantizedPolicy(quantized.policy, quantized.pruner, kind, kind)
+    tensors = quantize_params(eight, params)
+    lowered = jax.jit(quantized_plan(eight)).lower(tensors, *inputs(config)).as_text()
+    name = {"int8": "i8", "float8_e4m3fn": "f8E4M3FN"}[kind]
+    assert len(re.findall(rf"dot_general.*x{name}>, tensor<\S*x{name}>", lowered)) > 10
+
+
+def test_scores_are_near_those_of_float32(quantized, one_camera, small_pruner):
+    params = one_camera[1]
+    tokens = jax.random.normal(jax.random.key(0), (2, 30, 32))
+    want = ReconPruner(small_pruner).apply({"params": params["pruner"]}, tokens)
+    tensors = quantize_params(quantized, params)
+    have = jax.jit(quantized_scores(quantized))(tensors, tokens)
+    difference = np.abs(have - want).max()
+    assert 0 < difference < 0.05 * np.abs(want).max()
+
+
+def test_damaged_and_other_bundles_are_refused(folder, one_camera, small_pruner, tmp_path):
+    whole = (folder / "model.safetensors").read_bytes()
+    try:
+        (folder / "model.safetensors").write_bytes(whole[:-8])
+        with pytest.raises(UserError, match="truncated"):
+            read_quantized(folder)
+    finally:
+        (folder / "model.safetensors").write_bytes(whole)
+    config, params = one_camera
+    other = write_policy(tmp_path / "policy", params, config, small_pruner, 0.4)
+    with pytest.raises(UserError, match="'driving policy', not a quantized driving policy"):
+        read_quantized(other)
