@@ -78,7 +78,8 @@ def quantized_plan(
 
     def run(tensors, images, speed, command):
         params = jax.tree.unflatten(structure, [tensors[name] for name in names])
-        return program.apply({}, params, images, speed, command)
+        with _quiet():
+            return program.apply({}, params, images, speed, command)
 
     return run
 
@@ -98,7 +99,8 @@ def quantized_scores(
 
     def run(tensors, tokens):
         params = jax.tree.unflatten(structure, [tensors[name] for name in names])
-        return module.apply({"params": params}, tokens)
+        with _quiet():
+            return module.apply({"params": params}, tokens)
 
     return run
 

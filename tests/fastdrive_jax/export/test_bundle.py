@@ -131,13 +131,17 @@ def test_a_bundle_of_one_mesh_is_read_on_another(tmp_path):
         found = read_bundle_orbax(folder, place)[0]["m"]["w"]
         assert found.sharding.shard_shape(found.shape) == (4, 2), found.sharding
         assert (np.asarray(found) == np.arange(64.0).reshape(16, 4)).all()
+        narrow = read_bundle_orbax(sys.argv[2], place)[0]["m"]["w"]  # of one device
+        assert narrow.sharding.shard_shape(narrow.shape) == (4, 2), narrow.sharding
+        assert (np.asarray(narrow) == np.arange(64.0).reshape(16, 4)).all()
         """
     )
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, "-c", script, str(tmp_path / "m")]
+    narrow = write_bundle(tmp_path / "n", {"m": {"w": jnp.arange(64.0).reshape(16, 4)}}, {})
+    command = [sys.executable, "-c", script, str(tmp_path / "m"), str(narrow)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = read_bundle_orbax(tmp_path / "m")[0]["m"]["w"]  # and here, on fewer devices

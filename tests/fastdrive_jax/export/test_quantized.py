@@ -17,6 +17,7 @@ from fastdrive_jax.export.quantized import (
     read_quantized,
     write_quantized,
 )
+from fastdrive_jax.export.trees import unflatten
 from fastdrive_jax.inference.policy import DrivingPolicy, plan
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import make_pruner
@@ -60,24 +61,27 @@ def test_kernels_of_linear_layers_are_stored_in_eight_bits(quantized, one_camera
         np.testing.assert_array_equal(tensors[name], flat[name])
 
 
-@pytest.mark.parametrize("form", ["safetensors", "orbax"])
-def test_what_was_read_back_plans_what_rounded_weights_plan(folder, one_camera, quantized, form):
-    again, tensors = read_quantized(folder, form)
-    assert again.policy.model.config == one_camera[0]
+def test_both_forms_hold_what_was_rounded(folder, one_camera, quantized):
+    want = quantize_params(quantized, one_camera[1])
+    for form in ("safetensors", "orbax"):
+        again, have = read_quantized(folder, form)
+        assert again.policy.model.config == one_camera[0]
+        assert again.policy.keep_ratio == 0.4
+        assert want.keys() == have.keys()
+        for name, value in want.items():
+            np.testing.assert_array_equal(have[name], value)
+            assert have[name].dtype == value.dtype
+
+
+def test_it_plans_what_the_training_code_plans_with_rounded_kernels(folder, one_camera, quantized):
+    again, tensors = read_quantized(folder)
     have = jax.jit(quantized_plan(again))(tensors, *inputs(one_camera[0]))
-    # the same with the rounded kernels written out, by the code that trains
     flat = flatten_dict(one_camera[1], sep="/")
     for name in flat:
         if f"{name}/qvalue" in tensors:
             flat[name] = tensors[f"{name}/qvalue"] * tensors[f"{name}/scale"]
-    params = {"vla": {}, "pruner": {}}
-    for name, value in flat.items():
-        *branches, leaf = name.split("/")
-        node = params
-        for branch in branches:
-            node = node.setdefault(branch, {})
-        node[leaf] = value
-    want = jax.jit(plan, static_argnums=0)(quantized.policy, params, *inputs(one_camera[0]))
+    run = jax.jit(plan, static_argnums=0)
+    want = run(quantized.policy, unflatten(flat), *inputs(one_camera[0]))
     np.testing.assert_array_equal(have.keep_indices, want.keep_indices)
     np.testing.assert_allclose(have.waypoints, want.waypoints, atol=1e-5)
 
