@@ -16,6 +16,7 @@ from data_pipelines.synthetic.generate import generate
 from experiments.answer import AnswerArgs, answer
 from experiments.bench_data import BenchDataArgs, bench_data
 from experiments.bench_efficiency import bench_efficiency
+from experiments.bench_export import BenchExportArgs, bench_export
 from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.bench_model import BenchModelArgs, bench_model
 from experiments.bench_pruners import BenchPrunersArgs, bench_pruners
@@ -118,6 +119,7 @@ Command = (
     | Annotated[BenchDataArgs, tyro.conf.subcommand("bench-data")]
     | Annotated[KillDataArgs, tyro.conf.subcommand("kill-data")]
     | Annotated[BenchEfficiencyArgs, tyro.conf.subcommand("bench-efficiency")]
+    | Annotated[BenchExportArgs, tyro.conf.subcommand("bench-export")]
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
     | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
     | Annotated[BenchPrunersArgs, tyro.conf.subcommand("bench-pruners")]
@@ -169,6 +171,7 @@ RUN = {
     BenchDataArgs: bench_data,
     KillDataArgs: kill_data,
     BenchEfficiencyArgs: bench_efficiency,
+    BenchExportArgs: bench_export,
     BenchFrameArgs: bench_frame,
     BenchModelArgs: bench_model,
     BenchPrunersArgs: bench_pruners,

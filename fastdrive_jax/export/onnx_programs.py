@@ -143,6 +143,8 @@ def read_onnx(folder: Path, name: str) -> Callable[..., list[np.ndarray]]:
     manifests.check_files(folder, manifest, name)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # no warnings of constants that it leaves out
+    # Threads that wait for the next call would take the cores from everyone else.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         str(folder / name), options, providers=["CPUExecutionProvider"]
     )
