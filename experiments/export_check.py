@@ -146,7 +146,7 @@ def _planners(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
             yield f"policy, {form}", of_plan(functools.partial(plan, policy), params), METRES
     if "stablehlo" in forms and runs_here(out / "stablehlo"):
         program = read_program(out / "stablehlo", bucket)
-        name = f"stablehlo, {bucket.keep_ratio:.0%} kept, batch {bucket.batch}"
+        name = f"stablehlo, {100 * bucket.keep_ratio:g}% kept, batch {bucket.batch}"
 
         def run(*inputs):
             answer = program(*inputs)

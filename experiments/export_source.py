@@ -7,7 +7,7 @@ the model card.
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from fastdrive_jax.training.run_config import read_json
 from fastdrive_jax.training.state import abstract_state, evaluation_params, init_train_state
 
 EXPORT = "export"  # where a run keeps its bundle
+NESTED = "pruner"  # where the quick start keeps its training
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,15 @@ def read_source(path: Path, weights: Path | None = None) -> Source:
     run = path.parent if bundle == path and path.name == EXPORT else path
     facts = _facts(run)
     if bundle is None:
-        if facts.training is None or not (path / "checkpoints").is_dir():
+        folder = next((at for at in (path, path / NESTED) if _has_checkpoints(at)), None)
+        if folder is None:
             raise UserError(
                 f"{path} is neither a bundle nor the folder of a run: give what `fastdrive "
                 "train-pruner` or `fastdrive quickstart` wrote, or a bundle of theirs."
             )
-        pruner, params, step = _checkpoint(path, facts)
-        facts = Facts(**{**vars(facts), "step": step})
-        return _with_vla(path, path / "checkpoints" / str(step), pruner, params, facts, weights)
+        pruner, params, step = _checkpoint(folder, facts)
+        read, facts = folder / "checkpoints" / str(step), replace(facts, step=step)
+        return _with_vla(path, read, pruner, params, facts, weights)
     config = manifests.load(bundle).config
     if config.get("kind") != POLICY:
         pruner, params = read_pruner(bundle)
@@ -175,8 +177,7 @@ def _checkpoint(path: Path, facts: Facts) -> tuple[ReconPrunerConfig, dict, int]
 
 def _facts(run: Path) -> Facts:
     """Whatever there is of config.json, results and shards; `run` may be no run at all."""
-    nested = run / "pruner"  # the quick start keeps its training there
-    config = next((at / "config.json" for at in (run, nested) if _is_run(at)), None)
+    config = next((at / "config.json" for at in (run, run / NESTED) if _is_run(at)), None)
     found: dict[str, Any] = {}
     if config is not None:
         stored = read_json(config)
@@ -194,6 +195,10 @@ def _facts(run: Path) -> Facts:
                 found["data"] = {**read_json(shards / "manifest.json"), "path": str(shards)}
             break
     return Facts(**found)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return _is_run(folder) and (folder / "checkpoints").is_dir()
 
 
 def _is_run(folder: Path) -> bool:

@@ -206,7 +206,7 @@ def model_card(
         device: That the check ran on.
     """
     facts, whole = source.facts, source.vla is not None
-    described = ", ".join(f"{b.keep_ratio:.0%} kept at batch {b.batch}" for b in buckets)
+    described = ", ".join(f"{100 * b.keep_ratio:g}% kept at batch {b.batch}" for b in buckets)
     values = {
         "platforms": ", ".join(platforms),
         "buckets": described,
@@ -250,7 +250,7 @@ def figures(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]]]:
         for name in methods:
             found = select(rows, method=name, metric=row.metric, keep_ratio=row.keep_ratio)
             cells.append(_cell(found[0]) if len(found) == 1 else _mean(found))
-        share = "" if row.keep_ratio is None else f"{row.keep_ratio:.0%}"
+        share = "" if row.keep_ratio is None else f"{100 * row.keep_ratio:g}%"
         unit = f" ({row.unit})" if row.unit else ""
         lines.append({"metric": row.metric + unit, "kept": share, "cells": cells, "n": row.n})
     return methods, lines
