@@ -26,13 +26,14 @@ from experiments.frame_stages import clock
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.export.onnx_programs import POLICY, read_onnx, write_onnx
-from fastdrive_jax.export.programs import PLATFORMS, Bucket, read_program, write_programs
+from fastdrive_jax.export.programs import Bucket, read_program, write_programs
 from fastdrive_jax.export.quantized import (
     QuantizedPolicy,
     quantize_params,
     quantized_plan,
     quantized_scores,
 )
+from fastdrive_jax.export.run_program import PLATFORMS
 from fastdrive_jax.inference.policy import plan
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
@@ -133,8 +134,7 @@ def make_forms(source: Source, bucket: Bucket, folder: Path) -> dict[str, Form]:
             sum(leaf.nbytes for leaf in jax.tree.leaves(tensors)),
             functools.partial(jax.jit(quantized_scores(quantized)), tensors),
         )
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    assert platform in PLATFORMS
+    platform = PLATFORMS[jax.default_backend()]
     write_programs(folder / "stablehlo", policy, params, (bucket,), (platform,))
     program = read_program(folder / "stablehlo")
 

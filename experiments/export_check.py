@@ -59,7 +59,7 @@ class Difference:
     def __str__(self):
         kept = "" if self.kept is None else f", {self.kept:.2%} of the kept tokens the same"
         note = " (rounded weights)" if self.bound is None else ""
-        return f"{self.form}: {self.quantity} differ by at most {self.largest:.2g}{kept}{note}"
+        return f"{self.form}: largest difference {self.largest:.2g} ({self.quantity}){kept}{note}"
 
 
 def check_frames(config: DrivingConfig, count: int) -> Frames:

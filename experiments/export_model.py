@@ -6,7 +6,7 @@
 
 RUN is the folder of `train-pruner` or of the quick start, while it trains too, or a bundle of
 theirs. OUT gets a folder for each form, README.md (the model card) and torch_pruner.py. Then every
-form is read back and compared with the training code. About a minute on 2 CPU cores.
+form is read back and compared with the training code. One to two minutes on 2 CPU cores.
 """
 
 import shutil
@@ -28,10 +28,10 @@ from experiments.model_card import model_card
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.export.driving import write_policy
-from fastdrive_jax.export.onnx_programs import OPSET, write_onnx
+from fastdrive_jax.export.onnx_programs import OPSET, need_converter, write_onnx
 from fastdrive_jax.export.programs import PLATFORMS, Bucket, need_flatbuffers, write_programs
 from fastdrive_jax.export.pruner import TORCH_MODULE, write_pruner
-from fastdrive_jax.export.quantized import QuantizedPolicy, write_quantized
+from fastdrive_jax.export.quantized import QuantizedPolicy, need_qwix, write_quantized
 
 Form = Literal["pruner", "policy", "stablehlo", "int8", "onnx"]
 USUAL: tuple[Form, ...] = ("pruner", "policy", "stablehlo")
@@ -118,8 +118,9 @@ def _forms(args: ExportArgs, source: Source) -> tuple[Form, ...]:
         forms = args.forms
         if source.vla is None and (missing := [form for form in forms if form in NEED_VLA]):
             raise UserError(f"{args.run} cannot be exported as {missing[0]}: {source.why}")
-    if "stablehlo" in forms:
-        need_flatbuffers()
+    need = {"stablehlo": need_flatbuffers, "int8": need_qwix, "onnx": need_converter}
+    for form in forms:
+        need.get(form, lambda: None)()
     return forms
 
 

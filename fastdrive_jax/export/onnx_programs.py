@@ -52,7 +52,7 @@ def write_onnx(
     Raises:
         UserError: jax2onnx is not installed, or the folder cannot be written.
     """
-    need("jax2onnx")
+    _need("jax2onnx")
     size = (1 + (policy is not None)) * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     fill = functools.partial(
         _fill, pruner=pruner, params=params, tokens=tokens, policy=policy, batch=batch
@@ -60,8 +60,17 @@ def write_onnx(
     return write_folder(folder, size, fill)
 
 
-def need(package: str) -> None:
-    """Refuses what cannot be imported."""
+def need_converter() -> None:
+    """Refuses to begin without what converts and runs.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    for package in ("jax2onnx", "onnxruntime"):
+        _need(package)
+
+
+def _need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"ONNX needs {package}, which is not installed; docs/export.md says how to install it."
@@ -134,7 +143,7 @@ def read_onnx(folder: Path, name: str) -> Callable[..., list[np.ndarray]]:
     Raises:
         UserError: The folder is no such export, or the file is missing or damaged.
     """
-    need("onnxruntime")
+    _need("onnxruntime")
     import onnxruntime
 
     manifest = manifests.load(folder)

@@ -57,7 +57,7 @@ def quantize_params(quantized: QuantizedPolicy, params: dict) -> dict[str, jax.A
     Raises:
         UserError: qwix is not installed.
     """
-    qwix, shapes = _qwix(), _abstract(quantized)
+    qwix, shapes = need_qwix(), _abstract(quantized)
     with _quiet():
         trees = {name: qwix.quantize_params(params[name], shapes[name]) for name in shapes}
     return dict(_leaves(trees))
@@ -71,7 +71,7 @@ def quantized_plan(
     Raises:
         UserError: qwix is not installed.
     """
-    qwix, shapes = _qwix(), _abstract(quantized)
+    qwix, shapes = need_qwix(), _abstract(quantized)
     names = [name for name, _ in _leaves(shapes)]
     structure = jax.tree.structure(shapes)
     program = qwix.quantize_model(_Program(quantized.policy), _provider(quantized))
@@ -92,7 +92,7 @@ def quantized_scores(
     Raises:
         UserError: qwix is not installed.
     """
-    qwix, shapes = _qwix(), _abstract(quantized)["pruner"]
+    qwix, shapes = need_qwix(), _abstract(quantized)["pruner"]
     names = [f"pruner{SEPARATOR}{name}" for name, _ in _leaves(shapes)]
     structure = jax.tree.structure(shapes)
     module = qwix.quantize_model(ReconPruner(quantized.pruner), _provider(quantized))
@@ -159,7 +159,12 @@ class _Program(nn.Module):
         return plan(self.policy, params, images, speed, command)
 
 
-def _qwix() -> Any:
+def need_qwix() -> Any:
+    """The library, which is not part of the core install.
+
+    Raises:
+        UserError: It is not installed.
+    """
     try:
         import qwix
     except ImportError as error:
@@ -170,7 +175,7 @@ def _qwix() -> Any:
 
 
 def _provider(quantized: QuantizedPolicy) -> Any:
-    qwix = _qwix()
+    qwix = need_qwix()
     rule = qwix.QuantizationRule(
         module_path=LINEAR, weight_qtype=quantized.weights, act_qtype=quantized.activations
     )
@@ -179,7 +184,7 @@ def _provider(quantized: QuantizedPolicy) -> Any:
 
 def _abstract(quantized: QuantizedPolicy) -> dict:
     """Shapes of the quantized parameters, as qwix's own tree."""
-    qwix, provider, model = _qwix(), _provider(quantized), quantized.policy.model
+    qwix, provider, model = need_qwix(), _provider(quantized), quantized.policy.model
     config = model.config
     images = jax.ShapeDtypeStruct((1, len(config.cameras), *config.image_size, 3), jnp.uint8)
     ids = jax.ShapeDtypeStruct((1, config.vocabulary.plan_length), jnp.int32)

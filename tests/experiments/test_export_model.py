@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import jax
@@ -108,6 +109,18 @@ def test_a_damaged_source_is_refused(bundle, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"{len(whole) - 5} bytes instead of {len(whole)}" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "package"), [("int8", "qwix"), ("onnx", "jax2onnx"), ("onnx", "onnxruntime")]
+)
+def test_a_missing_extra_is_said_before_anything_is_written(
+    bundle, tmp_path, monkeypatch, form, package
+):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(UserError, match=rf"need.*{package}|{package}.*install"):
+        export_model(ExportArgs(bundle, tmp_path / "out", forms=("pruner", form)))
     assert not (tmp_path / "out").exists()
 
 
