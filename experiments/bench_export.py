@@ -116,7 +116,7 @@ def bench_export(args: BenchExportArgs) -> Path:
 
 
 def make_forms(source: Source, bucket: Bucket, folder: Path) -> dict[str, Form]:
-    """The forms by name; ONNX only where its converter is installed, which is said.
+    """The forms by name; where ONNX is left out it is said why.
 
     Args:
         source: With a VLA.
@@ -143,11 +143,12 @@ def make_forms(source: Source, bucket: Bucket, folder: Path) -> dict[str, Form]:
         return answer["waypoints"], answer["keep_indices"]
 
     forms["stablehlo"] = Form(run, size)
-    if importlib.util.find_spec("jax2onnx") is None:
-        print("bench-export: onnx is left out, since jax2onnx is not installed")
+    if bucket.batch > 1 or importlib.util.find_spec("jax2onnx") is None:
+        why = "it takes one frame" if bucket.batch > 1 else "jax2onnx is not installed"
+        print(f"bench-export: onnx is left out, since {why}")
         return forms
     tokens = source.vla.visual_tokens
-    write_onnx(folder / "onnx", source.pruner, params, tokens, policy, bucket.batch)
+    write_onnx(folder / "onnx", source.pruner, params, tokens, policy)
     forms["onnx"] = Form(read_onnx(folder / "onnx", POLICY), size)
     return forms
 

@@ -25,13 +25,14 @@ from fastdrive_jax.export.onnx_programs import POLICY, PRUNER, read_onnx
 from fastdrive_jax.export.programs import Bucket, read_program
 from fastdrive_jax.export.pruner import read_pruner
 from fastdrive_jax.export.quantized import quantized_plan, read_quantized
-from fastdrive_jax.inference.pictures import driving_inputs, layout_inputs
+from fastdrive_jax.inference.pictures import layout_inputs
 from fastdrive_jax.inference.policy import DrivingPolicy, plan
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
-from fastdrive_jax.pruning.interface import PrunerInputs
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, recon_pruner
 
 METRES, SCORES = 1e-5, 1e-5  # of forms that hold the same numbers; scores relative to the largest
+
+ONNX = "policy, onnx"  # of one frame a call
 
 PlanFn = Callable[..., tuple[np.ndarray, np.ndarray]]  # images, speed, command to plan, kept
 
@@ -122,14 +123,14 @@ def differences(
         frames: How many frames.
     """
     if "pruner" in forms or "onnx" in forms:
-        yield from _score_differences(out, forms, source, frames, buckets[0].batch)
+        yield from _score_differences(out, forms, source, frames)
     if source.vla is None:
         return
     seen = check_frames(source.vla, frames)
     for number, bucket in enumerate(buckets):
         want = in_batches(training_plan(source, bucket.keep_ratio), seen, bucket.batch)
         for form, run, bound in _planners(out, forms, bucket, first=number == 0):
-            have = in_batches(run, seen, bucket.batch)
+            have = in_batches(run, seen, 1 if form == ONNX else bucket.batch)
             largest = float(np.abs(want[0] - have[0]).max())
             same = np.mean(
                 [len(np.intersect1d(*rows)) for rows in zip(want[1], have[1], strict=True)]
@@ -157,7 +158,7 @@ def _planners(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
         quantized, tensors = read_quantized(out / "int8")
         yield "int8 weights", of_plan(quantized_plan(quantized), tensors), None
     if "onnx" in forms and first:
-        yield "policy, onnx", read_onnx(out / "onnx", POLICY), METRES
+        yield ONNX, read_onnx(out / "onnx", POLICY), METRES
 
 
 def runs_here(folder: Path) -> bool:
@@ -170,17 +171,26 @@ def runs_here(folder: Path) -> bool:
     return False
 
 
-def sample_inputs(source: Source, frames: int) -> PrunerInputs:
-    """Visual tokens of the frames or, of a pruner alone, random ones."""
+def picture_tokens(source: Source, frames: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Visual tokens [1, N, D] of each frame, or random ones of a pruner alone.
+
+    Behind them the position ids [3, 1, N], if the pruner takes them.
+    """
+    seen = None
     if source.vla is not None:
+        seen = check_frames(source.vla, frames).images
         model, variables = DrivingVLA(source.vla), {"params": source.params["vla"]}
         encode = jax.jit(functools.partial(model.apply, method="encode"))
-        tokens = encode(variables, check_frames(source.vla, frames).images)
-        return driving_inputs(source.vla, tokens)
-    grid = token_grid(source)
-    size = source.pruner.layer.hidden_size
-    tokens = jax.random.normal(jax.random.key(0), (frames, grid[0] * grid[1], size))
-    return layout_inputs(tokens, grid)
+    grid, size = token_grid(source), source.pruner.layer.hidden_size
+    for number in range(frames):
+        if seen is not None:
+            tokens = encode(variables, seen[number : number + 1])
+        else:
+            key = jax.random.fold_in(jax.random.key(0), number)
+            tokens = jax.random.normal(key, (1, grid[0] * grid[1], size))
+        inputs = layout_inputs(tokens, grid)
+        arrays = (tokens, inputs.position_ids) if source.pruner.rope else (tokens,)
+        yield tuple(map(np.asarray, arrays))
 
 
 def token_grid(source: Source) -> tuple[int, int]:
@@ -201,47 +211,53 @@ def token_grid(source: Source) -> tuple[int, int]:
     return size[0] // TOKEN_PIXELS, size[1] // TOKEN_PIXELS
 
 
-def _score_differences(out, forms, source: Source, frames, batch) -> Iterator[Difference]:
-    inputs = sample_inputs(source, frames)
-    ids = inputs.position_ids if source.pruner.rope else None
+def _score_differences(out, forms, source: Source, frames: int) -> Iterator[Difference]:
     apply = jax.jit(ReconPruner(source.pruner).apply)
 
-    def score(params):
-        return np.asarray(apply({"params": params}, inputs.tokens, ids))
+    def scorer(params):
+        return lambda *inputs: apply({"params": params}, *inputs)
 
-    want = score(source.params["pruner"])
-    bound = SCORES * max(1.0, float(np.abs(want).max()))
+    reference = scorer(source.params["pruner"])
+    scorers = dict(_scorers(out, forms, source, scorer))
+    largest, peak = dict.fromkeys(scorers, 0.0), 1.0
+    for inputs in picture_tokens(source, frames):
+        want = np.asarray(reference(*inputs))
+        peak = max(peak, float(np.abs(want).max()))
+        for form, score in scorers.items():
+            far = np.abs(want - np.asarray(score(*inputs))).max()
+            largest[form] = float(np.maximum(largest[form], far))  # what is not a number stays it
+    for form in scorers:
+        yield Difference(f"pruner, {form}", "scores", largest[form], SCORES * peak, None, frames)
 
-    def difference(form, have):
-        largest = float(np.abs(want - np.asarray(have)).max())
-        return Difference(f"pruner, {form}", "scores", largest, bound, None, frames)
 
+def _scorers(out: Path, forms, source: Source, scorer: Callable) -> Iterator[tuple]:
+    """(name, tokens and ids to scores) of each form of the pruner alone."""
     if "pruner" in forms:
         for form in ("safetensors", "orbax"):
             config, params = read_pruner(out / "pruner", form)
             if config != source.pruner:
                 raise RuntimeError(f"{out / 'pruner'} came back with another config")
-            yield difference(form, score(params))
+            yield form, scorer(params)
         if importlib.util.find_spec("torch") is not None:
-            yield difference("PyTorch", torch_scores(out / "pruner", inputs, ids))
+            yield "PyTorch", torch_scorer(out / "pruner")
     if "onnx" in forms:
         run = read_onnx(out / "onnx", PRUNER)
-        parts = []
-        for start in range(0, frames, batch):
-            rows = np.arange(start, start + batch).clip(max=frames - 1)
-            parts.append(run(inputs.tokens[rows], *([] if ids is None else [ids[:, rows]]))[0])
-        yield difference("onnx", np.concatenate(parts)[:frames])
+        yield "onnx", lambda *inputs: run(*inputs)[0]
 
 
-def torch_scores(folder: Path, inputs: PrunerInputs, ids) -> np.ndarray:
-    """Scores by the PyTorch module."""
+def torch_scorer(folder: Path) -> Callable[..., np.ndarray]:
+    """The PyTorch module on arrays."""
     import torch
 
     from fastdrive_jax.export.torch_pruner import load_pruner
 
-    arrays = [inputs.tokens] if ids is None else [inputs.tokens, ids]
-    with torch.no_grad():
-        return load_pruner(folder)(*(torch.from_numpy(np.array(a)) for a in arrays)).numpy()
+    pruner = load_pruner(folder)
+
+    def score(*inputs):
+        with torch.no_grad():
+            return pruner(*(torch.from_numpy(np.array(array)) for array in inputs)).numpy()
+
+    return score
 
 
 def refuse_differences(found: list[Difference]) -> None:

@@ -50,7 +50,7 @@ class ExportArgs:
             VLA has the first.
         keep_ratio: Of the policy, in (0, 1]; several make a program each. None takes the bundle's,
             or 0.5.
-        batch: Frames of a call; several make a program each.
+        batch: Frames of a call of the programs; several make one each. ONNX takes one frame.
         platforms: Of the programs.
         vla: Weights of the tiny VLA that the pruner was trained on, where it is not the packaged.
         check: Read everything back and compare it with the training code.
@@ -152,4 +152,4 @@ def _write(form: Form, args: ExportArgs, source: Source, buckets: tuple[Bucket, 
         cameras = 1 if source.vla is None else len(source.vla.cameras)
         rows, columns = token_grid(source)
         tokens = cameras * rows * columns
-        write_onnx(folder, source.pruner, source.params, tokens, policy, first.batch)
+        write_onnx(folder, source.pruner, source.params, tokens, policy)

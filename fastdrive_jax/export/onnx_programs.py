@@ -1,7 +1,7 @@
 """The pruner and the whole pruned policy as ONNX, by jax2onnx (extra and install: docs/export.md).
 
     OUT/config.json    inputs and outputs, the SHA-256 of every file
-    OUT/pruner.onnx    tokens [B, N, D] (and position_ids [3, B, N] of a pruner with rope) to scores
+    OUT/pruner.onnx    tokens [1, N, D] (and position_ids [3, 1, N] of a pruner with rope) to scores
     OUT/policy.onnx    images, speed and command to waypoints and kept tokens
 
 Weights are inside, shapes are static, and attention is in plain operations. Where the converter
@@ -37,9 +37,10 @@ def write_onnx(
     params: dict,
     tokens: int,
     policy: DrivingPolicy | None = None,
-    batch: int = 1,
 ) -> Path:
-    """Converts the pruner and, if there is one, the policy.
+    """Converts the pruner and, if there is one, the policy; both for one frame a call.
+
+    Of more frames jax2onnx 0.17.1 declares the shapes within the decoding loop wrongly.
 
     Args:
         folder: To make; see `write_folder`.
@@ -47,16 +48,13 @@ def write_onnx(
         params: {"pruner": ...}, and "vla" for a policy.
         tokens: N.
         policy: Whose keep ratio the program has.
-        batch: B.
 
     Raises:
         UserError: jax2onnx is not installed, or the folder cannot be written.
     """
     _need("jax2onnx")
     size = (1 + (policy is not None)) * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    fill = functools.partial(
-        _fill, pruner=pruner, params=params, tokens=tokens, policy=policy, batch=batch
-    )
+    fill = functools.partial(_fill, pruner=pruner, params=params, tokens=tokens, policy=policy)
     return write_folder(folder, size, fill)
 
 
@@ -77,10 +75,10 @@ def _need(package: str) -> None:
         )
 
 
-def _fill(folder, pruner, params, tokens, policy, batch):
-    inputs = {"tokens": jax.ShapeDtypeStruct((batch, tokens, pruner.layer.hidden_size), "float32")}
+def _fill(folder, pruner, params, tokens, policy):
+    inputs = {"tokens": jax.ShapeDtypeStruct((1, tokens, pruner.layer.hidden_size), "float32")}
     if pruner.rope:
-        inputs["position_ids"] = jax.ShapeDtypeStruct((3, batch, tokens), "int32")
+        inputs["position_ids"] = jax.ShapeDtypeStruct((3, 1, tokens), "int32")
     module = ReconPruner(pruner)
 
     def score(*inputs):
@@ -92,10 +90,10 @@ def _fill(folder, pruner, params, tokens, policy, batch):
         config = policy.model.config
         inputs = {
             "images": jax.ShapeDtypeStruct(
-                (batch, len(config.cameras), *config.image_size, 3), "uint8"
+                (1, len(config.cameras), *config.image_size, 3), "uint8"
             ),
-            "speed": jax.ShapeDtypeStruct((batch,), "float32"),
-            "command": jax.ShapeDtypeStruct((batch,), "int32"),
+            "speed": jax.ShapeDtypeStruct((1,), "float32"),
+            "command": jax.ShapeDtypeStruct((1,), "int32"),
         }
 
         def run(*inputs):
