@@ -43,12 +43,22 @@ class QuantizedPolicy:
         weights: Type of the stored kernels.
         activations: Type that the inputs of linear layers are rounded to, each token by its own
             scale, so that the product is one of eight-bit numbers; None leaves them as they are.
+
+    Raises:
+        UserError: Weights and activations are of two types, whose product no device has.
     """
 
     policy: DrivingPolicy
     pruner: ReconPrunerConfig
     weights: QType = "int8"
     activations: QType | None = None
+
+    def __post_init__(self):
+        if self.activations not in (None, self.weights):
+            raise UserError(
+                f"activations={self.activations} must be the type of the weights, {self.weights}, "
+                "or None."
+            )
 
 
 def quantize_params(quantized: QuantizedPolicy, params: dict) -> dict[str, jax.Array]:
@@ -109,8 +119,13 @@ def write_quantized(folder: Path, quantized: QuantizedPolicy, params: dict) -> P
     """Writes the bundle of a policy with its kernels in eight bits; see `write_bundle`.
 
     Raises:
-        UserError: qwix is not installed, or the folder cannot be written.
+        UserError: qwix is not installed, the weights are of fp8, or the folder cannot be written.
     """
+    if quantized.weights != "int8":
+        raise UserError(
+            f"weights={quantized.weights} cannot be kept in a bundle, for the JAX reader of "
+            "safetensors 0.8 does not know the type; use int8, or quantize when loading."
+        )
     config = {
         "kind": KIND,
         "keep_ratio": quantized.policy.keep_ratio,

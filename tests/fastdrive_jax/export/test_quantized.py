@@ -106,6 +106,19 @@ def test_scores_are_near_those_of_float32(quantized, one_camera, small_pruner):
     assert 0 < difference < 0.05 * np.abs(want).max()
 
 
+def test_eight_bit_numbers_of_two_kinds_are_refused(folder):
+    with pytest.raises(UserError, match="activations=float8_e4m3fn must be the type"):
+        read_quantized(folder, activations="float8_e4m3fn")
+    assert read_quantized(folder, activations="int8")[0].activations == "int8"
+
+
+def test_fp8_weights_are_not_written_since_they_could_not_be_read(quantized, one_camera, tmp_path):
+    eight = QuantizedPolicy(quantized.policy, quantized.pruner, "float8_e4m3fn")
+    with pytest.raises(UserError, match="cannot be kept in a bundle"):
+        write_quantized(tmp_path / "fp8", eight, one_camera[1])
+    assert not list(tmp_path.iterdir())
+
+
 def test_damaged_and_other_bundles_are_refused(folder, one_camera, small_pruner, tmp_path):
     whole = (folder / "model.safetensors").read_bytes()
     try:
