@@ -16,6 +16,7 @@ from data_pipelines.synthetic.generate import generate
 from experiments.answer import AnswerArgs, answer
 from experiments.bench_data import BenchDataArgs, bench_data
 from experiments.bench_efficiency import bench_efficiency
+from experiments.bench_export import BenchExportArgs, bench_export
 from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.bench_model import BenchModelArgs, bench_model
 from experiments.bench_pruners import BenchPrunersArgs, bench_pruners
@@ -27,6 +28,7 @@ from experiments.data_commands import BuildArgs, MaskArgs, VerifyArgs, build, ma
 from experiments.drive_closed_loop import DriveArgs, drive_closed_loop
 from experiments.efficiency_args import BenchEfficiencyArgs
 from experiments.eval_planning import EvalPlanningArgs, eval_planning
+from experiments.export_model import ExportArgs, export_model
 from experiments.kill_data import KillDataArgs, kill_data
 from experiments.own_images import ImagesConfig, own_images
 from experiments.plot_metrics import PlotMetricsArgs, plot_metrics
@@ -109,6 +111,7 @@ Command = (
     | Annotated[WorldArgs, tyro.conf.subcommand("world")]
     | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
     | Annotated[StudyPrunerArgs, tyro.conf.subcommand("study-pruner")]
+    | Annotated[ExportArgs, tyro.conf.subcommand("export")]
     | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
     | Annotated[WidenVLAConfig, tyro.conf.subcommand("widen-vla")]
     | Annotated[AnswerArgs, tyro.conf.subcommand("answer")]
@@ -117,6 +120,7 @@ Command = (
     | Annotated[BenchDataArgs, tyro.conf.subcommand("bench-data")]
     | Annotated[KillDataArgs, tyro.conf.subcommand("kill-data")]
     | Annotated[BenchEfficiencyArgs, tyro.conf.subcommand("bench-efficiency")]
+    | Annotated[BenchExportArgs, tyro.conf.subcommand("bench-export")]
     | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
     | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
     | Annotated[BenchPrunersArgs, tyro.conf.subcommand("bench-pruners")]
@@ -160,6 +164,7 @@ RUN = {
     WorldArgs: write_world,
     TrainPrunerConfig: train_on_shards,
     StudyPrunerArgs: study_pruner,
+    ExportArgs: export_model,
     TrainVLAArgs: train,
     WidenVLAConfig: widen_vla,
     AnswerArgs: answer,
@@ -168,6 +173,7 @@ RUN = {
     BenchDataArgs: bench_data,
     KillDataArgs: kill_data,
     BenchEfficiencyArgs: bench_efficiency,
+    BenchExportArgs: bench_export,
     BenchFrameArgs: bench_frame,
     BenchModelArgs: bench_model,
     BenchPrunersArgs: bench_pruners,

@@ -46,7 +46,7 @@ from experiments.pruner_data import (
 from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import write_rows
-from fastdrive_jax.export.bundle import write_bundle
+from fastdrive_jax.export.pruner import write_pruner
 from fastdrive_jax.models.attention import attention_kernel
 from fastdrive_jax.parallel.hosts import HostsConfig, connect
 from fastdrive_jax.parallel.mesh import batch_parts, make_mesh, replicated_sharding
@@ -286,8 +286,7 @@ def _write_results(config, pruner, result, shards, encoder, prior, mesh) -> None
             mesh,
         )
     if leads:
-        described = {"kind": "pruner", "pruner": to_plain(run.recon.pruner)}
-        write_bundle(config.out / "export", {"pruner": jax.device_get(pruner)}, described)
+        write_pruner(config.out / "export", jax.device_get(pruner), run.recon.pruner)
         step = int(result.state.step) if result.best_step is None else result.best_step
         meta = {"shards": str(config.shards), "run": to_plain(run), "step": step}
         write_rows(config.out / "results.json", rows, meta)

@@ -8,12 +8,8 @@ Both forms hold the same bits. The folder is written beside its place and rename
 whole or absent.
 """
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from safetensors import flax as safetensors_flax
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export import manifest as manifests
+from fastdrive_jax.export.folder import write_folder
 from fastdrive_jax.export.manifest import Manifest
 from fastdrive_jax.export.trees import SEPARATOR, flatten, unflatten
 
@@ -54,58 +51,16 @@ def write_bundle(out_dir: str | Path, params: Mapping[str, Any], config: Mapping
       UserError: the place is taken by something else, or cannot be written (full disk).
       ValueError: parameters or config that a bundle cannot hold.
     """
-    out = Path(out_dir).resolve()
     tensors = {name: np.asarray(value) for name, value in flatten(params).items()}
     for name, value in tensors.items():
         if value.size == 0 or value.dtype.itemsize > 4:
             raise ValueError(f"{name} is {value.dtype} {value.shape}; a bundle cannot keep that")
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or manifests.is_bundle(out))):
-        raise UserError(f"{out} exists and is no bundle; choose another folder or remove it")
-    with _writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _need_space(out.parent, 2 * sum(value.nbytes for value in tensors.values()) + 2**20)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.parent))
-        try:
-            _fill(temporary, tensors, config)
-            _swap(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return out
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write bundle {out}: {error.strerror or error}; "
-            "free some space or choose another folder"
-        ) from error
-    except (ValueError, safetensors.SafetensorError) as error:
-        # how Orbax and safetensors say that the disk is full
-        if "RESOURCE_EXHAUSTED" not in str(error) and "I/O error" not in str(error):
-            raise
-        raise UserError(
-            f"cannot write bundle {out}: {str(error).splitlines()[0]}; "
-            "free some space or choose another folder"
-        ) from error
-
-
-def _need_space(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise UserError(
-            f"cannot write a bundle below {folder}: it needs {size / 2**20:.0f} MiB and "
-            f"{free / 2**20:.0f} MiB are free; free some space or choose another folder"
-        )
+    size = 2 * sum(value.nbytes for value in tensors.values())
+    return write_folder(out_dir, size, functools.partial(_fill, tensors=tensors, config=config))
 
 
 def _fill(folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:
-    shapes = {
-        name: {"shape": list(value.shape), "dtype": value.dtype.name}
-        for name, value in tensors.items()
-    }
+    shapes = manifests.describe_tensors(tensors)
     manifests.dump(Manifest(dict(config), shapes, {}, {}))  # refuse a bad config before the work
     # straight to disk: `save` would hold a second copy of the model in memory
     safetensors_flax.save_file(tensors, folder / SAFETENSORS, metadata={"format": manifests.FORMAT})
@@ -115,41 +70,7 @@ def _fill(folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any
     )
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
         checkpointer.save(folder / ORBAX, unflatten(tensors))
-    for path in folder.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    made_with = {name: metadata.version(name) for name in _PACKAGES}
-    files = manifests.describe_files(folder)
-    text = manifests.dump(Manifest(dict(config), shapes, files, made_with))
-    (folder / manifests.NAME).write_text(text, "utf-8")  # last: no config, no bundle
-    for path in folder.rglob("*"):
-        _flush(path)
-    folder.chmod(0o755)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _swap(temporary: Path, out: Path) -> None:
-    """Put the finished folder in place; an earlier bundle is moved aside first, then removed."""
-    if not out.exists() or not any(out.iterdir()):
-        temporary.rename(out)  # onto nothing or an empty folder: one atomic step
-    else:
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent)) / out.name
-        out.rename(aside)
-        try:
-            temporary.rename(out)
-        except OSError:
-            aside.rename(out)
-            raise
-        finally:
-            shutil.rmtree(aside.parent, ignore_errors=True)
-    _flush(out.parent)
+    manifests.seal(folder, config, shapes, _PACKAGES)
 
 
 def read_bundle_safetensors(folder: str | Path) -> tuple[Params, dict[str, Any]]:
@@ -211,10 +132,7 @@ def read_bundle_orbax(
 
 
 def _check_tensors(path: Path, flat: Mapping[str, Any], manifest: Manifest) -> None:
-    found = {
-        name: {"shape": list(value.shape), "dtype": np.dtype(value.dtype).name}
-        for name, value in flat.items()
-    }
+    found = manifests.describe_tensors(flat)
     if found == manifest.tensors:
         return
     wrong = sorted(

@@ -7,9 +7,12 @@ own sum, so a truncated, mixed-up or edited bundle is told from a whole one befo
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fastdrive_jax.errors import UserError
 
@@ -71,6 +74,33 @@ def dump(manifest: Manifest) -> str:
     if back != content:
         raise ValueError("the bundle's config does not come back equal from JSON; use lists, text")
     return json.dumps({**content, "sha256": _own_sum(content)}, indent=1) + "\n"
+
+
+def seal(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Any]],
+    packages: Sequence[str],
+) -> None:
+    """Write `config.json` over the files that are there; last of all: no config, no bundle.
+
+    Args:
+      folder: of the bundle.
+      config: see `Manifest`.
+      tensors: see `Manifest`.
+      packages: whose versions are noted.
+    """
+    made_with = {name: metadata.version(name) for name in packages}
+    text = dump(Manifest(dict(config), dict(tensors), describe_files(folder), made_with))
+    (folder / NAME).write_text(text, "utf-8")
+
+
+def describe_tensors(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape and dtype of each array, as a manifest lists them."""
+    return {
+        name: {"shape": list(value.shape), "dtype": np.dtype(value.dtype).name}
+        for name, value in tensors.items()
+    }
 
 
 def is_bundle(folder: Path) -> bool:

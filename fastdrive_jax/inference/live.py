@@ -114,7 +114,9 @@ def text_tokens(live: Live) -> Float[Array, "B L D"]:
 def instruction(live: Live) -> Bool[Array, "B L"]:
     """Which text tokens stand behind the last visual token."""
     real = jnp.arange(live.visual.shape[1]) < live.count[:, None]
-    last = jnp.max(jnp.where(real, live.visual, -1), axis=1, keepdims=True, initial=-1)
+    places = jnp.where(real, live.visual, -1)
+    places = jnp.pad(places, ((0, 0), (0, 1)), constant_values=-1)  # there may be none
+    last = jnp.max(places, axis=1, keepdims=True)
     return (live.text > last) & (live.text < live.length[:, None])
 
 

@@ -12,8 +12,11 @@ at once go through memory several times.
 Under `jax.set_mesh` each device attends for its own samples and heads (`attention_mesh`).
 """
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +32,24 @@ _CAUSAL_FROM = 512  # shorter sequences are one part
 _LONG = 4096  # keys from which they come in blocks too, unless causal
 _ROWS, _KEYS = 512, 1024  # of a block of those
 _NOTHING = -1e30  # score of a key that is out of sight; finite, so that no row divides 0 by 0
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def kernels_of(platform: str) -> Iterator[None]:
+    """What is traced within takes the kernels of a platform, which need not be here.
+
+    One program for several platforms won't do: JAX lowers each branch of it for all of them, and a
+    Pallas kernel of a TPU has no form for a CPU.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu", or "any" for the plain operations that converters know.
+    """
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
 
 
 def attention_kernel(dtype: jnp.dtype, head_dim: int, platform: str | None = None) -> str:
@@ -37,9 +58,11 @@ def attention_kernel(dtype: jnp.dtype, head_dim: int, platform: str | None = Non
     Args:
         dtype: Of the queries.
         head_dim: d.
-        platform: "cpu", "gpu" or "tpu"; None asks jax.
+        platform: See `kernels_of`; None takes what that says, or asks jax.
     """
-    platform = platform or jax.default_backend()
+    platform = platform or _platform.get() or jax.default_backend()
+    if platform == "any":
+        return "xla"
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"

@@ -58,6 +58,7 @@ class RunCheckpoints:
         keep: int = 2,
         best: Best | None = None,
         ignore: Collection[str] = (),
+        read_only: bool = False,
     ):
         """Open a run folder, new or old.
 
@@ -67,13 +68,14 @@ class RunCheckpoints:
             keep: how many of the newest checkpoints stay.
             best: by which metric the best one is known, which stays as well.
             ignore: dotted names of config fields that may differ from the stored ones.
+            read_only: touch nothing; the run may be going on in another process.
 
         Raises:
             UserError: the folder holds a run of another config.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not read_only:
             claim_run_folder(folder, config, ignore)
         self.folder = folder
         self._root = (folder / "checkpoints").absolute()
@@ -86,7 +88,10 @@ class RunCheckpoints:
                     preservation_policy=preservation(keep, best),
                     best_fn=best and best.value,
                     best_mode=best.mode if best else "max",
-                    cleanup_tmp_directories=True,
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
+                    create=not read_only,
+                    save_interval_steps=0 if read_only else 1,
                     async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
                 ),
             )

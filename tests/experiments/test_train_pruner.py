@@ -1,5 +1,6 @@
 """Training from pictures on eight virtual devices: whole, resumed on others, refused."""
 
+import shutil
 from dataclasses import replace
 
 import cv2
@@ -15,6 +16,8 @@ from data_pipelines.image_folder import read_image_folder
 from data_pipelines.loader import LoaderConfig
 from experiments import pruner_data as module
 from experiments.configs.pruner import FASTDRIVEVLA_3B, PRUNER_RUNS, PrunerRun
+from experiments.export_model import ExportArgs, export_model
+from experiments.export_source import read_source
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import read_rows
@@ -103,6 +106,23 @@ def test_the_average_of_the_best_step_is_exported(whole):
     mean = traverse_util.flatten_dict(jax.device_get(result.best_state.ema["pruner"]))
     for path, value in traverse_util.flatten_dict(jax.device_get(exported["pruner"])).items():
         np.testing.assert_array_equal(value, mean[path])
+
+
+def test_a_run_of_a_qwen_exports_its_pruner_with_and_without_its_bundle(whole, tmp_path):
+    result, out = whole
+    shutil.copytree(out, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export")
+    bundle, checkpoint = read_source(out), read_source(tmp_path / "run")
+    assert bundle.read == out / "export"
+    assert checkpoint.read == tmp_path / "run" / "checkpoints" / str(result.best_step)
+    for source in (bundle, checkpoint):
+        assert source.facts.step == result.best_step
+        assert source.facts.data["samples"] == {"train": 12, "val": 2}
+        assert source.vla is None
+        assert source.why == "The pruner is one for tokens of qwen2_5_vl."
+    jax.tree.map(np.testing.assert_array_equal, bundle.params, jax.device_get(checkpoint.params))
+    with pytest.raises(UserError, match="cannot be exported as stablehlo"):
+        export_model(ExportArgs(out, tmp_path / "out", forms=("stablehlo",)))
 
 
 def test_what_is_kept_is_measured_beside_the_controls(whole):

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,13 +131,17 @@ def test_a_bundle_of_one_mesh_is_read_on_another(tmp_path):
         found = read_bundle_orbax(folder, place)[0]["m"]["w"]
         assert found.sharding.shard_shape(found.shape) == (4, 2), found.sharding
         assert (np.asarray(found) == np.arange(64.0).reshape(16, 4)).all()
+        narrow = read_bundle_orbax(sys.argv[2], place)[0]["m"]["w"]  # of one device
+        assert narrow.sharding.shard_shape(narrow.shape) == (4, 2), narrow.sharding
+        assert (np.asarray(narrow) == np.arange(64.0).reshape(16, 4)).all()
         """
     )
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, "-c", script, str(tmp_path / "m")]
+    narrow = write_bundle(tmp_path / "n", {"m": {"w": jnp.arange(64.0).reshape(16, 4)}}, {})
+    command = [sys.executable, "-c", script, str(tmp_path / "m"), str(narrow)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = read_bundle_orbax(tmp_path / "m")[0]["m"]["w"]  # and here, on fewer devices
@@ -288,8 +293,8 @@ def test_a_killed_write_is_never_taken_for_a_bundle(tmp_path, step):
         f"""
         import os, signal, sys
         import jax.numpy as jnp
-        from fastdrive_jax.export import bundle
-        bundle.{step} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        from fastdrive_jax.export import bundle, folder
+        folder.{step} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         bundle.write_bundle(sys.argv[1], {{"m": {{"w": jnp.ones(4)}}}}, {{}})
         """
     )
@@ -313,7 +318,7 @@ def test_a_part_without_its_config_is_no_bundle(copy):
 
 def test_too_little_space_is_said_before_writing(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100_000})
-    monkeypatch.setattr(bundle.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="MiB are free"):
         write_bundle(tmp_path / "m", _params(), CONFIG)
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from fastdrive_jax.models.attention import (
     attention,
     attention_kernel,
     blockwise_attention,
+    kernels_of,
 )
 from fastdrive_jax.models.attention_splash import splash_attention
 
@@ -121,6 +122,18 @@ def test_all_scores_are_never_held(causal):
 )
 def test_the_choice_of_a_kernel(platform, dtype, size, kernel):
     assert attention_kernel(dtype, size, platform) == kernel
+
+
+def test_a_trace_may_be_for_another_platform():
+    own = attention_kernel(jnp.float32, 64)
+    with kernels_of("tpu"):
+        assert attention_kernel(jnp.bfloat16, 64) == "splash"
+        with kernels_of("any"):
+            assert attention_kernel(jnp.bfloat16, 64) == "xla"
+        assert attention_kernel(jnp.bfloat16, 64, "gpu") == "cudnn"
+    with pytest.raises(KeyError), kernels_of("tpu"):
+        raise KeyError
+    assert attention_kernel(jnp.float32, 64) == own
 
 
 def test_causal_attention_of_other_keys_is_refused():

@@ -1,0 +1,275 @@
+"""Whether every exported form plans what the training code plans, on frames of the synthetic world.
+
+The training code is `inference.policy.plan` with the parameters in memory. Forms are read back from
+the disk, so what is compared is what others will load.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from data_pipelines.schema import TOKEN_PIXELS
+from data_pipelines.synthetic.config import WorldConfig
+from data_pipelines.synthetic.frames import Frames, world_frames
+from experiments.export_source import Source
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.export import manifest as manifests
+from fastdrive_jax.export import run_program
+from fastdrive_jax.export.driving import read_policy
+from fastdrive_jax.export.onnx_programs import POLICY, PRUNER, read_onnx
+from fastdrive_jax.export.programs import Bucket, read_program
+from fastdrive_jax.export.pruner import read_pruner
+from fastdrive_jax.export.quantized import quantized_plan, read_quantized
+from fastdrive_jax.inference.pictures import layout_inputs
+from fastdrive_jax.inference.policy import DrivingPolicy, plan
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, recon_pruner
+
+METRES, SCORES = 1e-5, 1e-5  # of forms that hold the same numbers; scores relative to the largest
+
+ONNX = "policy, onnx"  # of one frame a call
+
+PlanFn = Callable[..., tuple[np.ndarray, np.ndarray]]  # images, speed, command to plan, kept
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a form is from the training code.
+
+    Attributes:
+        form: What was read.
+        quantity: "waypoints, m" or "scores".
+        largest: Of all absolute differences.
+        bound: It must not exceed; None of a form that rounds weights.
+        kept: Share of the kept tokens that are the same; None of scores.
+        n: Frames.
+    """
+
+    form: str
+    quantity: str
+    largest: float
+    bound: float | None
+    kept: float | None
+    n: int
+
+    def __str__(self):
+        kept = "" if self.kept is None else f", {self.kept:.2%} of the kept tokens the same"
+        note = " (rounded weights)" if self.bound is None else ""
+        return f"{self.form}: largest difference {self.largest:.2g} ({self.quantity}){kept}{note}"
+
+
+def check_frames(config: DrivingConfig, count: int) -> Frames:
+    """Frames of the synthetic world for the cameras and pictures of a VLA, two of each scene."""
+    height, width = config.image_size
+    world = WorldConfig(
+        train_scenes=0,
+        val_scenes=1,
+        keyframes_per_scene=2,
+        height=height,
+        width=width,
+        cameras=config.cameras,
+    )
+    return world_frames(world, count)
+
+
+def policy_of(source: Source, keep_ratio: float) -> DrivingPolicy:
+    """The policy of a source with a VLA."""
+    return DrivingPolicy(DrivingVLA(source.vla), recon_pruner(source.pruner), keep_ratio)
+
+
+def in_batches(run: PlanFn, frames: Frames, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Waypoints [S, T, 2] and kept tokens [S, K] of all frames by a program of one batch size."""
+    count, parts = len(frames.images), []
+    for start in range(0, count, batch):
+        rows = np.arange(start, start + batch).clip(max=count - 1)
+        parts.append(run(frames.images[rows], frames.speed[rows], frames.command[rows]))
+    waypoints, kept = (
+        np.concatenate([np.asarray(x) for x in part]) for part in zip(*parts, strict=True)
+    )
+    return waypoints[:count], kept[:count]
+
+
+def of_plan(function: Callable, *first) -> PlanFn:
+    """A function of `plan`'s answer as one of arrays, compiled."""
+    run = jax.jit(function)
+
+    def call(*inputs):
+        planned = run(*first, *inputs)
+        return planned.waypoints, planned.keep_indices
+
+    return call
+
+
+def training_plan(source: Source, keep_ratio: float) -> PlanFn:
+    """What all else is compared with."""
+    return of_plan(functools.partial(plan, policy_of(source, keep_ratio)), source.params)
+
+
+def differences(
+    out: Path, forms: tuple[str, ...], source: Source, buckets: tuple[Bucket, ...], frames: int
+) -> Iterator[Difference]:
+    """Reads each form back and compares it.
+
+    Args:
+        out: Folder of the export.
+        forms: What is in it.
+        source: What it was made from.
+        buckets: Of its programs; the first is that of the other forms of the policy.
+        frames: How many frames.
+    """
+    if "pruner" in forms or "onnx" in forms:
+        yield from _score_differences(out, forms, source, frames)
+    if source.vla is None:
+        return
+    seen = check_frames(source.vla, frames)
+    for number, bucket in enumerate(buckets):
+        want = in_batches(training_plan(source, bucket.keep_ratio), seen, bucket.batch)
+        for form, run, bound in _planners(out, forms, bucket, first=number == 0):
+            have = in_batches(run, seen, 1 if form == ONNX else bucket.batch)
+            largest = float(np.abs(want[0] - have[0]).max())
+            same = np.mean(
+                [len(np.intersect1d(*rows)) for rows in zip(want[1], have[1], strict=True)]
+            )
+            kept = float(same) / want[1].shape[1]
+            yield Difference(form, "waypoints, m", largest, bound, kept, frames)
+
+
+def _planners(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
+    """(name, program, bound) of each form that has the bucket."""
+    if "policy" in forms and first:
+        for form in ("safetensors", "orbax"):
+            policy, params = read_policy(out / "policy", form)
+            yield f"policy, {form}", of_plan(functools.partial(plan, policy), params), METRES
+    if "stablehlo" in forms and runs_here(out / "stablehlo"):
+        program = read_program(out / "stablehlo", bucket)
+        name = f"stablehlo, {100 * bucket.keep_ratio:g}% kept, batch {bucket.batch}"
+
+        def run(*inputs):
+            answer = program(*inputs)
+            return answer["waypoints"], answer["keep_indices"]
+
+        yield name, run, METRES
+    if "int8" in forms and first:
+        quantized, tensors = read_quantized(out / "int8")
+        yield "int8 weights", of_plan(quantized_plan(quantized), tensors), None
+    if "onnx" in forms and first:
+        yield ONNX, read_onnx(out / "onnx", POLICY), METRES
+
+
+def runs_here(folder: Path) -> bool:
+    """Whether programs are for the devices at hand; says so if they are not."""
+    platforms = manifests.load(folder).config["buckets"][0]["programs"]
+    here = jax.default_backend()
+    if run_program.PLATFORMS[here] in platforms:
+        return True
+    print(f"check: {folder} is for {', '.join(platforms)} alone and cannot run on this {here}.")
+    return False
+
+
+def picture_tokens(source: Source, frames: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Visual tokens [1, N, D] of each frame, or random ones of a pruner alone.
+
+    Behind them the position ids [3, 1, N], if the pruner takes them.
+    """
+    seen = None
+    if source.vla is not None:
+        seen = check_frames(source.vla, frames).images
+        model, variables = DrivingVLA(source.vla), {"params": source.params["vla"]}
+        encode = jax.jit(functools.partial(model.apply, method="encode"))
+    grid, size = token_grid(source), source.pruner.layer.hidden_size
+    for number in range(frames):
+        if seen is not None:
+            tokens = encode(variables, seen[number : number + 1])
+        else:
+            key = jax.random.fold_in(jax.random.key(0), number)
+            tokens = jax.random.normal(key, (1, grid[0] * grid[1], size))
+        inputs = layout_inputs(tokens, grid)
+        arrays = (tokens, inputs.position_ids) if source.pruner.rope else (tokens,)
+        yield tuple(map(np.asarray, arrays))
+
+
+def token_grid(source: Source) -> tuple[int, int]:
+    """Token rows and columns of a picture that the pruner was trained on.
+
+    Raises:
+        UserError: Neither a VLA nor a run says how large pictures were.
+    """
+    if source.vla is not None:
+        return source.vla.token_grid
+    size = ((source.facts.training or {}).get("loader") or {}).get("image_size")
+    if size is None:
+        raise UserError(
+            f"{source.path} does not say how large the pictures were, which ONNX and the check "
+            "need: give the folder of the run in place of its bundle, or leave onnx out and say "
+            "--no-check."
+        )
+    return size[0] // TOKEN_PIXELS, size[1] // TOKEN_PIXELS
+
+
+def _score_differences(out, forms, source: Source, frames: int) -> Iterator[Difference]:
+    apply = jax.jit(ReconPruner(source.pruner).apply)
+
+    def scorer(params):
+        return lambda *inputs: apply({"params": params}, *inputs)
+
+    reference = scorer(source.params["pruner"])
+    scorers = dict(_scorers(out, forms, source, scorer))
+    largest, peak = dict.fromkeys(scorers, 0.0), 1.0
+    for inputs in picture_tokens(source, frames):
+        want = np.asarray(reference(*inputs))
+        peak = max(peak, float(np.abs(want).max()))
+        for form, score in scorers.items():
+            far = np.abs(want - np.asarray(score(*inputs))).max()
+            largest[form] = float(np.maximum(largest[form], far))  # what is not a number stays it
+    for form in scorers:
+        yield Difference(f"pruner, {form}", "scores", largest[form], SCORES * peak, None, frames)
+
+
+def _scorers(out: Path, forms, source: Source, scorer: Callable) -> Iterator[tuple]:
+    """(name, tokens and ids to scores) of each form of the pruner alone."""
+    if "pruner" in forms:
+        for form in ("safetensors", "orbax"):
+            config, params = read_pruner(out / "pruner", form)
+            if config != source.pruner:
+                raise RuntimeError(f"{out / 'pruner'} came back with another config")
+            yield form, scorer(params)
+        if importlib.util.find_spec("torch") is not None:
+            yield "PyTorch", torch_scorer(out / "pruner")
+    if "onnx" in forms:
+        run = read_onnx(out / "onnx", PRUNER)
+        yield "onnx", lambda *inputs: run(*inputs)[0]
+
+
+def torch_scorer(folder: Path) -> Callable[..., np.ndarray]:
+    """The PyTorch module on arrays."""
+    import torch
+
+    from fastdrive_jax.export.torch_pruner import load_pruner
+
+    pruner = load_pruner(folder)
+
+    def score(*inputs):
+        with torch.no_grad():
+            return pruner(*(torch.from_numpy(np.array(array)) for array in inputs)).numpy()
+
+    return score
+
+
+def refuse_differences(found: list[Difference]) -> None:
+    """Raises if a form that holds the same numbers plans something else.
+
+    Raises:
+        UserError: It does.
+    """
+    wrong = [one for one in found if one.bound is not None and not one.largest <= one.bound]
+    if wrong:
+        raise UserError(
+            "The export is not what was trained: "
+            + "; ".join(map(str, wrong))
+            + ". Do not use it; please report this with the versions in its config.json."
+        )

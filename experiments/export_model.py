@@ -1,0 +1,155 @@
+"""Export a trained pruner, and the policy around it, to what others run.
+
+    fastdrive export --run runs/quickstart --out runs/release
+    fastdrive export --run runs/pruner --out runs/release --forms pruner onnx
+    fastdrive export --run runs/quickstart --out runs/release --keep-ratio 0.25 0.5 --batch 1 4
+
+RUN is the folder of `train-pruner` or of the quick start, while it trains too, or a bundle of
+theirs. OUT gets a folder for each form, README.md (the model card) and torch_pruner.py. Then every
+form is read back and compared with the training code. One to two minutes on 2 CPU cores.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from experiments.export_check import (
+    Difference,
+    differences,
+    policy_of,
+    refuse_differences,
+    token_grid,
+)
+from experiments.export_source import Source, read_source
+from experiments.model_card import model_card
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.files import write_text
+from fastdrive_jax.export.driving import write_policy
+from fastdrive_jax.export.onnx_programs import OPSET, need_converter, write_onnx
+from fastdrive_jax.export.programs import PLATFORMS, Bucket, need_flatbuffers, write_programs
+from fastdrive_jax.export.pruner import TORCH_MODULE, write_pruner
+from fastdrive_jax.export.quantized import QuantizedPolicy, need_qwix, write_quantized
+
+Form = Literal["pruner", "policy", "stablehlo", "int8", "onnx"]
+USUAL: tuple[Form, ...] = ("pruner", "policy", "stablehlo")
+NEED_VLA: tuple[Form, ...] = ("policy", "stablehlo", "int8")
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Export a trained pruner and its policy as bundles, PyTorch, StableHLO, int8 and ONNX.
+
+    Attributes:
+        run: Folder of a run, or a bundle.
+        out: Folder to make.
+        forms: What to write; None takes pruner, policy and stablehlo, of which a pruner without its
+            VLA has the first.
+        keep_ratio: Of the policy, in (0, 1]; several make a program each. None takes the bundle's,
+            or 0.5.
+        batch: Frames of a call of the programs; several make one each. ONNX takes one frame.
+        platforms: Of the programs.
+        vla: Weights of the tiny VLA that the pruner was trained on, where it is not the packaged.
+        check: Read everything back and compare it with the training code.
+        check_frames: On how many frames of the synthetic world.
+    """
+
+    run: Path
+    out: Path
+    forms: tuple[Form, ...] | None = None
+    keep_ratio: tuple[float, ...] | None = None
+    batch: tuple[int, ...] = (1,)
+    platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] = PLATFORMS
+    vla: Path | None = None
+    check: bool = True
+    check_frames: int = 20
+
+    def __post_init__(self):
+        for name in ("forms", "keep_ratio", "batch", "platforms"):
+            value = getattr(self, name)
+            if value is not None and (not value or len(set(value)) < len(value)):
+                raise UserError(f"{name}={value} must name at least one, and none twice.")
+        for ratio in self.keep_ratio or ():
+            Bucket(ratio)
+        for batch in self.batch:
+            Bucket(1.0, batch)
+        if self.check_frames < 1:
+            raise UserError(f"check_frames={self.check_frames} must be at least 1.")
+
+
+def export_model(args: ExportArgs) -> Path:
+    """Writes the forms, checks them and then writes the card, so that a folder with one is whole.
+
+    Raises:
+        UserError: The run cannot be read, a form cannot be made of it, or one that was read back
+            is not what was trained.
+    """
+    source = read_source(args.run, args.vla)
+    forms = _forms(args, source)
+    ratios = args.keep_ratio or (source.keep_ratio or 0.5,)
+    buckets = tuple(Bucket(ratio, batch) for ratio in ratios for batch in args.batch)
+    _claim(args.out, forms)
+    for form in forms:
+        print(f"export: {args.out / form}", flush=True)
+        _write(form, args, source, buckets)
+    shutil.copyfile(TORCH_MODULE, args.out / TORCH_MODULE.name)
+    found: list[Difference] = []
+    if args.check:
+        for one in differences(args.out, forms, source, buckets, args.check_frames):
+            print(f"check: {one}", flush=True)
+            found.append(one)
+        refuse_differences(found)
+    device = str(jax.devices()[0].device_kind)
+    card = model_card(source, forms, buckets, args.platforms, found, OPSET, device)
+    path = write_text(args.out / CARD, card)
+    print(f"export: {path}", flush=True)
+    return path
+
+
+def _forms(args: ExportArgs, source: Source) -> tuple[Form, ...]:
+    if args.forms is None:
+        forms = tuple(form for form in USUAL if source.vla is not None or form not in NEED_VLA)
+        if source.vla is None:
+            print(f"export: the pruner alone. {source.why}", flush=True)
+    else:
+        forms = args.forms
+        if source.vla is None and (missing := [form for form in forms if form in NEED_VLA]):
+            raise UserError(f"{args.run} cannot be exported as {missing[0]}: {source.why}")
+    need = {"stablehlo": need_flatbuffers, "int8": need_qwix, "onnx": need_converter}
+    for form in forms:
+        need.get(form, lambda: None)()
+    return forms
+
+
+def _claim(out: Path, forms: tuple[Form, ...]) -> None:
+    """Refuses a folder with anything but an earlier export of the same forms."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another folder.")
+    ours = {*forms, CARD, TORCH_MODULE.name}
+    if out.is_dir() and (other := sorted({path.name for path in out.iterdir()} - ours)):
+        raise UserError(
+            f"{out} holds {other[0]}, which this export would not write; choose another folder or "
+            "remove it."
+        )
+    (out / CARD).unlink(missing_ok=True)  # until all is written and checked there is no card
+
+
+def _write(form: Form, args: ExportArgs, source: Source, buckets: tuple[Bucket, ...]) -> None:
+    folder, first = args.out / form, buckets[0]
+    policy = None if source.vla is None else policy_of(source, first.keep_ratio)
+    if form == "pruner":
+        write_pruner(folder, source.params["pruner"], source.pruner)
+    elif form == "policy":
+        write_policy(folder, source.params, source.vla, source.pruner, first.keep_ratio)
+    elif form == "stablehlo":
+        write_programs(folder, policy, source.params, buckets, args.platforms)
+    elif form == "int8":
+        write_quantized(folder, QuantizedPolicy(policy, source.pruner), source.params)
+    else:
+        cameras = 1 if source.vla is None else len(source.vla.cameras)
+        rows, columns = token_grid(source)
+        tokens = cameras * rows * columns
+        write_onnx(folder, source.pruner, source.params, tokens, policy)

@@ -1,0 +1,287 @@
+"""The README of an export, written from what its run says of itself and nothing else."""
+
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import jinja2
+
+from experiments.export_check import Difference
+from experiments.export_source import Facts, Source
+from fastdrive_jax.evaluation.results import Row, select
+from fastdrive_jax.export.programs import Bucket
+
+METHODS = ("reconpruner", "random", "uniform", "prior", "ground_truth", "oracle")
+REFERENCES = ("unpruned", "no_image")  # which have no keep ratio of their own
+METRICS = (
+    *("foreground_recall", "foreground_precision", "object_recall"),
+    *("l2_temavg", "ade", "fde"),
+)
+
+CARD = """\
+# {{ title }}
+
+Written by `fastdrive export` of fastdrive-jax {{ version }} from `{{ source.path }}`.
+
+## What it is
+
+{% if source.vla -%}
+A ReconPruner and the driving VLA whose visual tokens it prunes. {{ source.vla.visual_tokens }} \
+tokens of {{ source.vla.cameras | join(", ") }}, pictures of \
+{{ source.vla.image_size[0] }} x {{ source.vla.image_size[1] }} (height x width), \
+{{ source.vla.vocabulary.steps }} waypoints half a second apart, \
+{{ "{:,}".format(parameters.vla) }} + {{ "{:,}".format(parameters.pruner) }} parameters.
+{%- else -%}
+A ReconPruner, {{ "{:,}".format(parameters.pruner) }} parameters, for visual tokens of size \
+{{ source.pruner.layer.hidden_size }}. {{ source.why }}
+{%- endif %}
+
+Parameters were read from `{{ source.read }}`{% if facts.step is not none %}, \
+step {{ facts.step }}{% endif %}.
+
+## How to load it
+
+{% for form in forms %}{{ loading[form] }}
+{% endfor %}
+{% if differences -%}
+## Check
+
+On {{ differences[0].n }} {{ frames }}, read back from this folder, beside the training code on \
+{{ device }}:
+
+| form | quantity | largest difference | kept tokens the same |
+| --- | --- | --- | --- |
+{% for one in differences -%}
+| {{ one.form }} | {{ one.quantity }} | {{ "%.2g" | format(one.largest) }} | \
+{% if one.kept is not none %}{{ "%.2f%%" | format(100 * one.kept) }}{% endif %} |
+{% endfor %}
+{% else -%}
+Not checked: it was exported with `--no-check`.
+
+{% endif -%}
+## Training
+
+{% if facts.training -%}
+Encoder: {{ facts.training.encoder }}\
+{% if facts.encoder %} (`{{ facts.encoder }}`){% endif %}. The whole setting of the run:
+
+```json
+{{ setting }}
+```
+{%- else -%}
+`{{ source.path }}` does not say how it was trained.
+{%- endif %}
+
+## Data
+
+{% if facts.data -%}
+Shards `{{ facts.data.path }}`, made from {{ facts.data.source }}\
+{% if facts.data_digest %}, digest `{{ facts.data_digest }}`{% endif %}.
+
+| split | samples | cameras |
+| --- | --- | --- |
+{% for split, count in facts.data.samples.items() -%}
+| {{ split }} | {{ count }} | {{ facts.data.cameras | join(", ") }} |
+{% endfor %}
+Pictures of {{ facts.data.image_size | join(" x ") }}. Foreground: {{ foreground | join(", ") }}. \
+SHA-256 of the shards:
+
+```
+{% for name, shard in facts.data.shards.items() -%}
+{{ shard.sha256 }}  {{ name }}
+{% endfor -%}
+```
+{%- elif facts.data_digest -%}
+Shards with the digest `{{ facts.data_digest }}`; where the run says they are, they are no more.
+{%- else -%}
+`{{ source.path }}` does not say what it was trained on.
+{%- endif %}
+
+## Figures
+
+{% if rows -%}
+From `{{ facts.results }}`, which has more: measured by the run on the split `val`, n pictures or \
+samples, with 95% intervals.
+
+| metric | kept | {{ methods | join(" | ") }} | n |
+| --- | --- |{{ " --- |" * (methods | length + 1) }}
+{% for row in rows -%}
+| {{ row.metric }} | {{ row.kept }} | {{ row.cells | join(" | ") }} | {{ row.n }} |
+{% endfor %}
+{% for line in references -%}
+- {{ line }}
+{% endfor -%}
+{%- else -%}
+`{{ source.path }}` holds no figures.
+{%- endif %}
+
+## Licences
+
+The code, `run.py` and the PyTorch module among it: {{ license }}. The run states no licence of \
+these weights. The terms of the data and of the encoder named above apply to what was made of \
+them; they are for whoever passes this on to check.
+"""
+
+LOADING = {
+    "pruner": """\
+`pruner/`: the pruner alone, safetensors and Orbax.
+
+```python
+from fastdrive_jax.export.pruner import read_pruner
+config, params = read_pruner("pruner")            # "orbax" as second argument: the same
+```
+
+Without JAX, in PyTorch, by the one file `torch_pruner.py` beside this page (torch, safetensors):
+
+```python
+from torch_pruner import keep, load_pruner
+scores = load_pruner("pruner")(tokens)            # [B, N, D] to [B, N]
+kept = keep(scores, k)                            # [B, K]
+```
+""",
+    "policy": """\
+`policy/`: the whole pruned policy, safetensors and Orbax.
+
+```python
+import jax
+from fastdrive_jax.export.driving import read_policy
+from fastdrive_jax.inference.policy import plan
+policy, params = read_policy("policy")
+planned = jax.jit(plan, static_argnums=0)(policy, params, images, speed, command)
+```
+
+`fastdrive_jax.export.bundle.read_bundle_orbax("policy", sharding)` restores it onto any mesh.
+""",
+    "stablehlo": """\
+`stablehlo/`: the whole policy as programs for {platforms}, without this library (jax, flatbuffers,
+safetensors). Buckets: {buckets}.
+
+```python
+from stablehlo.run import load_program
+answer = load_program(keep_ratio={ratio}, batch={batch})(images, speed, command)
+```
+""",
+    "int8": """\
+`int8/`: the policy with the kernels of linear layers in eight bits (qwix).
+
+```python
+import jax
+from fastdrive_jax.export.quantized import quantized_plan, read_quantized
+quantized, tensors = read_quantized("int8")       # activations="int8": products of int8 too
+planned = jax.jit(quantized_plan(quantized))(tensors, images, speed, command)
+```
+""",
+    "onnx": """\
+`onnx/`: ONNX with the weights inside, for onnxruntime and what reads opset {opset}; static shapes,
+see `onnx/config.json`.
+
+```python
+import onnxruntime
+session = onnxruntime.InferenceSession("onnx/{model}")
+```
+""",
+}
+
+
+def model_card(
+    source: Source,
+    forms: Sequence[str],
+    buckets: Sequence[Bucket],
+    platforms: Sequence[str],
+    differences: Sequence[Difference],
+    opset: int,
+    device: str,
+) -> str:
+    """The page in Markdown.
+
+    Args:
+        source: What was exported.
+        forms: What is in the folder.
+        buckets: Of the programs.
+        platforms: Of the programs.
+        differences: What the check found; empty without one.
+        opset: Of ONNX.
+        device: That the check ran on.
+    """
+    facts, whole = source.facts, source.vla is not None
+    described = ", ".join(f"{100 * b.keep_ratio:g}% kept at batch {b.batch}" for b in buckets)
+    values = {
+        "platforms": ", ".join(platforms),
+        "buckets": described,
+        "ratio": buckets[0].keep_ratio,
+        "batch": buckets[0].batch,
+        "opset": opset,
+        "model": "policy.onnx" if whole else "pruner.onnx",
+    }
+    fill = ("stablehlo", "onnx")  # the others have braces of their own at times
+    loading = {k: v.format(**values) if k in fill else v for k, v in LOADING.items()}
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    methods, rows = figures(facts.rows)
+    package = metadata.metadata("fastdrive-jax")
+    return environment.from_string(CARD).render(
+        title="Pruned driving policy" if whole else "ReconPruner",
+        version=package["Version"],
+        license=package["License-Expression"],
+        source=source,
+        facts=facts,
+        forms=forms,
+        loading=loading,
+        differences=differences,
+        frames="frames of the synthetic world" if whole else "pictures of random tokens",
+        device=device,
+        parameters={name: _count(tree) for name, tree in source.params.items()},
+        setting=json.dumps(facts.training, indent=1),
+        foreground=_foreground(facts),
+        methods=methods,
+        rows=rows,
+        references=references(facts.rows),
+    )
+
+
+def figures(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Methods in their columns, and a line for each metric and ratio of the pruner's figures."""
+    kept = [row for row in rows if row.method == METHODS[0] and row.metric in METRICS]
+    methods = [name for name in METHODS if select(rows, method=name)]
+    lines = []
+    for row in kept:
+        cells = []
+        for name in methods:
+            found = select(rows, method=name, metric=row.metric, keep_ratio=row.keep_ratio)
+            cells.append(_cell(found[0]) if len(found) == 1 else _mean(found))
+        share = "" if row.keep_ratio is None else f"{100 * row.keep_ratio:g}%"
+        unit = f" ({row.unit})" if row.unit else ""
+        lines.append({"metric": row.metric + unit, "kept": share, "cells": cells, "n": row.n})
+    return methods, lines
+
+
+def references(rows: Sequence[Row]) -> list[str]:
+    """A line for each figure that no pruner comes with."""
+    return [
+        f"{row.method}, {row.metric}{f' ({row.unit})' if row.unit else ''}: {_cell(row)}, n {row.n}"
+        for row in rows
+        if row.method in REFERENCES and row.metric in METRICS
+    ]
+
+
+def _cell(row: Row) -> str:
+    interval = "" if row.low is None else f" ({row.low:.3f} to {row.high:.3f})"
+    return f"{row.value:.3f}{interval}"
+
+
+def _mean(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    return f"{sum(row.value for row in rows) / len(rows):.3f} (mean of {len(rows)} seeds)"
+
+
+def _count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _foreground(facts: Facts) -> list[str]:
+    if facts.data is None:
+        return []
+    classes = facts.data["classes"]
+    return [classes["names"][number] for number in classes["foreground"]]

@@ -1,0 +1,163 @@
+"""The pruner and the whole pruned policy as ONNX, by jax2onnx (extra and install: docs/export.md).
+
+    OUT/config.json    inputs and outputs, the SHA-256 of every file
+    OUT/pruner.onnx    tokens [1, N, D] (and position_ids [3, 1, N] of a pruner with rope) to scores
+    OUT/policy.onnx    images, speed and command to waypoints and kept tokens
+
+Weights are inside, shapes are static, and attention is in plain operations. Where the converter
+fails it fails here; where it is wrong the check of `fastdrive export` says so.
+"""
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fastdrive_jax.configs import to_plain
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.export import manifest as manifests
+from fastdrive_jax.export.folder import write_folder
+from fastdrive_jax.inference.policy import DrivingPolicy, plan
+from fastdrive_jax.models.attention import kernels_of
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
+
+KIND = "onnx"
+PRUNER, POLICY = "pruner.onnx", "policy.onnx"
+OPSET = 23
+
+
+def write_onnx(
+    folder: Path,
+    pruner: ReconPrunerConfig,
+    params: dict,
+    tokens: int,
+    policy: DrivingPolicy | None = None,
+) -> Path:
+    """Converts the pruner and, if there is one, the policy; both for one frame a call.
+
+    Of more frames jax2onnx 0.17.1 declares the shapes within the decoding loop wrongly.
+
+    Args:
+        folder: To make; see `write_folder`.
+        pruner: Sizes.
+        params: {"pruner": ...}, and "vla" for a policy.
+        tokens: N.
+        policy: Whose keep ratio the program has.
+
+    Raises:
+        UserError: jax2onnx is not installed, or the folder cannot be written.
+    """
+    _need("jax2onnx")
+    size = (1 + (policy is not None)) * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    fill = functools.partial(_fill, pruner=pruner, params=params, tokens=tokens, policy=policy)
+    return write_folder(folder, size, fill)
+
+
+def need_converter() -> None:
+    """Refuses to begin without what converts and runs.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    for package in ("jax2onnx", "onnxruntime"):
+        _need(package)
+
+
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"ONNX needs {package}, which is not installed; docs/export.md says how to install it."
+        )
+
+
+def _fill(folder, pruner, params, tokens, policy):
+    inputs = {"tokens": jax.ShapeDtypeStruct((1, tokens, pruner.layer.hidden_size), "float32")}
+    if pruner.rope:
+        inputs["position_ids"] = jax.ShapeDtypeStruct((3, 1, tokens), "int32")
+    module = ReconPruner(pruner)
+
+    def score(*inputs):
+        return module.apply({"params": params["pruner"]}, *inputs)
+
+    _convert(folder / PRUNER, score, inputs, ("scores",))
+    described = {PRUNER: _shapes(inputs)}
+    if policy is not None:
+        config = policy.model.config
+        inputs = {
+            "images": jax.ShapeDtypeStruct(
+                (1, len(config.cameras), *config.image_size, 3), "uint8"
+            ),
+            "speed": jax.ShapeDtypeStruct((1,), "float32"),
+            "command": jax.ShapeDtypeStruct((1,), "int32"),
+        }
+
+        def run(*inputs):
+            planned = plan(policy, params, *inputs)
+            return planned.waypoints, planned.keep_indices
+
+        _convert(folder / POLICY, run, inputs, ("waypoints", "keep_indices"))
+        described[POLICY] = _shapes(inputs)
+    config = {"kind": KIND, "opset": OPSET, "inputs": described, "pruner": to_plain(pruner)}
+    packages = ("fastdrive-jax", "jax", "jax2onnx", "onnx")
+    manifests.seal(folder, config, {}, packages)
+
+
+def _convert(path: Path, function: Callable, inputs: dict[str, Any], outputs: tuple) -> None:
+    import jax2onnx
+
+    log = logging.getLogger("onnx_ir")  # a line for each scalar that has no name
+    level, log.level = log.level, logging.ERROR
+    try:
+        with kernels_of("any"):
+            model = jax2onnx.to_onnx(
+                function,
+                list(inputs.values()),
+                model_name=path.stem,
+                opset=OPSET,
+                input_names=list(inputs),
+                output_names=outputs,
+            )
+    finally:
+        log.level = level
+    path.write_bytes(model.SerializeToString())
+
+
+def _shapes(inputs: dict) -> dict:
+    return {name: [value.dtype.name, list(value.shape)] for name, value in inputs.items()}
+
+
+def read_onnx(folder: Path, name: str) -> Callable[..., list[np.ndarray]]:
+    """One of the programs in onnxruntime, on the CPU; takes its inputs in their order.
+
+    Args:
+        folder: Of `write_onnx`.
+        name: `PRUNER` or `POLICY`.
+
+    Raises:
+        UserError: The folder is no such export, or the file is missing or damaged.
+    """
+    _need("onnxruntime")
+    import onnxruntime
+
+    manifest = manifests.load(folder)
+    if manifest.config.get("kind") != KIND:
+        raise UserError(f"{folder} holds a {manifest.config.get('kind')!r}, not {KIND}.")
+    manifests.check_files(folder, manifest, name)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # no warnings of constants that it leaves out
+    # Threads that wait for the next call would take the cores from everyone else.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(
+        str(folder / name), options, providers=["CPUExecutionProvider"]
+    )
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*inputs):
+        return session.run(None, dict(zip(names, map(np.asarray, inputs), strict=True)))
+
+    return run
