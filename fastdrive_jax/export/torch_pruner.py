@@ -79,9 +79,8 @@ def load_pruner(folder: str | Path) -> TorchPruner:
     for name, value in load_file(Path(folder) / "model.safetensors").items():
         if name == "pruner/query":
             state["query"] = value.float()
-        elif name.startswith(
-            "pruner/"
-        ):  # Linen's kernels are [in, out], Linear's weights [out, in]
+        elif name.startswith("pruner/"):
+            # Linen's kernels are [in, out], Linear's weights [out, in].
             module, kind = name.removeprefix("pruner/").rsplit("/", 1)
             ending = {"kernel": ".weight", "bias": ".bias", "scale": ""}[kind]
             state[places[module] + ending] = value.float().T if kind == "kernel" else value.float()
