@@ -54,6 +54,7 @@ from fastdrive_jax.evaluation.pictures import encode_jpeg
 # Evaluations count their trials from 0, so none of them begins as a demonstration does.
 FIRST_TRIAL = {"train": 1_000_000, "val": 2_000_000}
 _JPEG_QUALITY = 95
+_LONGEST_STRAY = 4  # steps
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class DemoConfig:
         episodes: Of each task, to learn from.
         val_episodes: Of each task, to validate on.
         image_size: Height and width of the pictures.
-        noise: Share of the steps at which the robot does something random instead of what the
-            expert wants; recorded is what the expert wants, so that it shows how to recover.
+        noise: Most of the chance that the robot strays at a step: for one to four steps it does
+            something random instead of what the expert wants. Each episode draws its own, up to
+            this. Recorded is what the expert wants, so that it shows how to recover.
         seed: Of scenes and noise.
         episodes_per_shard: At most.
     """
@@ -73,7 +75,7 @@ class DemoConfig:
     episodes: int = 50
     val_episodes: int = 5
     image_size: tuple[int, int] = TABLETOP_SIZE
-    noise: float = 0.1
+    noise: float = 0.3
     seed: int = 0
     episodes_per_shard: int = 30
 
@@ -224,11 +226,15 @@ def record_episode(
     observation, done = env.reset(task, trial), False
     seen: list[tuple[Observation, np.ndarray]] = []
     actions, executed = [], []
+    chance, straying = rng.uniform(0, config.noise), 0
     while not done and len(seen) < TABLETOP_STEPS:
         seen.append((observation, env.segmentation()))
         actions.append(expert_action(TabletopState.unpack(observation.state)))
-        stray = rng.uniform(-1, 1, ACTION_SIZE).astype(np.float32)
-        executed.append(stray if rng.random() < config.noise else actions[-1])
+        if not straying and rng.random() < chance:
+            straying = int(rng.integers(1, _LONGEST_STRAY + 1))
+            stray = rng.uniform(-1, 1, ACTION_SIZE).astype(np.float32)
+        executed.append(stray if straying else actions[-1])
+        straying -= straying > 0
         observation, done = env.step(executed[-1])
     ahead = np.stack(actions + actions[-1:] * (HORIZON - 1))
     steps = [

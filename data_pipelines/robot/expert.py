@@ -26,30 +26,33 @@ def expert_action(state: TabletopState) -> np.ndarray:
         return _action([0, 0, STEP], 0.0, _CLOSE)
     if held:
         return _carry(state)
-    turn = _turn(state)
-    grip = max(target[2] - 0.002, 0.016)
-    if np.linalg.norm(off) > 0.01 or abs(turn) > 0.15:
-        # Fingers that are low are raised before they are moved aside.
-        low = here[2] < _SAFE - 0.015 and np.linalg.norm(off) > 0.02
-        return _action([0, 0, _SAFE - here[2]] if low else [*off, _SAFE - here[2]], turn, _OPEN)
-    down = grip - here[2]
-    if abs(down) > 0.008:
-        return _action([*off, down], turn, _OPEN)
-    return _action([*off, down], 0.0, _CLOSE)
+    turn, grip = _turn(state), max(target[2] - 0.002, 0.016)
+    away = np.linalg.norm(off)
+    # A funnel: the farther from over the object, or the more turned, the higher the fingertips are
+    # to be. So nearly the same states ask for nearly the same, which is what can be learned.
+    open_share = max(_ramp(away, 0.008, 0.035), _ramp(abs(turn), 0.12, 0.5))
+    height = grip + open_share * (_SAFE - grip)
+    # Fingers that are too low for where they are go up before they go aside.
+    aside = 1 - _ramp(height - here[2], 0.015, 0.045) * _ramp(away, 0.015, 0.03)
+    if away < 0.012 and abs(turn) < 0.2 and abs(grip - here[2]) < 0.009:
+        return _action([*off, grip - here[2]], 0.0, _CLOSE)
+    return _action([*(aside * off), height - here[2]], turn, _OPEN)
 
 
 def _carry(state: TabletopState) -> np.ndarray:
-    """The next action with the object between the fingers."""
-    here = np.array(state.gripper)
-    off = np.subtract(state.tray, state.target[:2])
-    if np.linalg.norm(off) < 0.02:
-        down = state.rest + 0.012 - here[2]
-        if abs(down) > 0.01:
-            return _action([*off, down], 0.0, _CLOSE)
+    """The next action with the object between the fingers: the same funnel, over the tray."""
+    height_now, off = state.gripper[2], np.subtract(state.tray, state.target[:2])
+    away, low = np.linalg.norm(off), state.rest + 0.012
+    height = low + _ramp(away, 0.02, 0.05) * (_CARRY - low)
+    if away < 0.022 and height_now - low < 0.01:
         return _action([0, 0, 0], 0.0, _OPEN)
-    if here[2] < _CARRY - 0.02:
-        return _action([0, 0, _CARRY - here[2]], 0.0, _CLOSE)
-    return _action([*off, _CARRY - here[2]], 0.0, _CLOSE)
+    aside = 1 - _ramp(height - height_now, 0.02, 0.05)
+    return _action([*(aside * off), height - height_now], 0.0, _CLOSE)
+
+
+def _ramp(value: float, low: float, high: float) -> float:
+    """0 up to `low`, 1 from `high` on."""
+    return float(np.clip((value - low) / (high - low), 0, 1))
 
 
 def _in_tray(state: TabletopState) -> bool:
