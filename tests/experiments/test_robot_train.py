@@ -16,6 +16,7 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import read_rows
 from fastdrive_jax.models.openvla.policy_file import load_policy
 from fastdrive_jax.training.optimizer import OptimizerConfig
+from fastdrive_jax.training.robot import RobotLossConfig
 
 pytestmark = pytest.mark.skipif(rendering.absent() is not None, reason=str(rendering.absent()))
 
@@ -31,6 +32,7 @@ def config(tmp_path_factory):
         out=folder / "run",
         model=small_openvla()[0].config,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1, total_steps=3),
+        loss=RobotLossConfig(keep_choices=(1.0, 0.5)),  # each share is compiled
         batch_size=8,  # other tests may have made eight devices of this process
         quiet=True,
     )
