@@ -16,7 +16,7 @@ from fastdrive_jax.errors import UserError
 
 TABLETOP = "tabletop"
 TABLETOP_SIZE = (96, 96)
-TABLETOP_STEPS = 50  # the expert needs 21 at most, in 600 episodes
+TABLETOP_STEPS = 50  # the expert needs 18 at most, in 600 episodes
 SUITES = (TABLETOP, *libero.SUITES)
 
 
