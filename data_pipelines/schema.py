@@ -1,7 +1,7 @@
 """What a driving record is: cameras, classes, and the fields that every source fills.
 
-Sources (a nuScenes folder, a folder of one's own) yield `Record`s; the shard builder stores them
-and the loader reads them back, so this file is all that the three share.
+Sources (a nuScenes folder, a folder of one's own) yield each `Record`; the shard builder stores
+them and the loader reads them back, so this file is all that the three share.
 """
 
 import json

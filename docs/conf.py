@@ -34,5 +34,7 @@ autodoc_mock_imports = ["torch", "transformers", "mujoco", "libero", "robosuite"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # else each attribute is described twice
-# Links into the source are for readers of the repository.
-suppress_warnings = ["myst.xref_missing", "myst.header"]
+# A package's page lists its modules; what it exports is described where it is written.
+autodoc_default_options["ignore-module-all"] = True
+# Links into the source are for readers of the repository; several fields are called `bytes`.
+suppress_warnings = ["myst.xref_missing", "myst.header", "ref.python"]

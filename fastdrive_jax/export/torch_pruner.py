@@ -8,6 +8,8 @@ A pruner with `rope` also takes the tokens' row and column ids, `pruner(tokens, 
 ids [3, B, N] (0, row, column of each token in its picture).
 """
 
+from __future__ import annotations
+
 import json
 import math
 from pathlib import Path

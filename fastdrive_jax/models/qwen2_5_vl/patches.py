@@ -190,9 +190,8 @@ def window_table(rows: int, columns: int, config: VisionConfig) -> tuple[np.ndar
     """Which patches share a window.
 
     Returns:
-        members: [windows, S], patch indices, windows cut off by the border filled up with the
-            index P, one past the last patch.
-        slots: [P], where patch p stands in `members.ravel()`.
+        Patch indices [windows, S], where windows cut off by the border are filled up with the index
+        P, one past the last patch; and where each patch stands in them, laid flat [P].
     """
     merge = config.spatial_merge_size
     edge = config.window_size // config.patch_size  # patches along a window's edge
