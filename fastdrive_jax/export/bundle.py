@@ -11,7 +11,7 @@ whole or absent.
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -71,6 +71,13 @@ def _fill(folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
         checkpointer.save(folder / ORBAX, unflatten(tensors))
     manifests.seal(folder, config, shapes, _PACKAGES)
+
+
+def read_bundle(
+    folder: str | Path, form: Literal["safetensors", "orbax"] = "safetensors"
+) -> tuple[Params, dict[str, Any]]:
+    """Either form of a bundle, on the default device; see the two functions below."""
+    return (read_bundle_safetensors if form == "safetensors" else read_bundle_orbax)(folder)
 
 
 def read_bundle_safetensors(folder: str | Path) -> tuple[Params, dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from fastdrive_jax.configs import from_plain, to_plain
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.export.bundle import read_bundle_orbax, read_bundle_safetensors, write_bundle
+from fastdrive_jax.export.bundle import read_bundle, write_bundle
 from fastdrive_jax.inference.policy import DrivingPolicy
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig, recon_pruner
@@ -44,10 +44,14 @@ def read_policy(
     Raises:
         UserError: It is no whole bundle, or one of another kind.
     """
-    read = read_bundle_safetensors if form == "safetensors" else read_bundle_orbax
-    params, config = read(folder)
+    params, config = read_bundle(folder, form)
     if config.get("kind") != KIND:
         raise UserError(f"{folder} holds a {config.get('kind')!r}, not a {KIND}.")
+    return stored_policy(config), params
+
+
+def stored_policy(config: dict) -> DrivingPolicy:
+    """The policy that a bundle's config describes."""
     model = DrivingVLA(from_plain(DrivingConfig, config["vla"]))
     pruner = recon_pruner(from_plain(ReconPrunerConfig, config["pruner"]))
-    return DrivingPolicy(model, pruner, config["keep_ratio"]), params
+    return DrivingPolicy(model, pruner, config["keep_ratio"])

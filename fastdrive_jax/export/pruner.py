@@ -5,7 +5,7 @@ from typing import Literal
 
 from fastdrive_jax.configs import from_plain, to_plain
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.export.bundle import read_bundle_orbax, read_bundle_safetensors, write_bundle
+from fastdrive_jax.export.bundle import read_bundle, write_bundle
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 
 KIND = "pruner"
@@ -29,8 +29,7 @@ def read_pruner(
     Raises:
         UserError: It is no whole bundle, or one without a pruner.
     """
-    read = read_bundle_safetensors if form == "safetensors" else read_bundle_orbax
-    params, config = read(folder)
+    params, config = read_bundle(folder, form)
     if "pruner" not in params or "pruner" not in config:
         raise UserError(f"{folder} holds a {config.get('kind')!r}, without a pruner.")
     return from_plain(ReconPrunerConfig, config["pruner"]), params["pruner"]

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 
 from fastdrive_jax.configs import from_plain, to_plain
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.export.bundle import read_bundle_orbax, read_bundle_safetensors, write_bundle
+from fastdrive_jax.export.bundle import read_bundle, write_bundle
+from fastdrive_jax.export.driving import stored_policy
 from fastdrive_jax.export.trees import SEPARATOR, flatten, unflatten
 from fastdrive_jax.inference.policy import DrivingPolicy, Plan, plan
-from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
-from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig, recon_pruner
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 
 KIND = "quantized driving policy"
 LINEAR = (
@@ -151,13 +151,10 @@ def read_quantized(
     Raises:
         UserError: It is no whole bundle, or one of another kind.
     """
-    read = read_bundle_safetensors if form == "safetensors" else read_bundle_orbax
-    params, config = read(folder)
+    params, config = read_bundle(folder, form)
     if config.get("kind") != KIND:
         raise UserError(f"{folder} holds a {config.get('kind')!r}, not a {KIND}.")
-    pruner = from_plain(ReconPrunerConfig, config["pruner"])
-    model = DrivingVLA(from_plain(DrivingConfig, config["vla"]))
-    policy = DrivingPolicy(model, recon_pruner(pruner), config["keep_ratio"])
+    pruner, policy = from_plain(ReconPrunerConfig, config["pruner"]), stored_policy(config)
     return QuantizedPolicy(policy, pruner, config["weights"], activations), flatten(params)
 
 

@@ -107,7 +107,7 @@ def robot_loss(
         return {"action_loss": action_loss} | prompt_losses(*given)
 
     parts = on_some_tokens(on_kept, tokens, order, loss.keep_choices, choice_key)
-    parts |= token_losses(params["heads"], config, heads, tokens, labels)
+    parts |= token_losses(params["heads"], config, tokens, labels)
     weights = {
         "action_loss": 1.0,
         "kind_loss": heads.kind_weight,

@@ -119,7 +119,6 @@ def init_heads(config: OpenVLAConfig, heads: HeadConfig, key: jax.Array) -> dict
 def token_losses(
     params: dict,
     config: OpenVLAConfig,
-    heads: HeadConfig,
     tokens: Float[Array, "B N D"],
     labels: Labels,
 ) -> dict[str, Float[Array, ""]]:

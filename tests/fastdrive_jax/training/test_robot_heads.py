@@ -75,8 +75,8 @@ def test_heads_that_know_lose_nothing(config):
     known = tokens.at[..., : answer.shape[-1]].set(answer)
     eye = jnp.eye(size, answer.shape[-1])
     told = heads | {"place": heads["place"] | {"kernel": eye}}
-    assert token_losses(told, config, HEADS, known, labels)["place_loss"] < 1e-10
-    blind = token_losses(told, config, HEADS, tokens, labels)
+    assert token_losses(told, config, known, labels)["place_loss"] < 1e-10
+    blind = token_losses(told, config, tokens, labels)
     assert blind["place_loss"] > 0.1
     np.testing.assert_allclose(blind["kind_loss"], np.log(HEADS.kinds), rtol=1e-5)
 
