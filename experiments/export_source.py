@@ -143,16 +143,6 @@ def _with_vla(path, read, pruner, params, facts: Facts, weights, encoder=None) -
     return Source(path, read, pruner, params | {"vla": vla}, model.config, "", None, facts)
 
 
-class _NoData:
-    """An iterator that is only told where it would be."""
-
-    def get_state(self):
-        return {}
-
-    def set_state(self, state):
-        del state
-
-
 def _checkpoint(path: Path, facts: Facts) -> tuple[ReconPrunerConfig, dict, int]:
     """The pruner of the best checkpoint of a run that knows one, or of the newest."""
     run = from_plain(PrunerRun, facts.training)
@@ -171,7 +161,7 @@ def _checkpoint(path: Path, facts: Facts) -> tuple[ReconPrunerConfig, dict, int]
         if step is None:
             raise UserError(f"{path} has no checkpoint yet: train on, then export it.")
         abstract = abstract_state(init, replicated_sharding(mesh))
-        state = checkpoints.restore(abstract, _NoData(), step)
+        state = checkpoints.restore(abstract, step=step)
     return run.recon.pruner, evaluation_params(state)["pruner"], step
 
 

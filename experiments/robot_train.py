@@ -3,16 +3,23 @@
 fastdrive robot demos --out demos --episodes 200 --workers 2
 fastdrive robot train --demos demos --out runs/robot_policy
 fastdrive robot eval --policies openvla --weights runs/robot_policy/policy.safetensors
+
+Once more, on states that the policy itself gets into (DAgger):
+
+fastdrive robot demos --out corrections --policy runs/robot_policy/policy.safetensors
+fastdrive robot train --demos corrections --start runs/robot_policy --out runs/robot_corrected
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from data_pipelines.loader import Loader
 from data_pipelines.robot.episode_loader import (
@@ -34,12 +41,18 @@ from fastdrive_jax.models.openvla.config import TINY_OPENVLA, OpenVLAConfig
 from fastdrive_jax.models.openvla.model import OpenVLA
 from fastdrive_jax.models.openvla.policy_file import PolicySpec, save_policy
 from fastdrive_jax.models.openvla.prompt import word_prompts
-from fastdrive_jax.parallel.mesh import make_mesh
+from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding
+from fastdrive_jax.training.checkpoints import RunCheckpoints
 from fastdrive_jax.training.loop import fit
 from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fastdrive_jax.training.robot import RobotLossConfig, init_robot, robot_loss
 from fastdrive_jax.training.run_config import claim_run_folder
-from fastdrive_jax.training.state import init_train_state, make_train_step
+from fastdrive_jax.training.state import (
+    TrainState,
+    abstract_state,
+    init_train_state,
+    make_train_step,
+)
 
 
 def _tabletop_model() -> OpenVLAConfig:
@@ -58,6 +71,7 @@ class RobotTrainConfig:
     Attributes:
         demos: Of `fastdrive robot demos`.
         out: Run folder; a run found there is resumed.
+        start: Run folder whose newest parameters this run starts from; by default random ones.
         model: The VLA; it decodes actions as tokens.
         loss: Weights of its parts.
         optimizer: AdamW and its schedule; its total_steps is the length of the run.
@@ -68,6 +82,7 @@ class RobotTrainConfig:
 
     demos: Path
     out: Path = Path("runs/robot_policy")
+    start: Path | None = None
     model: OpenVLAConfig = field(default_factory=_tabletop_model)
     loss: RobotLossConfig = field(default_factory=RobotLossConfig)
     optimizer: OptimizerConfig = field(
@@ -88,7 +103,7 @@ def robot_train(config: RobotTrainConfig) -> Path:
     """Trains, or goes on with, the run, and writes OUT/policy.safetensors.
 
     Raises:
-        UserError: The demonstrations do not fit the model.
+        UserError: The demonstrations, or the run that this one starts from, do not fit the model.
     """
     episodes = open_episodes(config.demos)
     check_views(config.model, episodes)
@@ -111,15 +126,20 @@ def robot_train(config: RobotTrainConfig) -> Path:
     validation = partial(
         make_episode_loader, episodes, "val", loader_config(config, views, train=False)
     )
+    mesh = make_mesh()
+    init_state = partial(init_train_state, init, optimizer, config.seed)
+    if config.start is not None:
+        params = newest_params(config.start, init_state, mesh)
+        init_state = partial(init_train_state, lambda key: params, optimizer, config.seed)
     evaluate = action_error(model, statistics.action, validation, with_prompts)
     result = fit(
         config.out / "train",
         config,
-        lambda: init_train_state(init, optimizer, config.seed),
+        init_state,
         make_train_step(loss, optimizer),
         iter(make_episode_loader(episodes, "train", loaded)),
         config.optimizer.total_steps,
-        mesh=make_mesh(),
+        mesh=mesh,
         checkpoint_every=200,
         evaluate=lambda state: evaluate(state.params["vla"]),
         evaluate_every=500,
@@ -131,6 +151,22 @@ def robot_train(config: RobotTrainConfig) -> Path:
     spec = PolicySpec(config.model, prompts, statistics, views)
     save_policy(path, jax.device_get(result.state.params["vla"]), spec)
     return path
+
+
+def newest_params(run: Path, init_state: Callable[[], TrainState], mesh: Mesh) -> Any:
+    """Parameters of a run's newest checkpoint.
+
+    Raises:
+        UserError: It has none, or is of another model.
+    """
+    folder = run / "train"
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{run} has no checkpoint; give a run folder of `fastdrive robot train`.")
+    abstract = abstract_state(init_state, replicated_sharding(mesh))
+    with RunCheckpoints(folder, None, read_only=True) as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise UserError(f"{run} has no whole checkpoint; let its training go on for longer.")
+        return checkpoints.restore(abstract).params
 
 
 def check_views(model: OpenVLAConfig, episodes: Episodes) -> None:
@@ -159,6 +195,7 @@ def loader_config(
         chunk=config.model.chunk,
         views=views,
         segments=train,
+        failures=True,  # what the expert wants is right however the episode ended
         shuffle=train,
         seed=config.seed,
         num_epochs=None if train else 1,

@@ -6,39 +6,37 @@ the shards are the same byte for byte whatever the number of processes. As the s
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from data_pipelines.disk import disk_errors, locked, read_json, write_json
-from data_pipelines.robot.environment import TABLETOP, TABLETOP_SIZE, TABLETOP_STEPS
+from data_pipelines.robot.environment import TABLETOP
 from data_pipelines.robot.episodes import (
     DATASET,
     FORMAT,
-    HORIZON,
     MANIFEST,
     STATISTICS,
     VERSION,
     EpisodeNote,
     Episodes,
-    Step,
     StepSource,
     open_episodes,
     statistics,
     step_features,
 )
-from data_pipelines.robot.expert import expert_action
-from data_pipelines.robot.policies import ACTION_SIZE, Observation
-from data_pipelines.robot.tabletop import VIEWS, Tabletop, TabletopState
+from data_pipelines.robot.policies import RobotPolicy
+from data_pipelines.robot.recording import DemoConfig, record_episode
+from data_pipelines.robot.tabletop import VIEWS, Tabletop
 from data_pipelines.robot.tasks import TASKS
 from data_pipelines.shard_files import (
     NOTES,
@@ -49,42 +47,9 @@ from data_pipelines.shard_files import (
     write_tfds_metadata,
 )
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.pictures import encode_jpeg
 
 # Evaluations count their trials from 0, so none of them begins as a demonstration does.
 FIRST_TRIAL = {"train": 1_000_000, "val": 2_000_000}
-_JPEG_QUALITY = 95
-_LONGEST_STRAY = 4  # steps
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """What is recorded.
-
-    Attributes:
-        episodes: Of each task, to learn from.
-        val_episodes: Of each task, to validate on.
-        image_size: Height and width of the pictures.
-        noise: Most of the chance that the robot strays at a step: for one to four steps it does
-            something random instead of what the expert wants. Each episode draws its own, up to
-            this. Recorded is what the expert wants, so that it shows how to recover.
-        seed: Of scenes and noise.
-        episodes_per_shard: At most.
-    """
-
-    episodes: int = 50
-    val_episodes: int = 5
-    image_size: tuple[int, int] = TABLETOP_SIZE
-    noise: float = 0.3
-    seed: int = 0
-    episodes_per_shard: int = 30
-
-    def __post_init__(self):
-        for name in ("episodes", "val_episodes", "episodes_per_shard"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-        if not 0 <= self.noise < 1:
-            raise UserError(f"noise={self.noise} must be at least 0 and below 1.")
 
 
 @dataclass(frozen=True)
@@ -97,6 +62,7 @@ class ShardJob:
         first: Number of its first episode in the split.
         episodes: (task, trial) of each.
         config: How they are recorded.
+        make_policy: Makes the policy that moves some of them; hashable.
     """
 
     name: str
@@ -104,6 +70,7 @@ class ShardJob:
     first: int
     episodes: tuple[tuple[int, int], ...]
     config: DemoConfig
+    make_policy: Callable[[], RobotPolicy] | None = None
 
     def identity(self) -> str:
         """Digest of what the shard is made of."""
@@ -125,7 +92,11 @@ class ShardNote:
 
 
 def record_demonstrations(
-    out_dir: Path, config: DemoConfig, workers: int = 1, progress: bool = True
+    out_dir: Path,
+    config: DemoConfig,
+    workers: int = 1,
+    progress: bool = True,
+    make_policy: Callable[[], RobotPolicy] | None = None,
 ) -> Episodes:
     """Records demonstrations of all tasks into the new folder `out_dir`.
 
@@ -137,6 +108,8 @@ def record_demonstrations(
         config: What is recorded.
         workers: Processes that simulate.
         progress: Show a progress bar.
+        make_policy: Makes the policy that moves `config.policy_share` of the episodes, in each
+            process once; hashable.
 
     Raises:
         UserError: `out_dir` exists, MuJoCo is missing, or the disk is full.
@@ -150,7 +123,7 @@ def record_demonstrations(
     with disk_errors(out_dir), contextlib.ExitStack() as stack:
         building.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(building))
-        jobs = plan_jobs(config)
+        jobs = plan_jobs(config, make_policy)
         notes = finished_notes(building, jobs)
         remove_strangers(building, notes)
         bar = stack.enter_context(
@@ -173,7 +146,9 @@ def record_demonstrations(
     return open_episodes(out_dir)
 
 
-def plan_jobs(config: DemoConfig) -> list[ShardJob]:
+def plan_jobs(
+    config: DemoConfig, make_policy: Callable[[], RobotPolicy] | None = None
+) -> list[ShardJob]:
     """The shards, in order; tasks take turns, so that each shard has all."""
     jobs = []
     for split, count in (("train", config.episodes), ("val", config.val_episodes)):
@@ -184,7 +159,7 @@ def plan_jobs(config: DemoConfig) -> list[ShardJob]:
         parts = [tuple(episodes[k : k + step]) for k in range(0, len(episodes), step)]
         for k, part in enumerate(parts):
             name = f"{DATASET}-{split}.array_record-{k:05d}-of-{len(parts):05d}"
-            jobs.append(ShardJob(name, split, k * step, part, config))
+            jobs.append(ShardJob(name, split, k * step, part, config, make_policy))
     return jobs
 
 
@@ -193,10 +168,11 @@ def write_shard(job: ShardJob, folder: Path) -> ShardNote:
     features = step_features(VIEWS)
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
     ended: list[EpisodeNote] = []
+    policy = _made(job.make_policy) if job.make_policy else None
 
     def examples(env: Tabletop) -> Iterator[bytes]:
         for number, (task, trial) in enumerate(job.episodes, job.first):
-            steps, success = record_episode(env, task, trial, number, job.config)
+            steps, success = record_episode(env, task, trial, number, job.config, policy)
             ended.append(EpisodeNote(task, trial, len(steps), success))
             for step in steps:
                 example = serializer.get_tf_example(features.encode_example(asdict(step)))
@@ -218,49 +194,10 @@ def write_shard(job: ShardJob, folder: Path) -> ShardNote:
     return note
 
 
-def record_episode(
-    env: Tabletop, task: int, trial: int, number: int, config: DemoConfig
-) -> tuple[list[Step], bool]:
-    """One episode of the expert, and whether it succeeded."""
-    rng = np.random.default_rng([config.seed, task, trial, 1])
-    observation, done = env.reset(task, trial), False
-    seen: list[tuple[Observation, np.ndarray]] = []
-    actions, executed = [], []
-    chance, straying = rng.uniform(0, config.noise), 0
-    while not done and len(seen) < TABLETOP_STEPS:
-        seen.append((observation, env.segmentation()))
-        actions.append(expert_action(TabletopState.unpack(observation.state)))
-        if not straying and rng.random() < chance:
-            straying = int(rng.integers(1, _LONGEST_STRAY + 1))
-            stray = rng.uniform(-1, 1, ACTION_SIZE).astype(np.float32)
-        executed.append(stray if straying else actions[-1])
-        straying -= straying > 0
-        observation, done = env.step(executed[-1])
-    ahead = np.stack(actions + actions[-1:] * (HORIZON - 1))
-    steps = [
-        Step(
-            images=_by_view(encode_jpeg(image, _JPEG_QUALITY) for image in observed.images),
-            segments=_by_view(_png(labels) for labels in segments),
-            proprio=observed.proprio,
-            action=actions[k],
-            executed=executed[k],
-            future=ahead[k : k + HORIZON],
-            instruction=observed.instruction,
-            task=task,
-            episode=number,
-            step=k,
-        )
-        for k, (observed, segments) in enumerate(seen)
-    ]
-    return steps, done
-
-
-def _by_view(pictures: Iterator[bytes]) -> dict[str, bytes]:
-    return dict(zip(VIEWS, pictures, strict=True))
-
-
-def _png(labels: np.ndarray) -> bytes:
-    return cv2.imencode(".png", labels)[1].tobytes()
+@functools.lru_cache(maxsize=1)
+def _made(make_policy: Callable[[], RobotPolicy]) -> RobotPolicy:
+    """The policy; a process that writes several shards compiles it once."""
+    return make_policy()
 
 
 def finished_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardNote]:
@@ -298,6 +235,8 @@ def _finish(building: Path, config: DemoConfig, notes: Sequence[ShardNote]) -> N
         "views": VIEWS,
         "image_size": config.image_size,
         "noise": config.noise,
+        "policy_share": config.policy_share,
+        "policy": config.policy,
         "seed": config.seed,
         "counts": {
             split: {
@@ -324,18 +263,13 @@ def _finish(building: Path, config: DemoConfig, notes: Sequence[ShardNote]) -> N
 def _statistics(
     building: Path, episodes: Sequence[EpisodeNote], notes: Sequence[ShardNote]
 ) -> dict[str, dict]:
-    """Ranges over the steps of successful episodes, which are what is learnt from."""
-    if not any(note.success for note in episodes):
-        raise UserError("No demonstration succeeded; make the noise smaller.")
-    opened = Episodes(
-        building, (), VIEWS, (0, 0), {"train": {note.name: note.records for note in notes}}, {}, ""
-    )
-    source = StepSource(opened, "train")
-    good = np.repeat([n.success for n in episodes], [n.steps for n in episodes])
-    steps = [source[k] for k in np.flatnonzero(good)]
+    """Ranges over what is learnt from."""
+    shards = {"train": {note.name: note.records for note in notes}}
+    source = StepSource(Episodes(building, (), VIEWS, (0, 0), shards, {}, ""), "train")
+    steps = [source[k] for k in range(len(source))]
     return statistics(
         f"{TABLETOP}_expert",
         np.stack([step["action"] for step in steps]),
         np.stack([step["proprio"] for step in steps]),
-        sum(note.success for note in episodes),
+        len(episodes),
     )

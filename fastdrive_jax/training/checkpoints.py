@@ -171,12 +171,14 @@ class RunCheckpoints:
             if self._best and metrics and self.improves(metrics):
                 self._best_value = self._best.value(metrics)
 
-    def restore(self, abstract: Any, iterator: Positioned, step: int | None = None) -> Any:
-        """Read a checkpoint and put the iterator where it was.
+    def restore(
+        self, abstract: Any, iterator: Positioned | None = None, step: int | None = None
+    ) -> Any:
+        """Read a checkpoint and put the iterator, if there is one, where it was.
 
         Args:
             abstract: tree of `jax.ShapeDtypeStruct` with shardings, like the saved state.
-            iterator: of the same data; its position is set.
+            iterator: of the same data; its position is set. None to read the state alone.
             step: which checkpoint, by default the newest.
 
         Returns:
@@ -191,14 +193,15 @@ class RunCheckpoints:
             raise ValueError(f"{self.folder} has no checkpoint to restore")
         folder = self._root / str(step)
         verify_checksums(folder)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract),
-            data=ocp.args.JsonRestore(),
-        )
+        wanted = {"state": ocp.args.StandardRestore(abstract)}
+        if iterator is not None:
+            wanted["data"] = ocp.args.JsonRestore()
+        args = ocp.args.Composite(**wanted)
         with _reading(folder):
             _check_tree(folder, _stored_tree(folder / "state"), abstract)
             found = self._manager.restore(step, args=args)
-        iterator.set_state(found.data)
+        if iterator is not None:
+            iterator.set_state(found.data)
         return found.state
 
     def wait(self) -> None:

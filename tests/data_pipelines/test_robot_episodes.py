@@ -2,13 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from data_pipelines.decode import decode_image
 from data_pipelines.robot import demonstrations, rendering
-from data_pipelines.robot.demonstrations import DemoConfig, record_demonstrations
+from data_pipelines.robot.demonstrations import record_demonstrations
 from data_pipelines.robot.episode_loader import EpisodeLoaderConfig, identity, make_episode_loader
 from data_pipelines.robot.episodes import (
     HORIZON,
@@ -17,7 +18,10 @@ from data_pipelines.robot.episodes import (
     read_statistics,
     statistics,
 )
-from data_pipelines.robot.tabletop import Tabletop
+from data_pipelines.robot.expert import expert_action
+from data_pipelines.robot.policies import Acted, RobotPolicy
+from data_pipelines.robot.recording import DemoConfig, record_episode
+from data_pipelines.robot.tabletop import Tabletop, TabletopState
 from data_pipelines.robot.tasks import TASKS
 from fastdrive_jax.errors import UserError
 
@@ -74,13 +78,9 @@ def test_manifest_and_statistics_tell_what_is_there(recorded):
     assert len(recorded.shards["train"]) == 2
     source = StepSource(recorded, "train")
     actions = np.array([source[k]["action"] for k in range(len(source))])
-    good = np.repeat(
-        [note.success for note in recorded.episodes["train"]],
-        [note.steps for note in recorded.episodes["train"]],
-    )
     found = read_statistics(recorded.path / "dataset_statistics.json")
-    np.testing.assert_allclose(found["action"]["q99"], np.quantile(actions[good], 0.99, axis=0))
-    assert found["num_transitions"] == good.sum()
+    np.testing.assert_allclose(found["action"]["q99"], np.quantile(actions, 0.99, axis=0))
+    assert found["num_transitions"] == len(actions)
     with pytest.raises(UserError, match="tabletop_expert"):
         read_statistics(recorded.path / "dataset_statistics.json", "bridge")
     assert "tensorflow" not in sys.modules
@@ -103,6 +103,49 @@ def test_steps_are_what_the_environment_showed(recorded):
         assert done == note.success
     strays = [not np.array_equal(step["executed"], step["action"]) for step in steps]
     assert not all(strays)
+
+
+def up_policy():
+    """Always up; counts its decisions, to show that its memory is kept."""
+
+    def act(observations, memory, first):
+        count = np.where(first, 0, memory) + 1
+        actions = np.zeros((1, 1, 7), np.float32)
+        actions[..., 2], actions[..., 5] = 1, count / 100
+        return Acted(actions, memory=count)
+
+    return RobotPolicy(lambda batch: np.full(batch, 50), act)
+
+
+@simulated
+def test_a_policy_and_the_expert_move_by_turns_and_the_expert_labels():
+    config = replace(CONFIG, policy_share=1.0)
+    with Tabletop(config.image_size) as env:
+        steps, done = record_episode(env, 0, 3, 0, config, up_policy())
+        observation, ups = env.reset(0, 3), []
+        for step in steps:
+            wanted = expert_action(TabletopState.unpack(observation.state))
+            np.testing.assert_array_equal(step.action, wanted)
+            up = step.executed[5] > 0 and step.executed[2] == 1
+            if up:
+                ups.append(round(100 * step.executed[5]))
+            else:
+                np.testing.assert_array_equal(step.executed, wanted)
+            observation, ended = env.step(step.executed)
+        assert ended == done
+    assert ups == list(range(1, len(ups) + 1))
+    assert 4 <= len(ups) < len(steps)
+    assert steps[0].executed[2] == 1
+
+
+@simulated
+def test_what_a_policy_moved_is_another_set(recorded, tmp_path):
+    config = replace(CONFIG, policy_share=0.5, policy="up")
+    found = record_demonstrations(tmp_path / "a", config, 1, False, up_policy)
+    again = record_demonstrations(tmp_path / "b", config, 2, False, up_policy)
+    assert found.digest == again.digest != recorded.digest
+    with pytest.raises(UserError, match="policy_share=2"):
+        replace(CONFIG, policy_share=2)
 
 
 @simulated

@@ -8,8 +8,10 @@ import pytest
 from small_openvla import small_openvla
 
 from data_pipelines.robot import rendering
-from data_pipelines.robot.demonstrations import DemoConfig, record_demonstrations
+from data_pipelines.robot.demonstrations import record_demonstrations
+from data_pipelines.robot.recording import DemoConfig
 from experiments.cli import main
+from experiments.robot_demos import RobotDemosArgs, robot_demos
 from experiments.robot_eval import RobotEvalArgs, robot_eval
 from experiments.robot_train import RobotTrainConfig, robot_train
 from fastdrive_jax.errors import UserError
@@ -55,6 +57,20 @@ def test_a_trained_policy_acts_on_the_tabletop(config, tmp_path):
     methods = {row.method for row in rows}
     assert methods == {"openvla unpruned", "openvla vlapruner"}
     assert len(list((tmp_path / "eval" / "films").glob("*.gif"))) == 2
+
+    demos = RobotDemosArgs(
+        out=tmp_path / "corrections", episodes=1, val_episodes=1, image_size=(24, 24), policy=path,
+        policy_share=1.0, quiet=True,
+    )  # fmt: skip
+    robot_demos(demos)
+    start = replace(config, demos=demos.out, start=config.out, out=tmp_path / "corrected")
+    still = replace(start, optimizer=replace(config.optimizer, learning_rate=1e-12))
+    _, started, _ = load_policy(robot_train(still))
+    jax.tree.map(np.testing.assert_array_equal, started, params)
+    with pytest.raises(UserError, match="has no checkpoint"):
+        robot_train(replace(start, start=tmp_path, out=tmp_path / "x"))
+    with pytest.raises(UserError, match="can't be read"):
+        robot_demos(replace(demos, out=tmp_path / "y", policy=tmp_path / "none"))
 
 
 def test_what_does_not_fit_is_refused(config, tmp_path):
