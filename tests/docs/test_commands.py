@@ -1,29 +1,13 @@
 """Every command that a page shows is one that the command line takes."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import tyro
+from pages import PAGES, ROOT, commands, write_files
 
 from experiments.cli import Command
-
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The arguments of each `fastdrive` in the page's shell blocks."""
-    found = []
-    for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
-        for line in re.sub(r"\\\n", " ", block).splitlines():
-            for part in line.split("&&"):
-                words = shlex.split(part, comments=True)
-                places = [k for k, word in enumerate(words) if Path(word).name == "fastdrive"]
-                found += [words[place + 1 :] for place in places[:1]]
-    return found
-
 
 SHOWN = [(page.name, words) for page in PAGES for words in commands(page)]
 
@@ -35,9 +19,7 @@ SHOWN = [(page.name, words) for page in PAGES for words in commands(page)]
 )
 def test_it_is_understood(page, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the reader has the page's files, and weights of a run
-    text = next(path for path in PAGES if path.name == page).read_text()
-    for name, content in re.findall(r"```python file=(\S+)\n(.*?)```", text, re.DOTALL):
-        Path(name).write_text(content)
+    write_files(next(path for path in PAGES if path.name == page), tmp_path)
     for word in words:
         if word.endswith(".safetensors"):
             Path(word).parent.mkdir(parents=True, exist_ok=True)
