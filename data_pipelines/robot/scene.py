@@ -17,6 +17,7 @@ TRAY_INSIDE = 0.055  # half its width
 TRAY_RIM = 0.022
 _ROOM = np.array([0.15, 0.17])  # things lie within +- this
 _APART = 0.085  # centres of things
+_TURN = 0.35  # radians; less than an eighth of a turn from the gripper's, so a cube has one nearest
 _TRAY_APART = 0.115
 _HEIGHT = {"cube": 0.020, "ball": 0.022, "cylinder": 0.025}  # of the centre above the table
 _HALF_WIDTH = {"cube": 0.020, "ball": 0.022, "cylinder": 0.019}
@@ -80,7 +81,7 @@ def draw_scene(task: int, seed: int, trial: int) -> Scene:
     count = int(rng.integers(DISTRACTORS[0], DISTRACTORS[1] + 1))
     chosen = [others[k] for k in rng.choice(len(others), count, replace=False)]
     places = _places(rng, 1 + count)
-    turns = rng.uniform(-np.pi, np.pi, 1 + count)
+    turns = rng.uniform(-_TURN, _TURN, 1 + count)
     things = tuple(
         Placed(thing, float(x), float(y), float(yaw))
         for thing, (x, y), yaw in zip([target, *chosen], places[1:], turns, strict=True)
