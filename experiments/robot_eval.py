@@ -1,7 +1,6 @@
 r"""Policies move robots, with pruned tokens or without: success, and how often they can act.
 
-    fastdrive robot eval --policies expert openvla --weights runs/robot_policy/policy.safetensors \
-        --methods fastv vlapruner --trials 20
+    fastdrive robot eval --policies expert openvla --methods fastv vlapruner --trials 20
     fastdrive robot eval --suites libero_spatial --policies openvla --weights CHECKPOINT \
         --methods fastv vlapruner --ratios 0.5 0.25 --workers 8 --batch 4
 
@@ -49,7 +48,7 @@ class RobotEvalArgs:
         policies: "expert" (of the tabletop), "random", "openvla", or FILE.py:FUNCTION for one of
             your own.
         weights: Of "openvla": a policy file of `fastdrive robot train`, or the folder of a
-            published OpenVLA or OFT checkpoint.
+            published OpenVLA or OFT checkpoint; none takes the packaged policy of the tabletop.
         methods: How policies choose tokens, training-free ones or FILE.py:FUNCTION; unpruned they
             are always run.
         ratios: Keep ratios of the methods.

@@ -20,7 +20,7 @@ from fastdrive_jax.models.openvla.actions import read_statistics
 from fastdrive_jax.models.openvla.checkpoint import load
 from fastdrive_jax.models.openvla.images import policy_picture
 from fastdrive_jax.models.openvla.model import OpenVLA
-from fastdrive_jax.models.openvla.policy_file import load_policy
+from fastdrive_jax.models.openvla.policy_file import bundled_policy, load_policy
 from fastdrive_jax.models.openvla.prompt import read_prompts
 from fastdrive_jax.own_files import own_function
 from fastdrive_jax.parallel.mesh import make_mesh
@@ -52,7 +52,7 @@ def robot_policy(
         ratio: Kept tokens; None for controls.
         seed: Of what draws.
         weights: Of "openvla": a policy file of `fastdrive robot train`, or the folder of a
-            published checkpoint.
+            published checkpoint; at the tabletop None takes the packaged policy.
         per_view: Whether each view of "openvla" has a budget of its own.
 
     Raises:
@@ -64,7 +64,7 @@ def robot_policy(
     if name == RANDOM:
         return random_policy(seed)
     if name == OPENVLA:
-        model, params, body = openvla_parts(suite.name, weights)
+        model, params, body = openvla_parts(suite.name, weights or bundled_policy())
         # A method within the model cuts nothing at a ratio of 1.
         pruner = make_pruner("fastv" if method == UNPRUNED else method)
         if per_view and method != UNPRUNED:
@@ -136,11 +136,7 @@ def check_policy(name: str, suite: str, weights: Path | None = None) -> None:
     if name == EXPERT and suite != TABLETOP:
         raise UserError(f"The expert knows the suite {TABLETOP} only; leave it out for {suite}.")
     if name == OPENVLA:
-        if weights is None:
-            raise UserError(
-                "The policy openvla needs --weights: a policy file of `fastdrive robot train`, or "
-                "the folder of a published checkpoint."
-            )
+        weights = weights or bundled_policy()
         if not weights.exists():
             raise UserError(f"There is no policy file or checkpoint folder {weights}.")
         if weights.is_file() and suite != TABLETOP:
@@ -160,7 +156,8 @@ def file_name(name: str, weights: Path | None = None) -> str:
 
     So does that of a policy file with its weights, and a checkpoint's with its folder's name.
     """
-    if name == OPENVLA and weights is not None:
+    if name == OPENVLA:
+        weights = weights or bundled_policy()
         sum_of = weights.read_bytes() if weights.is_file() else str(weights.resolve()).encode()
         return f"{name}-{zlib.crc32(sum_of):08x}"
     if ".py:" not in name:

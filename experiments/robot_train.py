@@ -33,7 +33,6 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.openvla.actions import (
     Bounds,
     decode_actions,
-    encode_actions,
     normalise,
     read_statistics,
 )
@@ -45,7 +44,7 @@ from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding
 from fastdrive_jax.training.checkpoints import RunCheckpoints
 from fastdrive_jax.training.loop import fit
 from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer
-from fastdrive_jax.training.robot import RobotLossConfig, init_robot, robot_loss
+from fastdrive_jax.training.robot import RobotLossConfig, fed_ids, init_robot, robot_loss
 from fastdrive_jax.training.run_config import claim_run_folder
 from fastdrive_jax.training.state import (
     TrainState,
@@ -225,7 +224,7 @@ def action_error(
         true = normalise(batch["action"], bounds).reshape(len(batch["image"]), -1)
         variables = {"params": params}
         tokens = model.apply(variables, batch["image"], method="encode")
-        given = tokens, batch["ids"], batch["lengths"], encode_actions(true, model.config)
+        given = tokens, batch["ids"], batch["lengths"], fed_ids(model.config, true)
         logits = model.apply(variables, *given, method="action_logits")
         found = decode_actions(jnp.argmax(logits, axis=-1), model.config)
         return jnp.abs(found - true).mean(axis=0)

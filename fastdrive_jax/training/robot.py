@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.models.openvla.actions import Bounds, bin_centres, encode_actions, normalise
 from fastdrive_jax.models.openvla.config import OpenVLAConfig
@@ -67,6 +67,15 @@ def action_targets(
     return empty.at[..., ids].set(share)
 
 
+def fed_ids(config: OpenVLAConfig, actions: Float[Array, "B M"]) -> Int[Array, "B M"]:
+    """Token ids of actions as decoding feeds them back.
+
+    An end of exactly 1 has an id of its own in the published encoder, which no target names, so a
+    policy that was taught with it would be told something else when it decodes.
+    """
+    return jnp.maximum(encode_actions(actions, config), config.action_vocab_size - config.bins + 1)
+
+
 def robot_loss(
     model: OpenVLA,
     loss: RobotLossConfig,
@@ -96,7 +105,7 @@ def robot_loss(
     targets = action_targets(config, actions, loss.blur)
 
     def on_kept(tokens, kept):
-        given = tokens, batch["ids"], batch["lengths"], encode_actions(actions, config)
+        given = tokens, batch["ids"], batch["lengths"], fed_ids(config, actions)
         options = {"kept": kept, "method": "action_logits", "mutable": ["intermediates"]}
         logits, sown = model.apply(variables, *given, **options)
         layers = sown["intermediates"]["language_model"]

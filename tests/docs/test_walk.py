@@ -62,8 +62,12 @@ SMALL = {
     "data build": "--workers 1",
     "data verify": "",
     "data view": "",
-    "robot demos": "--episodes 1 --val-episodes 1 --workers 1",
-    "robot train": "--optimizer.total-steps 2 --optimizer.warmup-steps 1 --batch-size 8",
+    "robot demos --out demos": "--episodes 1 --val-episodes 1 --workers 1",
+    "robot train --demos demos": """--optimizer.total-steps 2 --optimizer.warmup-steps 1
+        --batch-size 8""",
+    "robot demos --out corrections": "--episodes 1 --val-episodes 1 --workers 1",
+    "robot train --demos corrections": """--optimizer.total-steps 2 --optimizer.warmup-steps 1
+        --batch-size 8""",
     "robot eval": "--trials 1 --tasks 0 --ratios 0.5 --workers 1 --batch 1 --films 1",
     "serve": "--port 0",
 }

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from fastdrive_jax.models.openvla.config import OpenVLAConfig
 from fastdrive_jax.models.openvla.model import OpenVLA
 from fastdrive_jax.models.openvla.prompt import WordPrompts
 
+BUNDLED = "tiny_robot.safetensors"  # of the tabletop, see docs/robot.md
 _KEY = "openvla"  # of the file's metadata
 
 
@@ -82,6 +84,11 @@ def load_policy(path: Path) -> tuple[OpenVLA, dict, PolicySpec]:
         raise UserError(f"The policy {path} does not fit its own sizes: {', '.join(odd[:8])}.")
     params = {name: jnp.asarray(value, jnp.float32) for name, value in tensors.items()}
     return model, traverse_util.unflatten_dict(params, sep="/"), spec
+
+
+def bundled_policy() -> Path:
+    """The policy file that the package carries."""
+    return Path(str(resources.files("fastdrive_jax") / "assets" / BUNDLED))
 
 
 def example_inputs(config: OpenVLAConfig) -> dict[str, np.ndarray | None]:
