@@ -160,6 +160,14 @@ def test_tasks_that_there_are_not_and_files_that_are_missing_are_refused(args):
 
 
 @simulated
+def test_the_packaged_policy_puts_things_in_the_tray(tmp_path):
+    words = "--policies openvla --tasks 4 5 --trials 3 --workers 2 --films 0 --quiet"
+    assert main(["robot", "eval", "--out", str(tmp_path), *words.split()]) == 0
+    cells, _ = cells_of(tmp_path / "robot.json")
+    assert cells["openvla unpruned", 1.0, "tabletop_success"].value >= 0.5
+
+
+@simulated
 def test_the_commands_on_the_tabletop(tmp_path, capsys):
     demos = ["robot", "demos", "--out", str(tmp_path / "demos"), "--episodes", "1"]
     assert main([*demos, "--val-episodes", "1", "--image-size", "32", "32", "--quiet"]) == 0
