@@ -3,7 +3,7 @@
     fastdrive robot demos --out demos --episodes 200 --workers 2
 
 Shards, manifest and the actions' ranges; goes on where it was stopped. 200 episodes of each of the
-6 tasks are about 26,000 steps and 300 MB. With a policy, it and the expert move by turns while the
+6 tasks are about 25,000 steps and 230 MB. With a policy, it and the expert move by turns while the
 expert says what should have been done (DAgger): what a second training learns from.
 
     fastdrive robot demos --out corrections --policy runs/robot_policy/policy.safetensors

@@ -112,12 +112,14 @@ def record_demonstrations(
             process once; hashable.
 
     Raises:
-        UserError: `out_dir` exists, MuJoCo is missing, or the disk is full.
+        UserError: `out_dir` exists, MuJoCo or the policy is missing, or the disk is full.
     """
     out_dir = Path(out_dir)
     check_new(out_dir)
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1.")
+    if config.policy_share and make_policy is None:
+        raise UserError(f"policy_share={config.policy_share} needs a policy that moves.")
     Tabletop(config.image_size).close()  # what is missing is said before anything is written
     building = out_dir.with_name(out_dir.name + ".building")
     with disk_errors(out_dir), contextlib.ExitStack() as stack:

@@ -144,6 +144,8 @@ def test_what_a_policy_moved_is_another_set(recorded, tmp_path):
     found = record_demonstrations(tmp_path / "a", config, 1, False, up_policy)
     again = record_demonstrations(tmp_path / "b", config, 2, False, up_policy)
     assert found.digest == again.digest != recorded.digest
+    with pytest.raises(UserError, match="needs a policy"):
+        record_demonstrations(tmp_path / "c", config, 1, False)
     with pytest.raises(UserError, match="policy_share=2"):
         replace(CONFIG, policy_share=2)
 
