@@ -72,7 +72,7 @@ def peak_bytes(args: BenchEfficiencyArgs, at: At, batch: int) -> int:
     encoded = encode(policy.model, policy.pruner.needs & VISION, vla, images)
     state = start_state(policy, batch, dtype, args.text - MARKS)
     inputs = setting, vla, encoded, images, given_inputs(config, args.text, batch), state
-    time_stages(compile_stages(trace_stages(*inputs, {}), {}), *inputs)
+    time_stages(compile_stages({at: trace_stages(*inputs, {})})[at], *inputs)
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]

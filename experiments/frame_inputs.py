@@ -9,17 +9,19 @@ import numpy as np
 
 
 def random_params(shapes: Any, dtype: jnp.dtype, seed: int = 0) -> Any:
-    """Weights of unit gain for a tree of shapes: no initialiser is compiled."""
-    rng = np.random.default_rng(seed)
+    """Weights of unit gain for a tree of shapes, drawn where JAX computes."""
+    places, tree = jax.tree.flatten_with_path(shapes)
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(places))  # fast on all devices
 
-    def draw(path, leaf):
+    def draw(path, leaf, key):
         name = path[-1].key
         if name in ("scale", "bias"):
             return jnp.full(leaf.shape, float(name == "scale"), dtype)
         gain = leaf.shape[0] ** -0.5 if name == "kernel" else 1.0
-        return jnp.asarray(gain * rng.standard_normal(leaf.shape, np.float32), dtype)
+        return gain * jax.random.normal(key, leaf.shape, dtype)
 
-    return jax.tree.map_with_path(draw, shapes)
+    found = [draw(path, leaf, key) for (path, leaf), key in zip(places, keys, strict=True)]
+    return jax.tree.unflatten(tree, found)
 
 
 def drawn_jpeg(size: tuple[int, int] = (900, 1600)) -> bytes:

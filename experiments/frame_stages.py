@@ -5,8 +5,10 @@ settings runs it once. The pruner stage is what a method does before the languag
 within the model does is part of its prefill.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -165,14 +167,20 @@ def trace_stages(
 
 
 def compile_stages(
-    traced: Mapping[str, jax.stages.Traced],
-    programs: MutableMapping[jax.stages.Traced, jax.stages.Compiled],
-) -> dict[str, jax.stages.Compiled]:
-    """Programs of `trace_stages`; `programs` are those compiled before, which grow."""
-    for stage in traced.values():
-        if stage not in programs:
-            programs[stage] = stage.lower().compile()
-    return {name: programs[stage] for name, stage in traced.items()}
+    traced: Mapping[Any, Mapping[str, jax.stages.Traced]],
+) -> dict[Any, dict[str, jax.stages.Compiled]]:
+    """Programs of `trace_stages` of several settings, under their keys.
+
+    What settings share is compiled once, and all is compiled at the same time: the compiler works
+    on a large program with few threads.
+    """
+    wanted = list(dict.fromkeys(stage for each in traced.values() for stage in each.values()))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda stage: stage.lower().compile(), wanted)
+        programs = dict(zip(wanted, found, strict=True))
+    return {
+        key: {name: programs[stage] for name, stage in each.items()} for key, each in traced.items()
+    }
 
 
 def time_stages(

@@ -1,6 +1,7 @@
 """Qwen2.5-VL of `transformers` with random weights, its stages called as its generation calls them.
 
-Needs the extra "parity". Attention is sdpa, the best that it has without further packages.
+Needs the extra "parity". Attention is sdpa, the best that it has without further packages; on a GPU
+PyTorch takes its flash kernel for it.
 """
 
 import importlib.util
@@ -8,6 +9,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -26,8 +29,26 @@ def has_torch() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
-def random_peer(config: QwenVLConfig, seed: int = 0) -> Any:
-    """The model in float32, on the CPU, with as many threads as there are cores.
+def torch_device() -> str | None:
+    """PyTorch's name of the device that JAX computes on; None where PyTorch cannot."""
+    import torch
+
+    backend = jax.default_backend()
+    if backend == "gpu":
+        return "cuda" if torch.cuda.is_available() else None
+    return "cpu" if backend == "cpu" else None
+
+
+def random_peer(
+    config: QwenVLConfig, dtype: jnp.dtype = jnp.float32, device: str = "cpu", seed: int = 0
+) -> Any:
+    """The model; on a CPU with as many threads as there are cores.
+
+    Args:
+        config: Its sizes.
+        dtype: Of its weights.
+        device: See `torch_device`.
+        seed: Of its weights.
 
     Raises:
         UserError: transformers is not there.
@@ -41,9 +62,11 @@ def random_peer(config: QwenVLConfig, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     marks = {"video_token_id": config.image_token_id + 3}
     hf = transformers.Qwen2_5_VLConfig(**config_to_hf(config), **marks)
-    return transformers.Qwen2_5_VLForConditionalGeneration._from_config(
-        hf, attn_implementation="sdpa"
-    ).eval()
+    kind = getattr(torch, jnp.dtype(dtype).name)
+    with torch.device(device):
+        return transformers.Qwen2_5_VLForConditionalGeneration._from_config(
+            hf, attn_implementation="sdpa", dtype=kind
+        ).eval()
 
 
 def whole_config(vision: VisionConfig, text: DecoderConfig) -> QwenVLConfig:
@@ -61,8 +84,8 @@ def whole_config(vision: VisionConfig, text: DecoderConfig) -> QwenVLConfig:
 
 
 def peer_params(peer: Any, config: QwenVLConfig) -> dict:
-    """Its weights as this library's parameters, NumPy."""
-    tensors = {name: value.numpy() for name, value in peer.state_dict().items()}
+    """Its weights as this library's parameters, NumPy, in float32."""
+    tensors = {name: value.float().cpu().numpy() for name, value in peer.state_dict().items()}
     return params_from_tensors(tensors, config.vision, config.text)
 
 
@@ -71,9 +94,12 @@ def peer_prefill(peer: Any, embeddings: Any, positions: Any) -> Any:
     import torch
 
     with torch.inference_mode():
-        return peer(
+        state = peer(
             inputs_embeds=embeddings, position_ids=positions, use_cache=True, logits_to_keep=1
         )
+    if embeddings.is_cuda:
+        torch.cuda.synchronize()  # a call returns before its kernels have run
+    return state
 
 
 def peer_decode(
@@ -99,17 +125,26 @@ def peer_decode(
         for step in range(tokens - 1):
             following = peer(
                 input_ids=out[-1][:, None],
-                position_ids=torch.full((3, len(out[-1]), 1), position + step),
+                position_ids=torch.full((3, len(out[-1]), 1), position + step).to(out[-1].device),
                 past_key_values=past,
                 use_cache=True,
             )
             out.append(choose(following.logits[:, -1]))
-    return torch.stack(out, dim=1).numpy()
+    return torch.stack(out, dim=1).cpu().numpy()
 
 
-def to_torch(x: Float[np.ndarray, "..."]) -> Any:
-    """A tensor of an array's numbers; integers become the 64 bits that torch indexes by."""
+def to_torch(x: Float[np.ndarray, "..."], peer: Any = None) -> Any:
+    """A tensor of an array's numbers; integers become the 64 bits that torch indexes by.
+
+    Args:
+        x: The array.
+        peer: Whose type, of what is no integer, and device it gets; by default float32 on the CPU.
+    """
     import torch
 
-    found = torch.from_numpy(np.array(x))
-    return found if found.is_floating_point() else found.long()
+    x = np.asarray(x)
+    whole = np.issubdtype(x.dtype, np.integer)
+    found = torch.from_numpy(np.array(x, np.int64 if whole else np.float32))
+    if peer is None:
+        return found
+    return found.to(peer.device, None if whole else peer.dtype)
