@@ -12,7 +12,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="fastdrive_jax_tests_")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small ones are the most
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
@@ -24,7 +24,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Programs of these run once or twice on few numbers: compiling them well costs more than it gives.
 COMPILED_QUICKLY = (
     *("/pruning/", "/inference/", "/docs/", "/models/", "/training/", "/export/", "/parallel/"),
-    *("/parity/", "/experiments/", "/serving/"),
+    *("/parity/", "/experiments/", "/serving/", "/e2e/"),
 )
 
 # Each compiled program is mapped into memory in several pieces, and Linux ends a process that asks

@@ -3,6 +3,7 @@
 | device | type | kernel |
 | --- | --- | --- |
 | NVIDIA | half precision | "cudnn", flash attention |
+| NVIDIA | else, short | "xla": a loop over heads would launch more kernels than there is work |
 | TPU | any | "splash", Pallas |
 | all else | any | "blockwise", below: a few query rows against all keys at a time |
 
@@ -31,6 +32,7 @@ _CAUSAL_PARTS = 8  # a part of the queries meets no key behind its last one
 _CAUSAL_FROM = 512  # shorter sequences are one part
 _LONG = 4096  # keys from which they come in blocks too, unless causal
 _ROWS, _KEYS = 512, 1024  # of a block of those
+_SHORT_BYTES = 1 << 26  # of all scores, up to which a GPU holds them
 _NOTHING = -1e30  # score of a key that is out of sight; finite, so that no row divides 0 by 0
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -91,13 +93,21 @@ def attention(
     if causal and query.shape[1] != key.shape[1]:
         raise ValueError(f"causal needs as many queries as keys, got {query.shape}, {key.shape}")
     if kernel is None:
-        alone = query.shape[1] == 1  # one row a head: nothing to fuse
-        kernel = "xla" if alone else attention_kernel(query.dtype, query.shape[-1])
+        kernel = _kernel_for(query, key)
     run = functools.partial(_KERNELS.get(kernel, functools.partial(_fused, kernel)), causal=causal)
     mesh = current_mesh()
     if mesh is None or kernel == "xla":
         return run(query, key, value, lengths=lengths)
     return over_mesh(run, mesh, query, key, value, lengths)
+
+
+def _kernel_for(query, key) -> str:
+    """`attention_kernel`, or "xla" where there is nothing to fuse."""
+    batch, count, heads, size = query.shape
+    kernel = attention_kernel(query.dtype, size)
+    on_gpu = (_platform.get() or jax.default_backend()) == "gpu"
+    short = on_gpu and 4 * batch * heads * count * key.shape[1] <= _SHORT_BYTES
+    return "xla" if count == 1 or (kernel == "blockwise" and short) else kernel
 
 
 def _cudnn(query, key, value, *, causal, lengths):

@@ -136,6 +136,16 @@ def test_a_trace_may_be_for_another_platform():
     assert attention_kernel(jnp.float32, 64) == own
 
 
+@pytest.mark.parametrize(
+    ("platform", "count", "loops"), [("gpu", 64, False), ("gpu", 4096, True), ("cpu", 64, True)]
+)
+def test_a_gpu_holds_the_scores_of_short_sequences_at_once(platform, count, loops):
+    row = jax.ShapeDtypeStruct((1, count, 4, 32), jnp.float32)
+    with kernels_of(platform):
+        program = str(jax.make_jaxpr(lambda x: attention(x, x, x))(row))
+    assert ("scan[" in program or "while[" in program) == loops
+
+
 def test_causal_attention_of_other_keys_is_refused():
     query, key, value, _ = drawn(5, 11)
     with pytest.raises(ValueError, match="as many queries as keys"):
