@@ -67,7 +67,7 @@ class BenchmarkConfig:
         cameras: Through how many the VLA looks: the front one, or all six, of which the front one
             shows what decides the plan.
         vla: Weights for these cameras, of `fastdrive train-vla` or `widen-vla`; None takes the
-            package's, which looks through one.
+            package's.
         train_scenes: That ReconPruners and the ego-history control learn from.
         scenes: That are planned, of six frames each.
         world_seed: Of the data set.

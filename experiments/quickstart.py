@@ -55,6 +55,8 @@ class QuickstartConfig:
         planning_scenes: Validation scenes that are planned through the front camera, the first of
             them those of `world`: a plan varies far more from scene to scene than what is kept.
         pruner: ReconPruner's training.
+        vla_weights: Of a driving VLA that looks through the front camera, of `train-vla` or
+            `widen-vla`; None takes the bundled ones.
         train_vla: Train the driving VLA from nothing in place of taking the bundled weights
             (about an hour more on 2 cores).
         vla: That training, if it is wanted.
@@ -66,6 +68,7 @@ class QuickstartConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     planning_scenes: int = 240
     pruner: PrunerRun = TINY
+    vla_weights: Path | None = None
     train_vla: bool = False
     vla: TrainVLAConfig = field(default_factory=TrainVLAConfig)
     keep_ratio: float = 0.5
@@ -80,6 +83,8 @@ class QuickstartConfig:
             )
         if self.planning_scenes < 1:
             raise UserError(f"planning_scenes={self.planning_scenes} must be at least 1.")
+        if self.vla_weights and self.train_vla:
+            raise UserError("vla_weights names a VLA and train_vla asks for a new one; give one.")
         if "CAM_FRONT" not in self.world.cameras:
             raise UserError("The driving VLA looks through CAM_FRONT; add it to world.cameras.")
         if self.vla.model.cameras != ("CAM_FRONT",):
@@ -236,9 +241,9 @@ def shards_of(source: Source, folder: Path, quiet: bool) -> Shards:
 
 
 def driving_vla(config: QuickstartConfig) -> tuple[DrivingVLA, dict]:
-    """The bundled VLA, or one trained here."""
+    """The bundled VLA, one that was named, or one trained here."""
     if not config.train_vla:
-        return load_vla(config=config.vla.model)
+        return load_vla(config.vla_weights, config.vla.model)
     weights = config.out / "vla.safetensors"
     # Weights that are there may be of another training, which their shapes do not tell.
     claim_run_folder(config.out / "vla" / "train", config.vla)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from experiments.quickstart import QuickstartConfig, driving_vla
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla, save_vla
 from fastdrive_jax.models.qwen2_5_vl.config import TINY_DECODER
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
 from fastdrive_jax.training.run_config import claim_run_folder
@@ -73,6 +75,18 @@ def test_packaged_weights_are_refused_for_another_model():
     model = replace(vla.model, text=replace(vla.model.text, num_layers=2))
     with pytest.raises(UserError, match="another config"):
         driving_vla(QuickstartConfig(vla=replace(vla, model=model)))
+
+
+def test_a_vla_is_named_or_trained(tmp_path):
+    with pytest.raises(UserError, match="give one"):
+        QuickstartConfig(vla_weights=tmp_path / "vla.safetensors", train_vla=True)
+    with pytest.raises(UserError, match=r"mine\.safetensors can't be read"):
+        driving_vla(QuickstartConfig(vla_weights=tmp_path / "mine.safetensors"))
+    own = tmp_path / "own.safetensors"
+    _, packaged = load_vla()
+    save_vla(own, jax.tree.map(lambda leaf: 2 * leaf, packaged))
+    _, found = driving_vla(QuickstartConfig(vla_weights=own))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(2 * a, b), packaged, found)
 
 
 def test_weights_of_another_training_are_not_taken(tmp_path):

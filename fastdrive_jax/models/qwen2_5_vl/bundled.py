@@ -1,4 +1,4 @@
-"""The tiny driving VLA that the package carries, trained by `experiments/train_vla.py`."""
+"""The tiny driving VLAs that the package carries, of `fastdrive train-vla` and `widen-vla`."""
 
 from importlib import resources
 from pathlib import Path
@@ -12,7 +12,12 @@ from safetensors.flax import load_file, save_file
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
 
-BUNDLED = "tiny_vla.safetensors"  # of the front camera
+FRONT = ("CAM_FRONT",)
+AROUND = (
+    *("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT"),
+    *("CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT"),
+)
+BUNDLED = {FRONT: "tiny_vla.safetensors", AROUND: "tiny_vla_six.safetensors"}  # by cameras
 
 
 def save_vla(path: Path, params: dict) -> None:
@@ -40,8 +45,8 @@ def load_vla(
     """The VLA and its float32 parameters.
 
     Args:
-        path: Of `save_vla`; None takes the weights in the package. The shapes are the same for any
-            cameras, so a file is taken at its word.
+        path: Of `save_vla`; None takes the weights in the package, of the front camera or of all
+            six. The shapes are the same for any cameras, so a file is taken at its word.
         config: Of the weights; None means the default one, of the front camera.
 
     Raises:
@@ -49,12 +54,13 @@ def load_vla(
     """
     model = DrivingVLA(config or DrivingConfig())
     if path is None:
-        if len(model.config.cameras) > 1:
+        cameras = model.config.cameras
+        if cameras not in BUNDLED:
             raise UserError(
-                f"The package has no VLA of {len(model.config.cameras)} cameras; train one with "
+                f"The package has no VLA that looks through {', '.join(cameras)}; train one with "
                 "`fastdrive widen-vla` and give its weights."
             )
-        path = Path(str(resources.files("fastdrive_jax") / "assets" / BUNDLED))
+        path = Path(str(resources.files("fastdrive_jax") / "assets" / BUNDLED[cameras]))
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors raises several kinds

@@ -87,7 +87,14 @@ def test_a_failed_write_is_one_sentence_and_leaves_the_old_file(one_camera, tmp_
     assert path.read_bytes() == before
 
 
-def test_the_package_looks_through_one_camera():
-    six = DrivingConfig(cameras=CAMERAS)
-    with pytest.raises(UserError, match="no VLA of 6 cameras; train one"):
-        load_vla(config=six)
+def test_the_package_looks_through_one_camera_or_all_six():
+    _, front = load_vla()
+    model, around = load_vla(config=DrivingConfig(cameras=CAMERAS))
+    assert model.config.visual_tokens == 6 * DrivingConfig().visual_tokens
+    jax.tree.map(np.testing.assert_array_equal, front["visual"], around["visual"])
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max()), front["language_model"], around["language_model"]
+    )
+    assert min(jax.tree.leaves(moved)) > 0
+    with pytest.raises(UserError, match="through CAM_FRONT, CAM_BACK; train one"):
+        load_vla(config=DrivingConfig(cameras=("CAM_FRONT", "CAM_BACK")))
