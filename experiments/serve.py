@@ -2,7 +2,7 @@
 
     fastdrive serve                                             # the packaged VLA, front camera
     fastdrive serve --bundle runs/quickstart/export --target-ms 80
-    fastdrive serve --bundle runs/vla_six/vla.safetensors       # six cameras, of `widen-vla`
+    fastdrive serve --bundle bundled-six                        # the packaged VLA of six cameras
 
 Compiles every ratio at every batch size first: 15 programs of the packaged VLA take 1 to 2 minutes
 on 2 CPU cores, and half a minute from the second start on with JAX_COMPILATION_CACHE_DIR set.
@@ -27,7 +27,7 @@ from fastdrive_jax.pruning import builds_on_recon, make_pruner
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.serving.config import ServeConfig
 
-BUNDLED = "bundled"
+BUNDLED, BUNDLED_SIX = "bundled", "bundled-six"
 UNTRAINED = "divprune"  # of those that need no training it plans best at 50%
 NEED_DATA = {"prior": "the mean training mask", "ground_truth": "the true foreground"}
 
@@ -37,8 +37,9 @@ class ServeArgs:
     """Serve plans over HTTP, with a page to look at them.
 
     Attributes:
-        bundle: Folder of an exported policy; "bundled" for the VLA that comes with the package; or
-            a vla.safetensors of `fastdrive widen-vla`, which has six cameras.
+        bundle: Folder of an exported policy; "bundled" for the VLA that comes with the package,
+            "bundled-six" for its six cameras; or a vla.safetensors of `fastdrive widen-vla`, which
+            has six too.
         method: Of pruning; by default the bundle's own, or divprune where nothing was trained.
         demo: Drives of the synthetic world that the page can play.
         service: Address, buckets, batches and limits.
@@ -78,15 +79,16 @@ def served_policy(bundle: str, method: str | None) -> tuple[DrivingPolicy, dict[
     """
     if method in NEED_DATA:
         raise UserError(f"{method} prunes by {NEED_DATA[method]}, which a service does not have.")
-    if bundle == BUNDLED or bundle.endswith(".safetensors"):
+    if bundle in (BUNDLED, BUNDLED_SIX) or bundle.endswith(".safetensors"):
         name = method or UNTRAINED
         if builds_on_recon(name):
             raise UserError(
                 f"{name} needs a trained ReconPruner, which {bundle} does not hold; name the "
                 "export/ folder of a quick start, or another method."
             )
-        given = () if bundle == BUNDLED else (Path(bundle), DrivingConfig(cameras=CAMERAS))
-        model, vla = load_vla(*given)
+        path = Path(bundle) if bundle.endswith(".safetensors") else None
+        config = DrivingConfig() if bundle == BUNDLED else DrivingConfig(cameras=CAMERAS)
+        model, vla = load_vla(path, config)
         return DrivingPolicy(model, make_pruner(name), 1.0), {"vla": vla, "pruner": None}
     policy, params = read_policy(Path(bundle))
     if method is None:

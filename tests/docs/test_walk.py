@@ -77,7 +77,6 @@ ELSEWHERE = {
     "train-pruner --shards SHARDS --weights CHECKPOINT --out runs/3b --hosts":
         "tests/experiments/test_train_pruner_hosts.py",
     "data mask": "tests/data_pipelines/test_maskers_run.py",  # weights of Grounded SAM
-    "serve --bundle runs/vla_six": "tests/experiments/test_serve.py",  # weights of widen-vla
     "study-pruner": "tests/experiments/test_study_pruner.py",  # CamVid
 }  # fmt: skip
 SHOWN = sorted({(page, words) for page in PAGES for words in commands(page)})

@@ -57,12 +57,13 @@ def test_a_bundle_is_served_with_its_own_pruner_or_one_that_builds_on_it(bundle)
     assert bare["pruner"] is None
 
 
-def test_six_cameras_are_served_from_the_weights_of_widen_vla(vla, tmp_path):
+def test_six_cameras_are_served_from_the_package_and_from_the_weights_of_widen_vla(vla, tmp_path):
     path = tmp_path / "vla.safetensors"
     save_vla(path, vla[1])
-    policy, _ = served_policy(str(path), None)
-    assert len(policy.model.config.cameras) == 6
-    assert policy.model.config.visual_tokens == 6 * 112
+    for bundle in (str(path), "bundled-six"):
+        policy, _ = served_policy(bundle, None)
+        assert len(policy.model.config.cameras) == 6
+        assert policy.model.config.visual_tokens == 6 * 112
 
 
 @pytest.mark.parametrize(
