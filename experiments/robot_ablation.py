@@ -2,8 +2,7 @@ r"""VLA-Pruner with parts left out, as methods of `fastdrive robot eval` and oth
 
 fastdrive robot eval --policies openvla --ratios 0.25 0.125 --methods vlapruner \
         experiments/robot_ablation.py:prefill_only experiments/robot_ablation.py:action_only \
-        experiments/robot_ablation.py:window_1 experiments/robot_ablation.py:window_5 \
-        experiments/robot_ablation.py:released
+        experiments/robot_ablation.py:window_1 experiments/robot_ablation.py:window_5
 """
 
 from fastdrive_jax.pruning.interface import Pruner
@@ -28,8 +27,3 @@ def window_1() -> Pruner:
 def window_5() -> Pruner:
     """Actions of five frames."""
     return vla_pruner(window=5)
-
-
-def released() -> Pruner:
-    """As the code released for OpenVLA has it, whose prefill signal is the last prompt token's."""
-    return vla_pruner(as_published="openvla")
