@@ -1,20 +1,15 @@
 """The page "robots": its policy is written as it stands there, and run."""
 
-import re
-from pathlib import Path
-
+from pages import ROOT, write_files
 from robot_fakes import counting_suite
 
 from experiments import robot_eval
 from experiments.robot_eval import RobotEvalArgs
 from fastdrive_jax.evaluation.results import read_rows
 
-PAGE = Path(__file__).parents[2] / "docs" / "robot.md"
-
 
 def test_the_policy_of_the_page_is_run(tmp_path, monkeypatch):
-    ((name, text),) = re.findall(r"```python file=(\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    (tmp_path / name).write_text(text)
+    write_files(ROOT / "docs" / "robot.md", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(robot_eval, "make_suite", lambda *given: counting_suite())
     args = RobotEvalArgs(
