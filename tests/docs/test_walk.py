@@ -51,6 +51,9 @@ SMALL = {
         --benchmark.pruner.optimizer.total-steps 2 --benchmark.pruner.optimizer.warmup-steps 1""",
     "bench-pruners": "--n 24 --dim 256 --k 6 --batch 1 --repeats 1",
     "compare-pruners": f"{OF_QUICKSTART} --ratios 0.5 --scenes 2 --rounds 1",
+    "widen-vla": """--world.train-scenes 2 --world.val-scenes 1 --world.keyframes-per-scene 2
+        --world.workers 1 --loss.keep-choices 0.25 --batch-size 8 --quiet
+        --optimizer.total-steps 2 --optimizer.warmup-steps 1""",
     "drive": f"""{OF_QUICKSTART} --methods random --ratios 0.5 --routes 1 --seconds 1 --batch 2
         --workers 1 --pictures 1 --log-seconds 2""",
     "bench-efficiency --out runs/3b_predicted": "",
