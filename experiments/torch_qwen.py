@@ -1,7 +1,6 @@
 """Qwen2.5-VL of `transformers` with random weights, its stages called as its generation calls them.
 
-Needs the extra "parity". Attention is sdpa, the best that it has without further packages; on a GPU
-PyTorch takes its flash kernel for it.
+Needs the extra "parity". Attention is sdpa, the best that it has without further packages.
 """
 
 import importlib.util
@@ -125,7 +124,7 @@ def peer_decode(
         for step in range(tokens - 1):
             following = peer(
                 input_ids=out[-1][:, None],
-                position_ids=torch.full((3, len(out[-1]), 1), position + step).to(out[-1].device),
+                position_ids=torch.full_like(out[-1], position + step).expand(3, -1)[..., None],
                 past_key_values=past,
                 use_cache=True,
             )

@@ -208,6 +208,14 @@ def test_without_torch_transformers_is_left_out_with_a_sentence(monkeypatch, cap
     assert "not compared: it needs pip install '.[parity]'" in capsys.readouterr().out
 
 
+def test_where_torch_lacks_the_device_transformers_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(efficiency_rounds, "has_torch", lambda: True)
+    monkeypatch.setattr(efficiency_rounds, "torch_device", lambda: None)
+    args = BenchEfficiencyArgs(**TINY | {"peer": True})
+    assert efficiency_rounds.wanted_peer(args, jnp.float32) is None
+    assert "PyTorch has no such device" in capsys.readouterr().out
+
+
 def test_transformers_reads_the_same_rows(folder):
     """The command itself refuses if its logits are not ours."""
     pytest.importorskip("torch")

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,14 @@ def test_a_failed_write_is_one_sentence_and_leaves_the_old_file(one_camera, tmp_
         save_vla(path, params["vla"])
     assert [p.name for p in tmp_path.iterdir()] == ["vla.safetensors"]
     assert path.read_bytes() == before
+
+
+def test_the_weights_that_learned_from_beside_the_lane_share_the_encoder():
+    _, front = load_vla()
+    assets = Path(bundled.__file__).parents[2] / "assets"
+    _, other = load_vla(assets / "tiny_vla_recovery.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, front["visual"], other["visual"])
+    assert not np.array_equal(*(jax.tree.leaves(p["language_model"])[0] for p in (front, other)))
 
 
 def test_the_package_looks_through_one_camera_or_all_six():
