@@ -6,8 +6,8 @@ fastdrive robot eval --policies openvla --weights runs/robot_policy/policy.safet
 
 Once more, on states that the policy itself gets into (DAgger):
 
-fastdrive robot demos --out corrections --policy runs/robot_policy/policy.safetensors
-fastdrive robot train --demos corrections --start runs/robot_policy --out runs/robot_corrected
+fastdrive robot demos --out corrections --seed 1 --policy runs/robot_policy/policy.safetensors
+fastdrive robot train --demos demos corrections --start runs/robot_policy --out runs/robot_corrected
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from data_pipelines.robot.episode_loader import (
     identity,
     make_episode_loader,
 )
-from data_pipelines.robot.episodes import Episodes, open_episodes
+from data_pipelines.robot.episodes import Episodes, open_together
 from data_pipelines.robot.policies import ACTION_SIZE, GRIPPER
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.openvla.actions import (
@@ -68,7 +68,7 @@ class RobotTrainConfig:
     """Train the tiny OpenVLA by behaviour cloning.
 
     Attributes:
-        demos: Of `fastdrive robot demos`.
+        demos: Folders of `fastdrive robot demos`, read as one; the first's ranges scale actions.
         out: Run folder; a run found there is resumed.
         start: Run folder whose newest parameters this run starts from; by default random ones.
         model: The VLA; it decodes actions as tokens.
@@ -79,7 +79,7 @@ class RobotTrainConfig:
         quiet: No progress bars.
     """
 
-    demos: Path
+    demos: tuple[Path, ...]
     out: Path = Path("runs/robot_policy")
     start: Path | None = None
     model: OpenVLAConfig = field(default_factory=_tabletop_model)
@@ -104,9 +104,9 @@ def robot_train(config: RobotTrainConfig) -> Path:
     Raises:
         UserError: The demonstrations, or the run that this one starts from, do not fit the model.
     """
-    episodes = open_episodes(config.demos)
+    episodes = open_together(config.demos)
     check_views(config.model, episodes)
-    statistics = read_statistics(config.demos)
+    statistics = read_statistics(config.demos[0])
     prompts = word_prompts(episodes.instructions, config.model)
     model = OpenVLA(config.model)
     optimizer = make_optimizer(config.optimizer)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.robot.policies import Acted, Observation, RobotPolicy
+from data_pipelines.robot.workers import POLICY
 from fastdrive_jax.inference.pruned import reset_state
 from fastdrive_jax.inference.robot import (
     Moment,
@@ -52,7 +53,8 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
     """The policy; what a temporal method remembers goes from decision to decision.
 
     While a temporal method warms up in an episode nothing is pruned of that sample, but the method
-    watches, as published: a second set of programs, which run only in such moments.
+    watches, as published: a second set of programs, which run only in such moments. A batch may
+    need both; each sample is then told the seconds of its own.
 
     Args:
         vla: Model and method.
@@ -64,27 +66,36 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
     warmup = 0 if temporal is None or vla.keep_ratio == 1 else temporal.warmup
     root, bounds = jax.random.key(seed), body.statistics.action
     pruned, whole = (_stages(one, params) for one in (vla, replace(vla, keep_ratio=1.0)))
+    compiled = set()
 
     def decide(observations: Sequence[Observation], memory, first) -> Acted:
-        first = np.asarray(first)
+        begin, first = time.perf_counter(), np.asarray(first)
         moment = moment_of(observations, vla, body)
         key = jax.random.fold_in(root, observations[0].step)
         decisions = np.where(first, 0, memory["decisions"])
-        warm, clock = decisions < warmup, _Clock()
-        given = moment, memory["state"], first, key, clock
+        warm = decisions < warmup
+        wanted = {whole: warm, pruned: ~warm}
+        # The first call is not timed, so all is compiled in it.
+        done = {
+            run: run(moment, memory["state"], first, key)
+            for run, samples in wanted.items()
+            if samples.any() or (warmup and run not in compiled)
+        }
+        compiled.update(done)
+        used = [done[run] for run, samples in wanted.items() if samples.any()]
         # A method within the model keeps the same state at every ratio; before it, it has none.
-        parts = [run(*given) for run, wanted in ((whole, warm), (pruned, ~warm)) if wanted.any()]
-        actions, state = (
-            jax.tree.map(partial(_by_sample, warm), *(pick(part) for part in parts))
-            if len(parts) == 2
-            else pick(parts[0])
-            for pick in (lambda part: part.actions, lambda part: part.state)
-        )
-        rows = np.asarray(parts[-1].keep_indices)
+        actions, state = _by_sample(warm, [(acted.actions, acted.state) for acted, _ in used])
+        rows = np.asarray(used[-1][0].keep_indices)
         kept = [None if all_kept else row for all_kept, row in zip(warm, rows, strict=True)]
         actions = unnormalise(actions[..., : len(bounds.low)], bounds)
         after = {"state": state, "decisions": decisions + 1}
-        return Acted(body.finish(np.asarray(actions)), kept, after, clock.seconds)
+        finished = body.finish(np.asarray(actions))
+        seconds = _by_sample(warm, [spent for _, spent in used])
+        # A sample does not need the other's programs, though it waited for them here.
+        others = _by_sample(warm, [sum(spent.values()) for _, spent in used[::-1]])
+        total = time.perf_counter() - begin
+        seconds[POLICY] = total - others if len(used) > 1 else total
+        return Acted(finished, kept, after, seconds)
 
     def start(batch: int):
         state = start_state(vla, batch, body.prompt_tokens)
@@ -99,16 +110,23 @@ def _stages(vla, params):
     read = jax.jit(partial(read_moment, vla))
     act = jax.jit(partial(answer, vla))
 
-    def run(moment, state, first, key, clock):
+    def run(moment, state, first, key):
+        clock = _Clock()
         inputs = clock.time("vision", encode, params, moment, state, first)
         seen = clock.time("prefill", read, params, inputs, moment, key)
-        return clock.time("decode", act, params, inputs, moment, seen, key)
+        return clock.time("decode", act, params, inputs, moment, seen, key), clock.seconds
 
     return run
 
 
-def _by_sample(warm, whole, pruned):
-    return jnp.where(warm.reshape(-1, *[1] * (whole.ndim - 1)), whole, pruned)
+def _by_sample(warm, trees):
+    """Of two trees each sample's own, or the only one."""
+
+    def choose(whole, pruned):
+        rows = warm.reshape(-1, *[1] * (np.ndim(whole) - 1))
+        return (jnp if isinstance(whole, jax.Array) else np).where(rows, whole, pruned)
+
+    return trees[0] if len(trees) == 1 else jax.tree.map(choose, *trees)
 
 
 def moment_of(observations: Sequence[Observation], vla: RobotVLA, body: Body) -> Moment:

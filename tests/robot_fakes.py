@@ -70,6 +70,7 @@ def remembering_policy(chunk: int = 1, log: list | None = None) -> RobotPolicy:
         actions = np.zeros((len(observations), chunk, 7), np.float32)
         actions[:, :, 0] = 1
         kept = np.stack([np.array(count)] * 4, 1)
-        return Acted(actions, kept, {"count": count, "whose": whose}, {"prefill": 0.5})
+        spent = {"prefill": 0.5, "decode": np.asarray(count, float)}  # of the batch, of each sample
+        return Acted(actions, kept, {"count": count, "whose": whose}, spent)
 
     return RobotPolicy(start, act, grid=(2, 2))

@@ -6,9 +6,10 @@ chunk of actions is read with one record. The manifest holds what is known of ea
 them and `episode_loader` for batches.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ class Episodes:
         instructions: Of each task.
         views: Cameras of each step, in order.
         image_size: Height and width of the stored pictures.
-        shards: Files of each split, in order, with the number of their records.
+        shards: Files of each split within the folder, in order, with the number of their records.
         episodes: Of each split, in order.
         digest: Of the shards' checksums: equal digests mean equal records.
     """
@@ -156,6 +157,45 @@ def open_episodes(path: Path) -> Episodes:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / MANIFEST} is incomplete ({error!r}); {again}.") from error
+
+
+def open_together(paths: Sequence[Path]) -> Episodes:
+    """Several recordings as one, in this order: a policy learns from all that was ever recorded.
+
+    Its path is the first's.
+
+    Raises:
+        UserError: There is none, one cannot be opened or is named twice, or they do not fit.
+    """
+    if not paths:
+        raise UserError("No demonstrations are given; name a folder of `fastdrive robot demos`.")
+    first, *others = opened = [open_episodes(path) for path in paths]
+    if not others:
+        return first
+    for place, other in enumerate(others, 1):
+        if other.digest in [one.digest for one in opened[:place]]:
+            raise UserError(f"{other.path} holds what another folder holds; name each once.")
+        for field in ("instructions", "views", "image_size"):
+            ours, theirs = getattr(first, field), getattr(other, field)
+            if ours != theirs:
+                raise UserError(
+                    f"{first.path} and {other.path} cannot be read together: their {field} are "
+                    f"{ours} and {theirs}."
+                )
+    splits = [split for split in first.shards if all(split in one.shards for one in others)]
+    return replace(
+        first,
+        shards={
+            split: {
+                str(one.path.absolute() / name): count
+                for one in opened
+                for name, count in one.shards[split].items()
+            }
+            for split in splits
+        },
+        episodes={split: sum((one.episodes[split] for one in opened), ()) for split in splits},
+        digest=hashlib.sha256(" ".join(one.digest for one in opened).encode()).hexdigest(),
+    )
 
 
 class StepSource:

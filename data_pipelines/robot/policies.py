@@ -40,13 +40,15 @@ class Acted:
             them.
         kept: int `[B, K]` visual tokens, None in the place of a sample that keeps all; or None.
         memory: Of the next call.
-        seconds: Stage ("vision", "prefill", "decode") to wall seconds of the whole batch.
+        seconds: Stage ("vision", "prefill", "decode") to wall seconds, of the whole batch or `[B]`
+            of what each sample had to wait for; with "policy" the whole of the call, which is
+            measured where this does not tell it.
     """
 
     actions: np.ndarray
     kept: Sequence[np.ndarray | None] | None = None
     memory: Any = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float | np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

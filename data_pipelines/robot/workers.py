@@ -52,7 +52,7 @@ class Episode:
         decisions: Calls of the policy.
         seconds: Stage to wall seconds, summed over the decisions: those that the policy tells,
             `POLICY`, the whole of its calls, and `ENVIRONMENT`. A robot waits for its whole batch,
-            so a batch's seconds count for each robot in it.
+            so a batch's seconds count for each robot in it, unless the policy tells them apart.
         film: If one was asked for.
     """
 
@@ -142,6 +142,7 @@ def _act(
     actions = np.asarray(acted.actions, np.float32)
     kept = [None] * batch if acted.kept is None else acted.kept
     spent = {POLICY: time.perf_counter() - begin, **acted.seconds}
+    spent = {stage: np.broadcast_to(value, (batch,)).tolist() for stage, value in spent.items()}
     if actions.ndim != 3 or actions.shape[::2] != (batch, ACTION_SIZE) or not actions.shape[1]:
         raise ValueError(f"actions {actions.shape} must be [{batch}, chunk, {ACTION_SIZE}]")
     if not np.isfinite(actions).all():
@@ -151,7 +152,7 @@ def _act(
         running.begun = True
         running.decisions.append(team.waiting[slot].step)
         running.kept.append(None if kept[row] is None else np.asarray(kept[row]))
-        running.spend(spent)
+        running.spend({stage: values[row] for stage, values in spent.items()})
         team.send(slot, actions[row])
     # Rows that only fill the batch go nowhere.
     return _put(memory, np.where(np.arange(batch) < len(slots), rows, workers), acted.memory)

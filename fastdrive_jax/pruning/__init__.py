@@ -25,7 +25,7 @@ from fastdrive_jax.pruning.uniform_grid import uniform_grid
 from fastdrive_jax.pruning.vis_pruner import vis_pruner
 from fastdrive_jax.pruning.vision_zip import vision_zip
 from fastdrive_jax.pruning.vla_cache import vla_cache
-from fastdrive_jax.pruning.vla_pruner import vla_pruner
+from fastdrive_jax.pruning.vla_pruner import vla_pruner, vla_pruner_released
 
 PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
     {
@@ -44,6 +44,7 @@ PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
         "pyramiddrop": pyramid_drop,
         "specprune": spec_prune,
         "vlapruner": vla_pruner,
+        "vlapruner_released": vla_pruner_released,
         "vlacache": vla_cache,
         "vispruner": vis_pruner,
         "visionzip": vision_zip,

@@ -17,10 +17,12 @@ published nothing is pruned in these frames (`inference.policy.frame_policy`).
 token's row (the paper's form is an option there that its authors advise against), action attention
 of layer 15 of 32 alone, the weights reversed, so that the oldest frame weighs most, K rounded.
 "openvla-oft": the cut is one layer later, the newest frame weighs most, and each camera has its own
-budget: wrap it in `per_camera`. In all forms a pruned token got no action attention, so it can come
-back only through S_vl.
+budget: wrap it in `per_camera`. `vla_pruner_released` is the first of these under its own name, for
+tables that hold both. In all forms a pruned token got no action attention, so it can come back only
+through S_vl.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -96,6 +98,23 @@ def vla_pruner(
         cuts=Cuts(layers),
         temporal=action_history(window, attention),
     )
+
+
+def vla_pruner_released(
+    window: int = 3, decay: float = 0.8, signals: Literal["both", "prefill", "action"] = "both"
+) -> Pruner:
+    """VLA-Pruner as its code for OpenVLA has it, see the top of this file.
+
+    Args:
+        window: As for `vla_pruner`.
+        decay: As for `vla_pruner`.
+        signals: As for `vla_pruner`.
+
+    Raises:
+        ValueError: The window is below 1 or the decay outside (0, 1].
+    """
+    released = vla_pruner(None, window, decay, signals, as_published="openvla")
+    return replace(released, name="vlapruner_released")
 
 
 def action_history(window: int, layers) -> Temporal:

@@ -15,6 +15,7 @@ from data_pipelines.robot.episodes import (
     HORIZON,
     StepSource,
     open_episodes,
+    open_together,
     read_statistics,
     statistics,
 )
@@ -182,6 +183,36 @@ def test_the_bytes_do_not_depend_on_the_processes_or_on_a_kill(recorded, tmp_pat
         open_episodes(out)
     with pytest.raises(UserError, match="no whole demonstrations"):
         open_episodes(tmp_path)
+
+
+@simulated
+def test_several_recordings_are_read_as_one(recorded, tmp_path, monkeypatch):
+    other = record_demonstrations(tmp_path / "other", replace(CONFIG, seed=1), 1, False)
+    monkeypatch.chdir(tmp_path)  # a folder may be named from where the reader stands
+    both = open_together([recorded.path, other.path.relative_to(tmp_path)])
+    assert both.steps("train") == recorded.steps("train") + other.steps("train")
+    source, parts = StepSource(both, "train"), [StepSource(recorded, "train")]
+    parts.append(StepSource(other, "train"))
+    steps = [part[k] for part in parts for k in range(len(part))]
+    assert len(source) == len(steps)
+    for k, step in enumerate(steps):
+        np.testing.assert_array_equal(source[k]["action"], step["action"])
+        assert source[k]["images"]["front"] == step["images"]["front"]
+    # Without failures: the notes of both tell whose steps are whose.
+    notes = recorded.episodes["train"] + other.episodes["train"]
+    good = [np.full(note.steps, note.success) for note in notes]
+    wanted = np.stack([s["action"] for s in steps])[np.concatenate(good)]
+    found = batches(both, batch_size=1, shuffle=False, num_epochs=1)
+    found = np.concatenate([batch["action"][:, 0] for batch in found])
+    np.testing.assert_array_equal(found, wanted)
+    config = EpisodeLoaderConfig(4)
+    digests = [identity(one, "train", config)["data"] for one in (both, recorded, other)]
+    assert len(set(digests)) == 3
+    assert open_together([recorded.path]) == recorded
+    smaller = replace(CONFIG, image_size=(24, 24))
+    record_demonstrations(tmp_path / "smaller", smaller, 1, False)
+    with pytest.raises(UserError, match=r"smaller.*image_size are \(32, 48\) and \(24, 24\)"):
+        open_together([other.path, tmp_path / "smaller"])
 
 
 @simulated

@@ -35,6 +35,7 @@ def test_every_episode_comes_once_and_ends_as_it_must(episodes):
         assert episode.success == (task < 3)
         assert episode.steps == (3, 5, 7, MAX_STEPS)[task] == episode.decisions
         assert episode.seconds["prefill"] == pytest.approx(0.5 * episode.decisions)
+        assert episode.seconds["decode"] == sum(range(1, episode.decisions + 1))
         assert {ENVIRONMENT, POLICY} < set(episode.seconds)
 
 

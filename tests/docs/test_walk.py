@@ -69,7 +69,7 @@ SMALL = {
     "robot train --demos demos": """--optimizer.total-steps 2 --optimizer.warmup-steps 1
         --batch-size 8""",
     "robot demos --out corrections": "--episodes 1 --val-episodes 1 --workers 1",
-    "robot train --demos corrections": """--optimizer.total-steps 2 --optimizer.warmup-steps 1
+    "robot train --demos demos corrections": """--optimizer.total-steps 2 --optimizer.warmup-steps 1
         --batch-size 8""",
     "robot eval": "--trials 1 --tasks 0 --ratios 0.5 --workers 1 --batch 1 --films 1",
     "serve": "--port 0",

@@ -30,7 +30,7 @@ def config(tmp_path_factory):
         folder / "demos", DemoConfig(episodes=1, val_episodes=1, image_size=(24, 24)), 1, False
     )
     return RobotTrainConfig(
-        demos=folder / "demos",
+        demos=(folder / "demos",),
         out=folder / "run",
         model=small_openvla()[0].config,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1, total_steps=3),
@@ -63,7 +63,8 @@ def test_a_trained_policy_acts_on_the_tabletop(config, tmp_path):
         policy_share=1.0, quiet=True,
     )  # fmt: skip
     robot_demos(demos)
-    start = replace(config, demos=demos.out, start=config.out, out=tmp_path / "corrected")
+    both = (*config.demos, demos.out)
+    start = replace(config, demos=both, start=config.out, out=tmp_path / "corrected")
     still = replace(start, optimizer=replace(config.optimizer, learning_rate=1e-12))
     _, started, _ = load_policy(robot_train(still))
     jax.tree.map(np.testing.assert_array_equal, started, params)
@@ -78,6 +79,10 @@ def test_what_does_not_fit_is_refused(config, tmp_path):
         robot_train(replace(config, model=replace(config.model, views=3)))
     with pytest.raises(UserError, match="must be 'tokens'"):
         robot_train(replace(config, model=replace(config.model, head="regression")))
+    with pytest.raises(UserError, match="name each once"):
+        robot_train(replace(config, demos=config.demos * 2))
+    with pytest.raises(UserError, match="No demonstrations are given"):
+        robot_train(replace(config, demos=()))
     bad = tmp_path / "policy.safetensors"
     bad.write_bytes(b"no safetensors")
     for weights, said in ((bad, "can't be read"), (tmp_path / "none", "no policy file or")):

@@ -48,7 +48,7 @@ def test_an_episode_is_pruned_once_the_method_is_warm(parts):
         memory = acted.memory
         unpruned = whole.act(observations(moment), whole.start(BATCH), np.array(first))
         assert acted.actions.shape == (BATCH, 1, 7)
-        assert set(acted.seconds) == {"vision", "prefill", "decode"}
+        assert set(acted.seconds) == {"vision", "prefill", "decode", "policy"}
         for sample, began in enumerate(first):
             if began:
                 assert acted.kept[sample] is None
@@ -56,6 +56,11 @@ def test_an_episode_is_pruned_once_the_method_is_warm(parts):
             else:
                 assert len(acted.kept[sample]) == KEPT
     np.testing.assert_array_equal(memory["decisions"], [1, 3])
+    # One sample was pruned and one was not: each is told the seconds of its own programs.
+    own = sum(acted.seconds[stage] for stage in ("vision", "prefill", "decode"))
+    assert own.shape == acted.seconds["policy"].shape == (BATCH,)
+    assert (acted.seconds["policy"] > own).all()
+    np.testing.assert_allclose(*(acted.seconds["policy"] - own))  # what both programs share
     # Nothing was pruned of the sample that began, so all its tokens got some attention.
     rows = np.asarray(memory["state"]["rows"])[:, 0]
     np.testing.assert_array_equal((rows > 0).sum(axis=1), [TOKENS, KEPT])

@@ -89,6 +89,7 @@ def expected(inputs, k, form):
 
 
 METHODS = {form: make_pruner("vlapruner", as_published=form) for form in FORMS}
+METHODS["openvla"] = make_pruner("vlapruner_released")  # the same under a name of its own
 compiled = jax.jit(keep_tokens, static_argnames=("pruner", "k"))
 
 
