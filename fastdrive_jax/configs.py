@@ -1,9 +1,10 @@
 """Frozen config dataclasses to plain JSON values and back."""
 
 import dataclasses
-import json
+import enum
 import types
 import typing
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastdrive_jax.errors import UserError
@@ -11,9 +12,28 @@ from fastdrive_jax.errors import UserError
 Config = TypeVar("Config")
 
 
-def to_plain(config: Any) -> dict:
-    """A dataclass as nested dicts and lists, as JSON would give them back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def to_plain(config: Any) -> Any:
+    """Dataclasses, enums, paths, tuples and numpy scalars as what JSON can hold.
+
+    Raises:
+        ValueError: a value has no such form.
+    """
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = dataclasses.fields(config)
+        return {field.name: to_plain(getattr(config, field.name)) for field in fields}
+    if isinstance(config, dict):
+        return {str(key): to_plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_plain(value) for value in config]
+    if isinstance(config, enum.Enum):
+        return config.name
+    if isinstance(config, Path):
+        return config.as_posix()
+    if config is None or isinstance(config, bool | int | float | str):
+        return config
+    if hasattr(config, "item") and getattr(config, "ndim", None) == 0:
+        return config.item()
+    raise ValueError(f"a config may not hold a {type(config).__name__}: {config!r}")
 
 
 def from_plain(cls: type[Config], plain: dict) -> Config:

@@ -1,40 +1,16 @@
 """The config of a run as plain JSON, kept in its folder and compared on every return to it."""
 
 import dataclasses
-import enum
 import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
-
-
-def to_plain(config: Any) -> Any:
-    """Dataclasses, enums, paths, tuples and numpy scalars as what JSON can hold.
-
-    Raises:
-        ValueError: a value has no such form.
-    """
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        fields = dataclasses.fields(config)
-        return {field.name: to_plain(getattr(config, field.name)) for field in fields}
-    if isinstance(config, dict):
-        return {str(key): to_plain(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [to_plain(value) for value in config]
-    if isinstance(config, enum.Enum):
-        return config.name
-    if isinstance(config, Path):
-        return config.as_posix()
-    if config is None or isinstance(config, bool | int | float | str):
-        return config
-    if hasattr(config, "item") and getattr(config, "ndim", None) == 0:
-        return config.item()
-    raise ValueError(f"a config may not hold a {type(config).__name__}: {config!r}")
 
 
 def differences(stored: Any, asked: Any, ignore: Collection[str] = ()) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from experiments.cli import main
 from experiments.own_images import ImagesConfig, own_images
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export.bundle import read_bundle_orbax, read_bundle_safetensors
@@ -232,18 +233,29 @@ def test_training_on_the_shards_measures_what_the_quick_start_measured(
     assert jax.tree.map(np.shape, params) == shapes
 
 
-def refused(done: subprocess.CompletedProcess, *named: str) -> None:
-    assert done.returncode == 2, done.stderr[-2000:]
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr[-2000:]
-    assert lines[0].startswith("fastdrive: ")
+def refused(code: int, said: str, *named: str) -> None:
+    assert code == 2, said[-2000:]
+    (line,) = said.strip().splitlines()
+    assert line.startswith("fastdrive: ")
     for name in named:
-        assert name in lines[0]
+        assert name in line
 
 
-def test_a_run_of_another_config_is_refused_by_the_differing_field(command, pictures, finished):
-    done = command(pictures, finished, "--pruner.optimizer.learning-rate=0.01")
-    refused(done, "another config", "optimizer.learning_rate", "0.01")
+@pytest.fixture
+def refuse(capsys, weights):
+    """The quick start in this process, which must answer with one sentence."""
+
+    def refuse(images: Path, out: Path, arguments: list[str], *named: str) -> None:
+        given = [f"--weights={weights}", f"--images={images}", f"--out={out}"]
+        code = main(["quickstart", *given, *SMALL, *arguments])
+        refused(code, capsys.readouterr().err, *named)
+
+    return refuse
+
+
+def test_a_run_of_another_config_is_refused_by_the_differing_field(refuse, pictures, finished):
+    other = ["--pruner.optimizer.learning-rate=0.01"]
+    refuse(pictures, finished, other, "another config", "optimizer.learning_rate", "0.01")
 
 
 def _none(folder: Path) -> str:
@@ -318,18 +330,18 @@ def test_bad_folders_are_one_sentence_and_leave_no_data_set(tmp_path, spoil, wei
 
 def test_the_command_turns_a_refusal_into_exit_code_2(command, tmp_path):
     _torn(tmp_path / "pictures")
-    refused(command(tmp_path / "pictures", tmp_path / "run"), "drive_0002.jpg")
+    done = command(tmp_path / "pictures", tmp_path / "run")
+    refused(done.returncode, done.stderr, "drive_0002.jpg")
     assert not list((tmp_path / "run").rglob("manifest.json"))
 
 
-def test_a_pruner_of_another_width_than_the_encoder_is_refused(command, pictures, tmp_path):
+def test_a_pruner_of_another_width_than_the_encoder_is_refused(refuse, pictures, tmp_path):
     wide = [f"{LAYER}.hidden-size=96", f"{LAYER}.num-heads=3"]
-    refused(command(pictures, tmp_path / "run", *wide), "96", str(WIDTH))
+    refuse(pictures, tmp_path / "run", wide, "96", str(WIDTH))
 
 
-def test_a_batch_larger_than_the_folder_is_refused(command, pictures, tmp_path):
-    done = command(pictures, tmp_path / "run", "--pruner.loader.batch-size=64")
-    refused(done, "batch_size")
+def test_a_batch_larger_than_the_folder_is_refused(refuse, pictures, tmp_path):
+    refuse(pictures, tmp_path / "run", ["--pruner.loader.batch-size=64"], "batch_size")
 
 
 @pytest.fixture
@@ -355,6 +367,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("size", ["48k", "600k", "2m"])  # shards, features, checkpoints
 def test_a_full_disk_is_one_sentence(command, pictures, small_disk, size):
     out = small_disk(size) / "run"
-    refused(command(pictures, out), str(out))
+    done = command(pictures, out)
+    refused(done.returncode, done.stderr, str(out))
     assert not (out / "report.html").exists()
     assert not (out / "export").exists()

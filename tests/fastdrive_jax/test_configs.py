@@ -1,6 +1,9 @@
+import enum
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.configs.pruner import PRUNER_RUNS, TINY, PrunerRun
@@ -19,6 +22,18 @@ class Outer:
     inner: Inner | None = None
     name: str | None = None
     ratio: float = 0.5
+
+
+class Kind(enum.Enum):
+    FAST = 1
+
+
+def test_paths_enums_and_numpy_scalars_have_a_plain_form():
+    given = {"at": Path("a") / "b", "kind": Kind.FAST, "rate": np.float32(0.5), "of": (Inner(),)}
+    plain = {"at": "a/b", "kind": "FAST", "rate": 0.5, "of": [{"sizes": [1, 2]}]}
+    assert to_plain(given) == plain == json.loads(json.dumps(plain))
+    with pytest.raises(ValueError, match="function"):
+        to_plain({"f": test_paths_enums_and_numpy_scalars_have_a_plain_form})
 
 
 @pytest.mark.parametrize(

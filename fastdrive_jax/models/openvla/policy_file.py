@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ from fastdrive_jax.models.openvla.actions import ActionStatistics
 from fastdrive_jax.models.openvla.config import OpenVLAConfig
 from fastdrive_jax.models.openvla.model import OpenVLA
 from fastdrive_jax.models.openvla.prompt import WordPrompts
+from fastdrive_jax.packaged import packaged
 
 BUNDLED = "tiny_robot.safetensors"  # of the tabletop, see docs/robot.md
 _KEY = "openvla"  # of the file's metadata
@@ -88,7 +88,7 @@ def load_policy(path: Path) -> tuple[OpenVLA, dict, PolicySpec]:
 
 def bundled_policy() -> Path:
     """The policy file that the package carries."""
-    return Path(str(resources.files("fastdrive_jax") / "assets" / BUNDLED))
+    return packaged(BUNDLED)
 
 
 def example_inputs(config: OpenVLAConfig) -> dict[str, np.ndarray | None]:

@@ -1,6 +1,5 @@
 """The tiny driving VLAs that the package carries, of `fastdrive train-vla` and `widen-vla`."""
 
-from importlib import resources
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ from safetensors.flax import load_file, save_file
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
+from fastdrive_jax.packaged import packaged
 
 FRONT = ("CAM_FRONT",)
 AROUND = (
@@ -60,7 +60,7 @@ def load_vla(
                 f"The package has no VLA that looks through {', '.join(cameras)}; train one with "
                 "`fastdrive widen-vla` and give its weights."
             )
-        path = Path(str(resources.files("fastdrive_jax") / "assets" / BUNDLED[cameras]))
+        path = packaged(BUNDLED[cameras])
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors raises several kinds

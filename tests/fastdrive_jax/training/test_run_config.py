@@ -3,11 +3,11 @@ import enum
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.training.run_config import claim_run_folder, differences, to_plain
+from fastdrive_jax.training.run_config import claim_run_folder, differences
 
 
 class Kind(enum.Enum):
@@ -27,19 +27,6 @@ class Outer:
     kind: Kind = Kind.FAST
     limit: int | None = None
     quiet: bool = False
-
-
-def test_plain_form():
-    assert to_plain(Outer()) == {
-        "inner": {"sizes": [1, 2], "rate": 0.1},
-        "data": "a/b",
-        "kind": "FAST",
-        "limit": None,
-        "quiet": False,
-    }
-    assert to_plain(np.float32(0.5)) == 0.5
-    with pytest.raises(ValueError, match="function"):
-        to_plain({"f": test_plain_form})
 
 
 def test_differences_name_the_field_and_both_values():
