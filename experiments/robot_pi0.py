@@ -103,13 +103,13 @@ def to_libero(
         actions: [B, T, A].
         states: [B, P].
     """
-    own = np.asarray(unscale(actions[..., :ACTION_SIZE], statistics.action))
-    return own + np.where(relative, states[:, None, :ACTION_SIZE], 0).astype(own.dtype)
+    own = unscale(actions[..., :ACTION_SIZE], statistics.action)
+    return own + np.where(relative, states[:, None, :ACTION_SIZE], np.float32(0))
 
 
-def from_libero(statistics: RobotStatistics, states: np.ndarray):
+def from_libero(statistics: RobotStatistics, states: np.ndarray) -> np.ndarray:
     """States [B, P] as the model is shown them."""
-    return scale(jnp.asarray(states), statistics.state)
+    return scale(states, statistics.state)
 
 
 def views_of(cameras: tuple[str, ...]) -> tuple[int, ...]:

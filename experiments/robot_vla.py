@@ -42,7 +42,7 @@ class Body:
     prompts: Prompts
     prompt_tokens: int
     to_robot: Callable[[jax.Array, np.ndarray], np.ndarray]
-    from_robot: Callable[[np.ndarray], jax.Array] | None = None
+    from_robot: Callable[[np.ndarray], jax.Array | np.ndarray] | None = None
     picture: Callable[[np.ndarray], np.ndarray] = field(default=np.asarray)
     views: tuple[int, ...] = (0,)
     executed: int | None = None

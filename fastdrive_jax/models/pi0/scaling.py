@@ -8,8 +8,8 @@ both directions, lerobot only on the way in.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Float
 
 OPENPI_EPS, LEROBOT_EPS = 1e-6, 1e-8
 
@@ -46,15 +46,16 @@ class RobotStatistics:
     action: Scaling
 
 
-def scale(values: Float[Array, "... A"], scaling: Scaling) -> Float[Array, "... A"]:
-    """Numbers of a robot as the model is shown them."""
-    offset, divisor = (jnp.asarray(one) for one in (scaling.offset, scaling.divisor))
-    return (values - offset) / divisor
+def scale(values: Float[np.ndarray, "... A"], scaling: Scaling) -> Float[np.ndarray, "... A"]:
+    """Numbers of a robot as the model is shown them, float32."""
+    # A number that hardly changes is magnified, so what it is compared with must be exact.
+    exact = np.asarray(values, np.float64) - scaling.offset
+    return (exact / scaling.divisor).astype(np.float32)
 
 
-def unscale(values: Float[Array, "... A"], scaling: Scaling) -> Float[Array, "... A"]:
-    """What the model says, in the robot's units."""
-    return values * jnp.asarray(scaling.factor) + jnp.asarray(scaling.offset)
+def unscale(values: Float[np.ndarray, "... A"], scaling: Scaling) -> Float[np.ndarray, "... A"]:
+    """What the model says, in the robot's units, float32."""
+    return (np.asarray(values, np.float64) * scaling.factor + scaling.offset).astype(np.float32)
 
 
 def by_deviation(
