@@ -10,14 +10,13 @@ import numpy as np
 from data_pipelines.robot.policies import ACTION_SIZE, GRIPPER, PROPRIO_SIZE
 from experiments.robot_vla import Body
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.pi0.checkpoint import read_checkpoint
+from fastdrive_jax.models.pi0.checkpoint import load, read_checkpoint
 from fastdrive_jax.models.pi0.config import PI0, Pi0Config
 from fastdrive_jax.models.pi0.images import resize_with_pad
 from fastdrive_jax.models.pi0.model import Pi0
 from fastdrive_jax.models.pi0.prompt import read_prompts
 from fastdrive_jax.models.pi0.scaling import RobotStatistics, scale, unscale
 from fastdrive_jax.models.pi0.statistics import read_statistics
-from fastdrive_jax.models.pi0.weights import load
 from fastdrive_jax.parallel.mesh import make_mesh
 
 THIRD_PERSON, WRIST = 0, 1  # of an observation's pictures

@@ -1,4 +1,4 @@
-"""A pi0 checkpoint's `config.json`, of lerobot or of openpi's PyTorch port, and its weights.
+"""A pi0 checkpoint: its `config.json`, of lerobot or of openpi's PyTorch port, and its weights.
 
 Neither lists layers and widths but by the name of a Gemma, so they are the published ones.
 """
@@ -8,8 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.hf_files import CONFIG_FILE, read_json
+from fastdrive_jax.models.hf_files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json
+from fastdrive_jax.models.pi0 import openpi, weights
 from fastdrive_jax.models.pi0.config import PI0, Pi0Config
 from fastdrive_jax.models.pi0.expert import MAX_PERIOD, MIN_PERIOD
 from fastdrive_jax.models.pi0.prompt import PROMPT_TOKENS
@@ -58,6 +62,31 @@ def read_checkpoint(folder: Path, published: Pi0Config = PI0) -> Checkpoint:
         f"{path} is of model_type {content.get('model_type')!r}; a pi0 of lerobot says "
         f'"type": "{TYPE}", one of openpi its action_horizon.'
     )
+
+
+def load(
+    folder: Path,
+    config: Pi0Config,
+    mesh: Mesh | None = None,
+    dtype: jnp.dtype = jnp.float32,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Parameters of a folder with safetensors, or with openpi's own `params`.
+
+    Args:
+        folder: The checkpoint.
+        config: Sizes.
+        mesh: Of `make_mesh`; None takes the first device.
+        dtype: Of the parameters.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: See `weights.load` and `openpi.load`.
+    """
+    folder = Path(folder)
+    safetensors = any((folder / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE))
+    own = not safetensors and (folder / openpi.PARAMS).is_dir()
+    return (openpi if own else weights).load(folder, config, mesh, dtype, progress)
 
 
 def _openpi(content, published, path) -> Checkpoint:
