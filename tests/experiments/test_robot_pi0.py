@@ -156,6 +156,17 @@ def test_a_temporal_method_over_decisions(parts, whole):
     np.testing.assert_array_equal(memory["decisions"], [3, 3])
 
 
+def test_what_is_reused_is_kept_in_the_models_type(parts):
+    """Else the next decision would mix two types in one attention."""
+    model, _, body = parts
+    deep = replace(model.config.prefix, num_layers=6)
+    expert = replace(model.config.expert, num_layers=6)
+    model = Pi0(replace(model.config, prefix=deep, expert=expert), jnp.bfloat16)
+    memory = vla_policy(RobotVLA(model, make_pruner("vlacache"), 0.5), {}, body).start(1)
+    cache = memory["state"].caches[0]
+    assert cache.key.dtype == cache.value.dtype == jnp.bfloat16
+
+
 def test_the_command_runs_it(folder, tmp_path, monkeypatch):
     """On a robot that adds numbers up."""
     made = partial(pi0_parts, published=SIZES)
@@ -195,19 +206,19 @@ def test_a_folder_of_lerobots_is_the_same_policy(folder, parts, tmp_path):
     )
 
 
-def published(delta):
-    """Rounded statistics of openpi's LIBERO, with the state subtracted from actions or not."""
-    state = [-0.05, 0.03, 0.76, 2.97, -0.22, -0.13, 0.03, -0.03]
-    action = [0.01, 0.01, -0.01, 0.0, 0.0, 0.0, -0.03]
-    if delta:
-        action = [a - s for a, s in zip(action[:6], state[:6], strict=True)] + action[6:]
+def published(relative):
+    """Means of openpi's LIBERO, rounded: of its pi0, whose actions lack the state, or of pi0.5."""
+    state = [-0.0465, 0.0344, 0.7646, 2.9722, -0.2205, -0.1256, 0.0269, -0.0272]
+    action = [0.0063, 0.0087, -0.009, 0.0001, 0.0006, -0.0005, -0.005]
+    if relative:
+        action = [0.0667, 0.064, -0.805, -2.9716, 0.2274, 0.1192, -0.0349]
     scalings = (by_deviation(one, [1.0] * len(one), 0.0, 0.0) for one in (state, action))
     return RobotStatistics(*scalings)
 
 
 def test_what_was_subtracted_from_actions_shows():
-    assert relative_to_state(published(delta=False), "x") == (False,) * 7
-    relative = relative_to_state(published(delta=True), "x")
+    assert relative_to_state(published(relative=False), "x") == (False,) * 7
+    relative = relative_to_state(published(relative=True), "x")
     assert relative == (*[True] * 6, False)
     statistics = RobotStatistics(unscaled(8), by_deviation([-1.0] * 7, [2.0] * 7, 0.0, 0.0))
     states = np.arange(8, dtype=np.float32)[None]
