@@ -3,7 +3,8 @@
     fastdrive compile-model --model 3b --devices 8
 
 Of Qwen2.5-VL it encodes one picture of 3,249 visual tokens, reads it with a prompt and decodes one
-token; of OpenVLA the same with one picture of 256; of OpenVLA-OFT a chunk of actions from two.
+token; of OpenVLA the same with one picture of 256; of OpenVLA-OFT a chunk of actions from two, of
+pi0 from three.
 Nothing is allocated: the devices are virtual ones of the CPU. Its compiler keeps float32 copies of
 bfloat16 weights, so a peak is an upper bound, and it counts the FLOPs of a loop, as in attention,
 once. The 3B takes 22 s on one device (2 cores). Writes OUT/compile_MODEL_DEVICES.json.
@@ -21,11 +22,14 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from experiments.compile_openvla import openvla_stages
+from experiments.compile_pi0 import pi0_stages
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.models.attention import attention_kernel
 from fastdrive_jax.models.openvla.config import OPENVLA_7B, OPENVLA_OFT_7B
 from fastdrive_jax.models.openvla.weights import abstract_params as abstract_openvla
+from fastdrive_jax.models.pi0.config import PI0
+from fastdrive_jax.models.pi0.weights import abstract_params as abstract_pi0
 from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B, QWEN2_5_VL_7B, QwenVLConfig
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.patches import layout_of
@@ -35,6 +39,7 @@ from fastdrive_jax.parallel.rules import parameter_sharding
 
 QWENS = {"3b": QWEN2_5_VL_3B, "7b": QWEN2_5_VL_7B}
 OPENVLAS = {"openvla_7b": OPENVLA_7B, "openvla_oft_7b": OPENVLA_OFT_7B}
+PI0S = {"pi0": PI0}
 GRID = (114, 114)  # patches of 1596 x 1596 pixels
 TENSOR_MOST = 4  # divides the heads and hidden units of all models, eight does not
 
@@ -44,13 +49,13 @@ class CompileModelArgs:
     """Compile a published VLA without its weights.
 
     Attributes:
-        model: Qwen2.5-VL's 3B or 7B, OpenVLA or OpenVLA-OFT.
+        model: Qwen2.5-VL's 3B or 7B, OpenVLA, OpenVLA-OFT or pi0.
         devices: Virtual devices to lay it over.
         prompt_tokens: Text tokens beside the pictures.
         out: Folder of the figures.
     """
 
-    model: Literal["3b", "7b", "openvla_7b", "openvla_oft_7b"] = "3b"
+    model: Literal["3b", "7b", "openvla_7b", "openvla_oft_7b", "pi0"] = "3b"
     devices: int = 1
     prompt_tokens: int = 256
     out: Path = Path("runs/compile")
@@ -68,11 +73,15 @@ def compile_model(args: CompileModelArgs) -> Path:
         config, build = QWENS[args.model], qwen_stages
         shapes = abstract_params(config.vision, config.text)
         visual_tokens = GRID[0] * GRID[1] // config.vision.spatial_merge_size**2
+    elif args.model in PI0S:
+        config, build = PI0S[args.model], pi0_stages
+        shapes, visual_tokens = abstract_pi0(config), config.visual_tokens
     else:
         config, build = OPENVLAS[args.model], openvla_stages
         shapes, visual_tokens = abstract_openvla(config), config.visual_tokens
     shapes = abstract_shards(shapes, mesh)
-    kernel = attention_kernel(jnp.bfloat16, config.text.head_dim)
+    decoder = config.prefix if args.model in PI0S else config.text
+    kernel = attention_kernel(jnp.bfloat16, decoder.head_dim)
     print(f"attention: {kernel}; bfloat16; mesh {dict(mesh.shape)}", flush=True)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     rows = [Row(args.model, None, "parameters", parameters, None, None, 1, None)]

@@ -22,8 +22,11 @@ from data_pipelines.robot.environment import TABLETOP, Suite, make_suite
 from data_pipelines.robot.worker import Job
 from data_pipelines.robot.workers import Episode, run_episodes
 from experiments.drives import UNPRUNED
+from experiments.robot_pi0 import Pi0Options
 from experiments.robot_policies import (
     CONTROLS,
+    OPENVLA,
+    PI0,
     check_methods,
     check_policy,
     file_name,
@@ -45,14 +48,18 @@ class RobotEvalArgs:
         out: Folder of the results.
         suites: "tabletop", or LIBERO's "libero_spatial", "libero_object", "libero_goal",
             "libero_10" and "libero_90" (extra `libero`).
-        policies: "expert" (of the tabletop), "random", "openvla", or FILE.py:FUNCTION for one of
-            your own.
+        policies: "expert" (of the tabletop), "random", "openvla", "pi0" (of LIBERO), or
+            FILE.py:FUNCTION for one of your own.
         weights: Of "openvla": a policy file of `fastdrive robot train`, or the folder of a
-            published OpenVLA or OFT checkpoint; none takes the packaged policy of the tabletop.
+            published OpenVLA or OFT checkpoint; none takes the packaged policy of the tabletop. Of
+            "pi0": the folder of an openpi or lerobot checkpoint.
         methods: How policies choose tokens, training-free ones or FILE.py:FUNCTION; unpruned they
             are always run.
         ratios: Keep ratios of the methods.
-        per_view: Each view of "openvla" has a budget of its own; otherwise they share one.
+        per_view: Each view of "openvla" or "pi0" has a budget of its own; otherwise they share one.
+        replan_steps: Actions of a chunk that "pi0" executes before it decides again; openpi's 5.
+        asset_id: Which statistics of an openpi folder's assets "pi0" takes; the only ones by
+            default.
         seeds: Of policies that draw, and of the tabletop's initial states; LIBERO's are published
             with seed 7.
         trials: Initial states of each task.
@@ -72,6 +79,8 @@ class RobotEvalArgs:
     methods: tuple[str, ...] = ()
     ratios: tuple[float, ...] = (0.5, 0.25)
     per_view: bool = False
+    replan_steps: int = Pi0Options.replan_steps
+    asset_id: str | None = None
     seeds: tuple[int, ...] = (0,)
     trials: int = 50
     tasks: tuple[int, ...] | None = None
@@ -86,7 +95,13 @@ class RobotEvalArgs:
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
                 raise UserError(f"{name}={given} must name at least one, each once.")
-        for name, least in (("trials", 1), ("workers", 0), ("batch", 0), ("films", 0)):
+        for name, least in (
+            ("trials", 1),
+            ("replan_steps", 1),
+            ("workers", 0),
+            ("batch", 0),
+            ("films", 0),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
         for ratio in self.ratios:
@@ -95,6 +110,13 @@ class RobotEvalArgs:
             for policy in self.policies:
                 check_policy(policy, suite, self.weights)
         check_methods(self.methods)
+        if {OPENVLA, PI0} <= set(self.policies):
+            raise UserError("openvla and pi0 have weights of their own: run one at a time.")
+
+    @property
+    def pi0(self) -> Pi0Options:
+        """What "pi0" is told besides its weights."""
+        return Pi0Options(self.replan_steps, self.asset_id)
 
 
 def robot_eval(args: RobotEvalArgs) -> Path:
@@ -172,7 +194,7 @@ def run_setting(
     name = "_".join(
         [
             setting.suite,
-            file_name(setting.policy, args.weights),
+            file_name(setting.policy, args.weights, args.pi0),
             *([] if setting.method is None else [file_name(setting.method), f"{setting.ratio:g}"]),
             f"seed{setting.seed}",
         ]
@@ -185,7 +207,7 @@ def run_setting(
     jobs = [Job(*one, film=one in filmed) for one in wanted if one not in found]
     if jobs:
         how = setting.method, setting.ratio, setting.seed
-        policy = robot_policy(setting.policy, suite, *how, args.weights, args.per_view)
+        policy = robot_policy(setting.policy, suite, *how, args.weights, args.per_view, args.pi0)
         for episode in run_episodes(suite, jobs, policy, workers, batch):
             if episode.film is not None:
                 file = f"{name}_task{episode.task}_trial{episode.trial}.gif"

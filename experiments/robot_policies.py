@@ -2,35 +2,25 @@
 
 import difflib
 import zlib
-from functools import partial
 from pathlib import Path
-
-import jax.numpy as jnp
 
 from data_pipelines.robot.environment import TABLETOP, Suite
 from data_pipelines.robot.expert import expert_policy
-from data_pipelines.robot.libero import openvla_gripper
-from data_pipelines.robot.policies import PROPRIO_SIZE, RobotPolicy, random_policy
-from data_pipelines.robot.tabletop import VIEWS
+from data_pipelines.robot.policies import RobotPolicy, random_policy
 from experiments.drives import UNPRUNED
-from experiments.robot_vla import Body, vla_policy
+from experiments.robot_openvla import openvla_parts
+from experiments.robot_pi0 import Pi0Options, pi0_parts
+from experiments.robot_vla import vla_policy
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.robot import RobotVLA
-from fastdrive_jax.models.openvla.actions import read_statistics
-from fastdrive_jax.models.openvla.checkpoint import load
-from fastdrive_jax.models.openvla.images import policy_picture
-from fastdrive_jax.models.openvla.model import OpenVLA
-from fastdrive_jax.models.openvla.policy_file import bundled_policy, load_policy
-from fastdrive_jax.models.openvla.prompt import read_prompts
+from fastdrive_jax.models.openvla.policy_file import bundled_policy
 from fastdrive_jax.own_files import own_function
-from fastdrive_jax.parallel.mesh import make_mesh
 from fastdrive_jax.pruning import builds_on_recon, make_pruner
 from fastdrive_jax.pruning.budgets import per_camera
 
-EXPERT, RANDOM, OPENVLA = "expert", "random", "openvla"
+EXPERT, RANDOM, OPENVLA, PI0 = "expert", "random", "openvla", "pi0"
 CONTROLS = (EXPERT, RANDOM)  # they look at no visual tokens, so nothing of them is pruned
-POLICIES = (*CONTROLS, OPENVLA)
-_PROMPT_TOKENS = 64  # of a checkpoint's prompts, which LIBERO's instructions stay well below
+POLICIES = (*CONTROLS, OPENVLA, PI0)
 
 
 def robot_policy(
@@ -41,6 +31,7 @@ def robot_policy(
     seed: int,
     weights: Path | None = None,
     per_view: bool = False,
+    pi0: Pi0Options | None = None,
 ) -> RobotPolicy:
     """A policy with a pruning method.
 
@@ -51,9 +42,11 @@ def robot_policy(
         method: How tokens are chosen; "unpruned" keeps all; None for controls.
         ratio: Kept tokens; None for controls.
         seed: Of what draws.
-        weights: Of "openvla": a policy file of `fastdrive robot train`, or the folder of a
-            published checkpoint; at the tabletop None takes the packaged policy.
-        per_view: Whether each view of "openvla" has a budget of its own.
+        weights: Of "openvla" and "pi0": the folder of a published checkpoint; of "openvla" also a
+            policy file of `fastdrive robot train`, and at the tabletop None takes the packaged
+            policy.
+        per_view: Whether each of their views has a budget of its own.
+        pi0: What "pi0" is told besides; None takes the defaults.
 
     Raises:
         UserError: There is no such policy, or it does not belong to this suite.
@@ -63,8 +56,11 @@ def robot_policy(
         return expert_policy()
     if name == RANDOM:
         return random_policy(seed)
-    if name == OPENVLA:
-        model, params, body = openvla_parts(suite.name, weights or bundled_policy())
+    if name in (OPENVLA, PI0):
+        if name == PI0:
+            model, params, body = pi0_parts(weights, pi0 or Pi0Options())
+        else:
+            model, params, body = openvla_parts(suite.name, weights or bundled_policy())
         # A method within the model cuts nothing at a ratio of 1.
         pruner = make_pruner("fastv" if method == UNPRUNED else method)
         if per_view and method != UNPRUNED:
@@ -74,41 +70,6 @@ def robot_policy(
         )
     make = own_function(name, "robot policy")
     return make(suite=suite, method=method, ratio=ratio, seed=seed)
-
-
-def openvla_parts(suite: str, weights: Path) -> tuple[OpenVLA, dict, Body]:
-    """Model, parameters, and what stands between it and the robot of a suite."""
-    if weights.is_file():
-        model, params, spec = load_policy(weights)
-        views = tuple(VIEWS.index(view) for view in spec.views)
-        body = Body(spec.prompts, spec.prompts.length, spec.statistics, views=views)
-        return model, params, body
-    config, params = load(weights, make_mesh(), jnp.bfloat16)
-    if config.proprio_dim not in (0, PROPRIO_SIZE):
-        raise UserError(
-            f"{weights} takes {config.proprio_dim} numbers of the robot's state; {suite} has "
-            f"{PROPRIO_SIZE}."
-        )
-    body = Body(
-        read_prompts(weights, config, length=_PROMPT_TOKENS),
-        _PROMPT_TOKENS,
-        read_statistics(weights, statistics_key(weights, suite)),
-        # The suite has turned its pictures already.
-        partial(policy_picture, size=config.image_size, turn=False),
-        tuple(range(config.views)),
-        openvla_gripper,
-    )
-    return OpenVLA(config, jnp.bfloat16), params, body
-
-
-def statistics_key(checkpoint_dir: Path, suite: str) -> str:
-    """The suite's name among a checkpoint's statistics, where it may end in "_no_noops"."""
-    cleaned = f"{suite}_no_noops"
-    try:
-        read_statistics(checkpoint_dir, cleaned)
-    except UserError:
-        return suite  # what is read by that name names what there is
-    return cleaned
 
 
 def check_methods(methods: tuple[str, ...]) -> None:
@@ -144,6 +105,12 @@ def check_policy(name: str, suite: str, weights: Path | None = None) -> None:
                 f"A small policy knows the suite {TABLETOP} only; for {suite} give the folder of a "
                 "checkpoint as --weights."
             )
+    if name == PI0:
+        if suite == TABLETOP:
+            raise UserError(f"pi0 knows LIBERO's suites; leave it out for {suite}.")
+        if weights is None or not weights.is_dir():
+            there = "none was given" if weights is None else f"{weights} is none"
+            raise UserError(f"pi0 needs the folder of a checkpoint as --weights; {there}.")
     if name not in POLICIES and ".py:" not in name:
         close = difflib.get_close_matches(name, POLICIES, n=1)
         known = f"choose from {', '.join(POLICIES)}, or name FILE.py:FUNCTION of your own."
@@ -151,11 +118,14 @@ def check_policy(name: str, suite: str, weights: Path | None = None) -> None:
         raise UserError(f"There is no robot policy {name!r}: {hint}")
 
 
-def file_name(name: str, weights: Path | None = None) -> str:
+def file_name(name: str, weights: Path | None = None, pi0: Pi0Options | None = None) -> str:
     """A policy's name in files: that of a function of one's own changes with its file.
 
-    So does that of a policy file with its weights, and a checkpoint's with its folder's name.
+    So does that of a policy file with its weights, and a checkpoint's with its folder's name; that
+    of "pi0" also with its options.
     """
+    if name == PI0:
+        return f"{name}-{zlib.crc32(f'{weights.resolve()} {pi0}'.encode()):08x}"
     if name == OPENVLA:
         weights = weights or bundled_policy()
         sum_of = weights.read_bytes() if weights.is_file() else str(weights.resolve()).encode()

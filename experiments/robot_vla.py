@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.robot.policies import Acted, Observation, RobotPolicy
+from data_pipelines.robot.policies import Acted, Observation, RobotPolicy, digest
 from data_pipelines.robot.workers import POLICY
 from fastdrive_jax.inference.pruned import reset_state
 from fastdrive_jax.inference.robot import (
@@ -20,12 +20,8 @@ from fastdrive_jax.inference.robot import (
     see,
     start_state,
 )
-from fastdrive_jax.models.openvla.actions import (
-    ActionStatistics,
-    normalise_proprio,
-    unnormalise,
-)
-from fastdrive_jax.models.openvla.prompt import Prompts
+from fastdrive_jax.models.pi0.model import Pi0
+from fastdrive_jax.models.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -35,18 +31,21 @@ class Body:
     Attributes:
         prompts: Instructions to ids, of one length.
         prompt_tokens: That length.
-        statistics: What actions and states were scaled by.
+        to_robot: What the model answers [B, T, A] and the states that the robots were in [B, P] to
+            actions as the environment takes them [B, T, 7].
+        from_robot: States [B, P] as the model is shown them; None for a model that sees none.
         picture: A camera's picture to what the model is shown.
         views: Which of the observation's pictures, in the model's order.
-        finish: Actions in the robot's units to what the environment takes.
+        executed: Actions of a chunk before the next decision; None takes all.
     """
 
     prompts: Prompts
     prompt_tokens: int
-    statistics: ActionStatistics
+    to_robot: Callable[[jax.Array, np.ndarray], np.ndarray]
+    from_robot: Callable[[np.ndarray], jax.Array | np.ndarray] | None = None
     picture: Callable[[np.ndarray], np.ndarray] = field(default=np.asarray)
     views: tuple[int, ...] = (0,)
-    finish: Callable[[np.ndarray], np.ndarray] = field(default=np.asarray)
+    executed: int | None = None
 
 
 def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotPolicy:
@@ -64,13 +63,13 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
     """
     temporal = vla.pruner.temporal
     warmup = 0 if temporal is None or vla.keep_ratio == 1 else temporal.warmup
-    root, bounds = jax.random.key(seed), body.statistics.action
+    root = jax.random.key(seed)
     pruned, whole = (_stages(one, params) for one in (vla, replace(vla, keep_ratio=1.0)))
     compiled = set()
 
     def decide(observations: Sequence[Observation], memory, first) -> Acted:
         begin, first = time.perf_counter(), np.asarray(first)
-        moment = moment_of(observations, vla, body)
+        moment = moment_of(observations, vla, body, root)
         key = jax.random.fold_in(root, observations[0].step)
         decisions = np.where(first, 0, memory["decisions"])
         warm = decisions < warmup
@@ -87,9 +86,9 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
         actions, state = _by_sample(warm, [(acted.actions, acted.state) for acted, _ in used])
         rows = np.asarray(used[-1][0].keep_indices)
         kept = [None if all_kept else row for all_kept, row in zip(warm, rows, strict=True)]
-        actions = unnormalise(actions[..., : len(bounds.low)], bounds)
         after = {"state": state, "decisions": decisions + 1}
-        finished = body.finish(np.asarray(actions))
+        felt = np.stack([one.proprio for one in observations])
+        finished = body.to_robot(actions, felt)[:, : body.executed]
         seconds = _by_sample(warm, [spent for _, spent in used])
         # A sample does not need the other's programs, though it waited for them here.
         others = _by_sample(warm, [sum(spent.values()) for _, spent in used[::-1]])
@@ -98,7 +97,7 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
         return Acted(finished, kept, after, seconds)
 
     def start(batch: int):
-        state = start_state(vla, batch, body.prompt_tokens)
+        state = start_state(vla, batch, body.prompt_tokens, vla.model.dtype)
         return {"state": state, "decisions": np.zeros(batch, np.int32)}
 
     return RobotPolicy(start, decide, vla.model.config.token_grid)
@@ -129,15 +128,32 @@ def _by_sample(warm, trees):
     return trees[0] if len(trees) == 1 else jax.tree.map(choose, *trees)
 
 
-def moment_of(observations: Sequence[Observation], vla: RobotVLA, body: Body) -> Moment:
-    """A batch of observations as the model takes them."""
+def moment_of(
+    observations: Sequence[Observation], vla: RobotVLA, body: Body, key: jax.Array
+) -> Moment:
+    """A batch of observations as the model takes them.
+
+    Args:
+        observations: Of the robots.
+        vla: The model.
+        body: Of the robots.
+        key: Of flow matching's noise, which is drawn by what each robot sees: the same whatever
+            else is in the batch.
+    """
     ids, lengths = body.prompts.encode([one.instruction for one in observations])
     images = [[body.picture(one.images[view]) for view in body.views] for one in observations]
-    proprio = None
-    if body.statistics.proprio is not None and getattr(vla.model.config, "proprio_dim", 1):
-        felt = np.stack([one.proprio for one in observations])
-        proprio = normalise_proprio(jnp.asarray(felt), body.statistics.proprio)
-    return Moment(np.asarray(images, np.uint8), ids, lengths, proprio)
+    proprio, noise, config = None, None, vla.model.config
+    if body.from_robot is not None and getattr(config, "proprio_dim", 1):
+        proprio = body.from_robot(np.stack([one.proprio for one in observations]))
+    if isinstance(vla.model, Pi0):
+        seen = np.array([digest(one) for one in observations], np.uint32)
+        noise = _noise(key, seen, (config.horizon, config.action_dim))
+    return Moment(np.asarray(images, np.uint8), ids, lengths, proprio, noise)
+
+
+@partial(jax.jit, static_argnums=2)
+def _noise(key, seen, shape):
+    return jax.vmap(lambda own: jax.random.normal(jax.random.fold_in(key, own), shape))(seen)
 
 
 def _encode(vla, params, moment, memory, first):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.robot_vla import Body
+from experiments.robot_openvla import openvla_body
 from fastdrive_jax.models.openvla.actions import ActionStatistics, Bounds
 from fastdrive_jax.models.openvla.config import TINY_OPENVLA
 from fastdrive_jax.models.openvla.model import OpenVLA
@@ -43,4 +43,4 @@ def unit_body(instructions, model, **parts):
     prompts = word_prompts(instructions, model.config)
     size = model.config.action_dim
     bounds = Bounds((-1.0,) * size, (1.0,) * size, (True,) * size, (False,) * size)
-    return Body(prompts, prompts.length, ActionStatistics(bounds), views=(0, 1), **parts)
+    return openvla_body(prompts, ActionStatistics(bounds), views=(0, 1), **parts)

@@ -57,12 +57,14 @@ class Moment(flax.struct.PyTreeNode):
         ids: Prompts, padded on the right [B, L].
         lengths: Real ids of each [B].
         proprio: Its normalised state [B, P]; None for a model without.
+        noise: Where pi0's flow begins [B, H, A]; None draws it from the key.
     """
 
     images: UInt8[Array, "B V H W 3"]
     ids: Int[Array, "B L"]
     lengths: Int[Array, " B"]
     proprio: Float[Array, "B P"] | None = None
+    noise: Float[Array, "B H A"] | None = None
 
 
 class Acted(flax.struct.PyTreeNode):
@@ -162,7 +164,9 @@ def answer(
     decoder = decoder_of(model)
     observe = observed_layers(policy.pruner, decoder.config.num_layers)
     if isinstance(model, Pi0):
-        noise = jax.random.normal(key, (batch, config.horizon, config.action_dim))
+        noise = moment.noise
+        if noise is None:
+            noise = jax.random.normal(key, (batch, config.horizon, config.action_dim))
         state = jnp.pad(moment.proprio, ((0, 0), (0, config.action_dim - moment.proprio.shape[1])))
         given = read.prefilled, state, noise, config.flow_steps, observe, total
         found = sample_actions(action_expert(config, model.dtype), weights["expert"], *given)

@@ -105,14 +105,17 @@ def load_shards(
     for name in tqdm(sorted(places), desc="weights", unit="tensor", disable=not progress):
         place = places[name]
         value = to_linen(tensors[name].read(), place)
-        if dtype is not None:
-            value = value.astype(dtype)
-        sharding = parameter_sharding(place, value.shape, mesh)
-        flat[place] = jax.make_array_from_callback(
-            value.shape, sharding, lambda index, value=value: np.ascontiguousarray(value[index])
-        )
-        flat[place].block_until_ready()  # else many tensors wait on the host for their transfer
+        flat[place] = shard_value(value if dtype is None else value.astype(dtype), place, mesh)
     return traverse_util.unflatten_dict(flat)
+
+
+def shard_value(value: np.ndarray, place: tuple[str, ...], mesh: Mesh) -> jax.Array:
+    """A parameter laid out over a mesh by `parallel.rules`, no longer needed on the host."""
+    sharding = parameter_sharding(place, value.shape, mesh)
+    laid = jax.make_array_from_callback(
+        value.shape, sharding, lambda index: np.ascontiguousarray(value[index])
+    )
+    return laid.block_until_ready()  # else many tensors wait on the host for their transfer
 
 
 def tensors_digest(config: Any, tensors: Mapping[str, Tensor], names: Collection[str]) -> str:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from tiny_openvla import SLOTS, TOKENS
+from tiny_pi0 import SIZES
 
 from experiments import compile_model as command
 from experiments.compile_model import CompileModelArgs, abstract_shards, compile_model
@@ -14,6 +15,7 @@ from experiments.compile_openvla import openvla_stages
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.openvla.config import OPENVLA_OFT_7B
 from fastdrive_jax.models.openvla.weights import abstract_params
+from fastdrive_jax.models.pi0.weights import abstract_params as abstract_pi0
 from fastdrive_jax.parallel.mesh import make_mesh
 
 
@@ -31,6 +33,18 @@ def test_figures_of_a_model(config, tmp_path, monkeypatch):
         held = figures[f"{stage}_argument_bytes_per_device"]
         assert 0 < held < figures[f"{stage}_peak_bytes_per_device"]
     assert found["meta"]["visual_tokens"] == config.visual_tokens
+
+
+def test_figures_of_a_pi0(tmp_path, monkeypatch):
+    monkeypatch.setitem(command.PI0S, "pi0", SIZES)
+    found = json.loads(compile_model(CompileModelArgs("pi0", 1, 5, tmp_path)).read_text())
+    figures = {row["metric"]: row["value"] for row in found["rows"]}
+    assert figures["parameters"] == sum(x.size for x in jax.tree.leaves(abstract_pi0(SIZES)))
+    for stage in ("vision", "prefill", "action_chunk"):
+        held = figures[f"{stage}_argument_bytes_per_device"]
+        assert 0 < held < figures[f"{stage}_peak_bytes_per_device"]
+        assert figures[f"{stage}_flops_per_device"] > 0
+    assert found["meta"]["visual_tokens"] == 48
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,14 @@
 """A pruned VLA as a robot's policy: what it remembers, and when it begins to prune."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from small_openvla import small_openvla, unit_body
 
 from data_pipelines.robot.policies import Observation
+from experiments.robot_openvla import openvla_body
 from experiments.robot_vla import vla_policy
 from fastdrive_jax.inference.robot import RobotVLA
+from fastdrive_jax.models.openvla.actions import ActionStatistics, Bounds
 from fastdrive_jax.pruning import make_pruner
 
 BATCH, TOKENS, KEPT = 2, 18, 4
@@ -70,10 +70,9 @@ def test_an_episode_is_pruned_once_the_method_is_warm(parts):
 def test_actions_come_in_the_units_of_the_robot(parts):
     model, params, body = parts
     low, high = np.arange(7.0), np.arange(7.0) + 2
-    bounds = replace(body.statistics.action, low=tuple(low), high=tuple(high))
-    own = replace(
-        body, statistics=replace(body.statistics, action=bounds), finish=lambda actions: -actions
-    )
+    bounds = Bounds(tuple(low), tuple(high), (True,) * 7, (False,) * 7)
+    given = body.prompts, ActionStatistics(bounds), lambda actions: -actions
+    own = openvla_body(*given, views=body.views)
     vla, first = RobotVLA(model, make_pruner("fastv"), 1.0), np.ones(BATCH, bool)
     unit = vla_policy(vla, params, body)
     scaled = vla_policy(vla, params, own)

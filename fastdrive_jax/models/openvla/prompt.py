@@ -4,15 +4,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.hf_files import read_tokenizer
 from fastdrive_jax.models.openvla.config import OpenVLAConfig
+from fastdrive_jax.models.prompts import Encoded, padded
 
 PROMPT = "In: What action should the robot take to {}?\nOut:"
 PROMPT_V01 = (
@@ -21,18 +19,8 @@ PROMPT_V01 = (
     "robot take to {}? ASSISTANT:"
 )
 _EMPTY_ID = 29_871  # Llama's id of a lone space, which training had between prompt and action
-_PAD_ID = 0
 _FIRST_WORD = 4  # behind padding, BOS, stop and the mark that ends a prompt
 _OUT_ID = 3
-
-Encoded = tuple[Int[np.ndarray, "B L"], Int[np.ndarray, " B"]]
-
-
-class Prompts(Protocol):
-    """What turns instructions into a model's prompts."""
-
-    def encode(self, instructions: Sequence[str]) -> Encoded:
-        """Ids [B, L], padded on the right, and the real ones of each, both int32."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,7 @@ class LlamaPrompts:
         for instruction in instructions:
             ids = self.tokenizer.encode(self.template.format(instruction.lower())).ids
             prompts.append(ids if ids[-1] == _EMPTY_ID else [*ids, _EMPTY_ID])
-        return _padded(prompts, self.length, instructions)
+        return padded(prompts, self.length, instructions)
 
 
 def read_prompts(
@@ -116,7 +104,7 @@ class WordPrompts:
                     f"{', '.join(unknown)}."
                 )
             prompts.append([self.bos_id, *(ids[word] for word in own), _OUT_ID])
-        return _padded(prompts, self.length, instructions)
+        return padded(prompts, self.length, instructions)
 
 
 def word_prompts(
@@ -147,20 +135,3 @@ def word_prompts(
 def words_of(instruction: str) -> list[str]:
     """Its words in lower case, without punctuation."""
     return re.findall(r"[a-z0-9']+", instruction.lower())
-
-
-def _padded(prompts, length, instructions) -> Encoded:
-    lengths = np.array([len(ids) for ids in prompts], np.int32)
-    if not len(lengths):
-        raise UserError("There is no instruction; give at least one.")
-    length = int(lengths.max()) if length is None else length
-    if lengths.max() > length:
-        worst = int(lengths.argmax())
-        raise UserError(
-            f"The prompt of {instructions[worst]!r} has {lengths[worst]} tokens, more than "
-            f"length={length}."
-        )
-    ids = np.full((len(prompts), length), _PAD_ID, np.int32)
-    for row, own in zip(ids, prompts, strict=True):
-        row[: len(own)] = own
-    return ids, lengths

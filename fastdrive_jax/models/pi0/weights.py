@@ -21,6 +21,7 @@ from fastdrive_jax.models.vit_config import ViTConfig
 _COLOURS = 3
 _EMBEDDING, _HEAD = "language_model.embed_tokens.weight", "language_model.lm_head.weight"
 _UNUSED = (_HEAD, "expert.lm_head.weight", "expert.embed_tokens.weight")  # no words are answered
+_STATISTICS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")  # of old lerobot
 # Names of all releases to one: lerobot saves below "model.", and transformers has moved parts.
 _RENAMED = (
     (r"^model\.", ""),
@@ -114,7 +115,7 @@ def fit_names(shapes: Mapping[str, tuple[int, ...]], config: Pi0Config) -> dict[
         f"a pi0 of {config.vision.depth} vision blocks and {config.prefix.num_layers} decoder "
         "layers",
         canonical,
-        lambda name: name in _UNUSED,
+        lambda name: name in _UNUSED or name.startswith(_STATISTICS),
     )
 
 

@@ -1,0 +1,89 @@
+"""A small OpenVLA of one's own, or a published checkpoint's folder, as a robot's policy."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.robot.libero import openvla_gripper
+from data_pipelines.robot.policies import PROPRIO_SIZE
+from data_pipelines.robot.tabletop import VIEWS
+from experiments.robot_vla import Body
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.openvla.actions import (
+    ActionStatistics,
+    normalise_proprio,
+    read_statistics,
+    unnormalise,
+)
+from fastdrive_jax.models.openvla.checkpoint import load
+from fastdrive_jax.models.openvla.images import policy_picture
+from fastdrive_jax.models.openvla.model import OpenVLA
+from fastdrive_jax.models.openvla.policy_file import load_policy
+from fastdrive_jax.models.openvla.prompt import LlamaPrompts, WordPrompts, read_prompts
+from fastdrive_jax.parallel.mesh import make_mesh
+
+_PROMPT_TOKENS = 64  # of a checkpoint's prompts, which LIBERO's instructions stay well below
+
+
+def openvla_parts(suite: str, weights: Path) -> tuple[OpenVLA, dict, Body]:
+    """Model, parameters, and what stands between it and the robot of a suite."""
+    if weights.is_file():
+        model, params, spec = load_policy(weights)
+        views = tuple(VIEWS.index(view) for view in spec.views)
+        return model, params, openvla_body(spec.prompts, spec.statistics, views=views)
+    config, params = load(weights, make_mesh(), jnp.bfloat16)
+    if config.proprio_dim not in (0, PROPRIO_SIZE):
+        raise UserError(
+            f"{weights} takes {config.proprio_dim} numbers of the robot's state; {suite} has "
+            f"{PROPRIO_SIZE}."
+        )
+    body = openvla_body(
+        read_prompts(weights, config, length=_PROMPT_TOKENS),
+        read_statistics(weights, statistics_key(weights, suite)),
+        openvla_gripper,
+        # The suite has turned its pictures already.
+        picture=partial(policy_picture, size=config.image_size, turn=False),
+        views=tuple(range(config.views)),
+    )
+    return OpenVLA(config, jnp.bfloat16), params, body
+
+
+def statistics_key(checkpoint_dir: Path, suite: str) -> str:
+    """The suite's name among a checkpoint's statistics, where it may end in "_no_noops"."""
+    cleaned = f"{suite}_no_noops"
+    try:
+        read_statistics(checkpoint_dir, cleaned)
+    except UserError:
+        return suite  # what is read by that name names what there is
+    return cleaned
+
+
+def openvla_body(
+    prompts: LlamaPrompts | WordPrompts,
+    statistics: ActionStatistics,
+    finish: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    **parts: Any,
+) -> Body:
+    """What stands between an OpenVLA and a robot.
+
+    Args:
+        prompts: Of a fixed length.
+        statistics: What actions and states were scaled by.
+        finish: Actions in the robot's units to what the environment takes.
+        parts: The rest of `Body`.
+    """
+    bounds, felt = statistics.action, statistics.proprio
+
+    def to_robot(actions, states):
+        del states
+        return finish(np.asarray(unnormalise(actions[..., : len(bounds.low)], bounds)))
+
+    def from_robot(states):
+        return normalise_proprio(jnp.asarray(states), felt)
+
+    shown = None if felt is None else from_robot
+    return Body(prompts, prompts.length, to_robot, shown, **parts)
