@@ -8,17 +8,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-# XLA's newer way to compile fused loops takes twice the time for programs that a test runs once.
-LEAN = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-
-
-def understood(flags: str) -> bool:
-    """Whether this jaxlib knows them: XLA ends a process for one that it does not."""
-    ask = [sys.executable, "-c", "import jax; jax.devices()"]
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(ask, env=environment, capture_output=True, check=False).returncode == 0
-
-
 # What one test has compiled others need not: workers and the processes that tests start inherit
 # this. It is set before JAX reads it, and gone with the run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -27,8 +16,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small ones are the most
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    if "XLA_FLAGS" not in os.environ and understood(LEAN):
-        os.environ["XLA_FLAGS"] = LEAN
+    # XLA's newer way to compile fused loops takes twice the time for programs that run once. A flag
+    # that it does not know ends a process, and some releases do not know these.
+    lean = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    ask = [sys.executable, "-c", "import jax; jax.devices()"]
+    asked = os.environ | {"XLA_FLAGS": lean, "JAX_PLATFORMS": "cpu"}
+    if "XLA_FLAGS" not in os.environ:
+        known = subprocess.run(ask, env=asked, capture_output=True, check=False).returncode == 0
+        os.environ |= {"XLA_FLAGS": lean} if known else {}
 
 import jax
 import pytest
