@@ -8,12 +8,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-# What one test has compiled others need not: workers and the processes that tests start inherit
-# this. It is set before JAX reads it, and gone with the run.
+# What one test has compiled others need not, and compiling well costs more than it gives. Workers
+# and the processes that tests start inherit this. It is set before JAX reads it, and the compiled
+# programs are gone with the run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="fastdrive_jax_tests_")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most programs run once or twice
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small ones are the most
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     # XLA's newer way to compile fused loops takes twice the time for programs that run once. A flag
@@ -31,12 +33,6 @@ import pytest
 # On GPUs float32 products are rounded to TF32 unless this is asked for; CPUs know no difference.
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Programs of these run once or twice on few numbers: compiling them well costs more than it gives.
-COMPILED_QUICKLY = (
-    *("/pruning/", "/inference/", "/docs/", "/models/", "/training/", "/export/", "/parallel/"),
-    *("/parity/", "/experiments/", "/serving/", "/e2e/"),
-)
-
 # Each compiled program is mapped into memory in several pieces, and Linux ends a process that asks
 # for more than 65,530 of them: a whole run of the tests compiles that much.
 MAPS = Path("/proc/self/maps")
@@ -49,12 +45,3 @@ def programs_let_go():
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_quickly(request):
-    """Turns most of the compiler's optimizations off, in some folders."""
-    quickly = any(part in request.path.as_posix() for part in COMPILED_QUICKLY)
-    jax.config.update("jax_disable_most_optimizations", quickly)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,13 +99,11 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def fastdrive(weights):
     """Runs the command in a process of its own."""
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiled sooner
     code = "import sys; from experiments.cli import main; sys.exit(main(sys.argv[1:]))"
 
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-c", code, name, f"--weights={weights}", *arguments],
-            env=environment,
             capture_output=True,
             text=True,
             timeout=300,

@@ -45,17 +45,10 @@ def command(out: Path, *more: str, steps: int = STEPS) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    """What a run computes stays the same, but is compiled sooner."""
-    return os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-
-@pytest.fixture(scope="module")
-def run(environment):
+def run():
     def run(*arguments, **options) -> subprocess.CompletedProcess:
         return subprocess.run(
             command(*arguments, **options),
-            env=environment,
             capture_output=True,
             text=True,
             timeout=900,
@@ -164,11 +157,10 @@ def test_a_second_start_takes_what_is_there_and_finds_the_same(run, whole):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_weights(run, environment, whole, tmp_path):
+def test_a_killed_run_ends_with_the_same_weights(run, whole, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
         command(out),
-        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -189,7 +181,7 @@ def test_a_killed_run_ends_with_the_same_weights(run, environment, whole, tmp_pa
 
 
 @pytest.mark.slow
-def test_methods_are_compared_on_the_drives_of_a_quick_start(environment, whole, tmp_path):
+def test_methods_are_compared_on_the_drives_of_a_quick_start(whole, tmp_path):
     arguments = [part.replace("--", "--quickstart.", 1) for part in SMALL]
     code = "import sys; from experiments.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
@@ -200,7 +192,6 @@ def test_methods_are_compared_on_the_drives_of_a_quick_start(environment, whole,
             f"--quickstart.pruner.optimizer.total-steps={STEPS}",
             *("--methods", "reconpruner", "random", "vlapruner", "--ratios", "0.5", "--rounds=1"),
         ],
-        env=environment,
         capture_output=True,
         text=True,
         timeout=900,

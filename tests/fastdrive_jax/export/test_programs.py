@@ -104,7 +104,7 @@ def answers(programs, frames, tmp_path_factory):
 
 def alone() -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return environment | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return environment | {"JAX_PLATFORMS": "cpu"}
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)

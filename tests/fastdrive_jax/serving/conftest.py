@@ -1,6 +1,5 @@
 """A tiny random policy with memory, compiled once, and a service of it."""
 
-import jax
 import jax.numpy as jnp
 import pytest
 from tiny_service import RATIOS, SIZES, Direct, running, service_of
@@ -34,10 +33,7 @@ def policy(one_camera) -> tuple[DrivingPolicy, dict]:
 
 @pytest.fixture(scope="session")
 def ready(policy) -> Ready:
-    # As `compiled_quickly`, which comes after what belongs to the whole session.
-    jax.config.update("jax_disable_most_optimizations", True)
     programs = compile_programs(*policy, RATIOS, SIZES)
-    jax.config.update("jax_disable_most_optimizations", False)
     return Ready(programs, time_programs(programs, rounds=3))
 
 
