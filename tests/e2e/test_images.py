@@ -199,6 +199,7 @@ def test_a_second_start_changes_no_figure_and_no_weight(command, pictures, finis
     assert json.loads((finished / "report.json").read_text())["rows"] == rows
 
 
+@pytest.mark.slow
 def test_training_on_the_shards_measures_what_the_quick_start_measured(
     finished, fastdrive, tmp_path
 ):
@@ -361,7 +362,14 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-@pytest.mark.parametrize("size", ["48k", "600k", "2m"])  # shards, features, checkpoints
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param("48k", id="shards", marks=pytest.mark.slow),
+        pytest.param("600k", id="features", marks=pytest.mark.slow),
+        pytest.param("2m", id="checkpoints"),
+    ],
+)
 def test_a_full_disk_is_one_sentence(command, pictures, small_disk, size):
     out = small_disk(size) / "run"
     done = command(pictures, out)

@@ -58,6 +58,11 @@ def test_a_trained_policy_acts_on_the_tabletop(config, tmp_path):
     assert methods == {"openvla unpruned", "openvla vlapruner"}
     assert len(list((tmp_path / "eval" / "films").glob("*.gif"))) == 2
 
+
+@pytest.mark.slow
+def test_a_policy_is_corrected_where_it_got_to(config, tmp_path):
+    path = robot_train(config)
+    _, params, _ = load_policy(path)
     demos = RobotDemosArgs(
         out=tmp_path / "corrections", episodes=1, val_episodes=1, image_size=(24, 24), policy=path,
         policy_share=1.0, quiet=True,
@@ -68,10 +73,6 @@ def test_a_trained_policy_acts_on_the_tabletop(config, tmp_path):
     still = replace(start, optimizer=replace(config.optimizer, learning_rate=1e-12))
     _, started, _ = load_policy(robot_train(still))
     jax.tree.map(np.testing.assert_array_equal, started, params)
-    with pytest.raises(UserError, match="has no checkpoint"):
-        robot_train(replace(start, start=tmp_path, out=tmp_path / "x"))
-    with pytest.raises(UserError, match="can't be read"):
-        robot_demos(replace(demos, out=tmp_path / "y", policy=tmp_path / "none"))
 
 
 def test_what_does_not_fit_is_refused(config, tmp_path):
@@ -83,6 +84,10 @@ def test_what_does_not_fit_is_refused(config, tmp_path):
         robot_train(replace(config, demos=config.demos * 2))
     with pytest.raises(UserError, match="No demonstrations are given"):
         robot_train(replace(config, demos=()))
+    with pytest.raises(UserError, match="has no checkpoint"):
+        robot_train(replace(config, start=tmp_path, out=tmp_path / "x"))
+    with pytest.raises(UserError, match="can't be read"):
+        robot_demos(RobotDemosArgs(out=tmp_path / "y", policy=tmp_path / "none", quiet=True))
     bad = tmp_path / "policy.safetensors"
     bad.write_bytes(b"no safetensors")
     for weights, said in ((bad, "can't be read"), (tmp_path / "none", "no policy file or")):
