@@ -116,8 +116,15 @@ def test_shrinking_averages_and_keeps_labels_whole(shards):
     np.testing.assert_array_equal(larger["labels"][:, 1::2, 1::2], big["labels"])
 
 
-@pytest.mark.parametrize("group", ["picture", "sample"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("workers", "group"),
+    [
+        (0, "picture"),
+        (0, "sample"),
+        (2, "sample"),
+        pytest.param(2, "picture", marks=pytest.mark.slow),
+    ],
+)
 def test_resume_is_exact_with_augmentation_across_epochs(shards, group, workers):
     config = LoaderConfig(
         4,

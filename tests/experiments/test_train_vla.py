@@ -23,6 +23,7 @@ CONFIG = TrainVLAConfig(
 )
 
 
+@pytest.mark.slow  # widen-vla takes the same ways, on fewer parameters
 def test_it_trains_evaluates_and_goes_on(tmp_path):
     params = train_vla(tmp_path, CONFIG, quiet=True)
     assert set(params) == {"visual", "language_model"}

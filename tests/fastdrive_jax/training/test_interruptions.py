@@ -69,6 +69,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tmp_path, cache):
     chance = random.Random(0)
     folder, reached = tmp_path / "killed", []
