@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="No demonstrations are given"):
         robot_train(replace(config, demos=()))
     with pytest.raises(UserError, match="has no checkpoint"):
-        robot_train(replace(config, start=tmp_path, out=tmp_path / "x"))
+        robot_train(replace(config, start=tmp_path, out=tmp_path / "z"))
     with pytest.raises(UserError, match="can't be read"):
         robot_demos(RobotDemosArgs(out=tmp_path / "y", policy=tmp_path / "none", quiet=True))
     bad = tmp_path / "policy.safetensors"
