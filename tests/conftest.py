@@ -16,6 +16,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most programs run once or twice
+    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # 5% of the time, and nobody reads them
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small ones are the most
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     # XLA's newer way to compile fused loops takes twice the time for programs that run once. A flag
