@@ -1,7 +1,7 @@
 """How pi0's states and actions are scaled: every published form is one straight line a number.
 
-pi0 scales by mean and standard deviation; later models of its family, and checkpoints of lerobot
-that say so, by percentiles or by the ends of the range. openpi adds a small number to the width in
+pi0 scales by mean and standard deviation; checkpoints of lerobot that say so, by percentiles or by
+the ends of the range. openpi adds a small number to the width in
 both directions, lerobot only on the way in.
 """
 
@@ -74,17 +74,16 @@ def by_deviation(
     )
 
 
-def by_range(low: Sequence[float], high: Sequence[float], eps: float, always: bool) -> Scaling:
+def by_range(low: Sequence[float], high: Sequence[float], eps: float) -> Scaling:
     """An interval to [-1, 1]; what lies outside is not clipped.
 
     Args:
         low: Becomes -1.
         high: Becomes 1.
-        eps: Is added to the width; without `always` it is that of an empty interval.
-        always: See `eps`.
+        eps: The width of an empty interval.
     """
     widths = [b - a for a, b in zip(low, high, strict=True)]
-    halves = tuple((w + eps if always else w or eps) / 2 for w in widths)
+    halves = tuple((w or eps) / 2 for w in widths)
     return Scaling(tuple(a + h for a, h in zip(low, halves, strict=True)), halves, halves)
 
 

@@ -37,22 +37,19 @@ _BUFFERS = {
 Found = Mapping[str, Any]  # "mean", "std", ... of one feature
 
 
-def read_statistics(
-    folder: Path, asset_id: str | None = None, quantiles: bool = False
-) -> RobotStatistics:
+def read_statistics(folder: Path, asset_id: str | None = None) -> RobotStatistics:
     """What the states and actions of a checkpoint were scaled by.
 
     Args:
         folder: The checkpoint.
         asset_id: Which of openpi's assets; None takes the only one.
-        quantiles: Of openpi: by percentiles, as its other models than pi0 are.
 
     Raises:
         UserError: There are none, or not these, or they lack what the scaling needs.
     """
     folder = Path(folder)
     if asset_id is not None or (folder / ASSETS).is_dir():
-        return _openpi(folder, asset_id, quantiles)
+        return _openpi(folder, asset_id)
     if (folder / PREPROCESSOR).exists():
         return RobotStatistics(
             _step(folder / PREPROCESSOR, "normalizer_processor", STATE, "STATE"),
@@ -73,7 +70,7 @@ def asset_ids(folder: Path) -> list[str]:
     return sorted(path.parent.relative_to(root).as_posix() for path in root.rglob(STATISTICS_FILE))
 
 
-def _openpi(folder, asset_id, quantiles) -> RobotStatistics:
+def _openpi(folder, asset_id) -> RobotStatistics:
     known = asset_ids(folder)
     if asset_id is None and len(known) == 1:
         asset_id = known[0]
@@ -88,12 +85,8 @@ def _openpi(folder, asset_id, quantiles) -> RobotStatistics:
         found = content.get(name) if isinstance(content, Mapping) else None
         if not isinstance(found, Mapping):
             raise UserError(f"{path} holds no norm_stats of {name}.")
-        if quantiles:
-            low, high = _numbers(found, ("q01", "q99"), name, path)
-            scalings.append(by_range(low, high, OPENPI_EPS, always=True))
-        else:
-            mean, std = _numbers(found, ("mean", "std"), name, path)
-            scalings.append(by_deviation(mean, std, OPENPI_EPS, OPENPI_EPS))
+        mean, std = _numbers(found, ("mean", "std"), name, path)
+        scalings.append(by_deviation(mean, std, OPENPI_EPS, OPENPI_EPS))
     return RobotStatistics(*scalings)
 
 
@@ -148,7 +141,7 @@ def _lerobot(found, mode, feature, path, settings, shape) -> Scaling:
     if mode == "IDENTITY" and shape:
         return unscaled(shape[0])
     if mode in _RANGES:
-        return by_range(*_numbers(found, _RANGES[mode], feature, path), eps, always=False)
+        return by_range(*_numbers(found, _RANGES[mode], feature, path), eps)
     if mode == "MEAN_STD":
         return by_deviation(*_numbers(found, ("mean", "std"), feature, path), eps, 0.0)
     raise UserError(f"{path} scales {feature} by {mode}, which is not built here.")
