@@ -1,6 +1,7 @@
 """Drives of a driving VLA over recorded frames: all scenes at once, frame after frame."""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import numpy as np
 
 from data_pipelines.schema import Classes
 from experiments.planning import PlanningSplit
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.foreground import Areas, token_areas
 from fastdrive_jax.inference.pictures import driving_inputs, picture_inputs, token_pixels
 from fastdrive_jax.inference.policy import DrivingPolicy, Plan, plan_tokens, start_state
@@ -84,12 +86,28 @@ def check_methods(methods: Sequence[str], ratios: Sequence[float]) -> None:
     """Refuses what no command can prune by.
 
     Raises:
-        UserError: There is no such method, or a ratio is outside (0, 1].
+        UserError: There is no such method, two have one name, or a ratio is outside (0, 1].
     """
+    check_labels(methods)
     for name in methods:
         builds_on_recon(name)  # says what there is
     for ratio in ratios:
         num_keep(1000, ratio)
+
+
+def check_labels(names: Sequence[str]) -> None:
+    """Refuses what tables could not tell apart.
+
+    Raises:
+        UserError: Two are named alike.
+    """
+    for name, times in Counter(map(label, names)).items():
+        if times > 1:
+            alike = ", ".join(one for one in names if label(one) == name)
+            raise UserError(
+                f"{alike} would all be called {name!r} in tables; name each once, and functions of "
+                "your own differently."
+            )
 
 
 def own_file_sum(name: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data_pipelines.robot.environment import TABLETOP, Suite, make_suite
 from data_pipelines.robot.worker import Job
 from data_pipelines.robot.workers import Episode, run_episodes
-from experiments.drives import UNPRUNED
+from experiments.drives import UNPRUNED, check_labels
 from experiments.robot_pi0 import Pi0Options
 from experiments.robot_policies import (
     CONTROLS,
@@ -109,6 +109,7 @@ class RobotEvalArgs:
         for suite in self.suites:
             for policy in self.policies:
                 check_policy(policy, suite, self.weights)
+        check_labels(self.policies)
         check_methods(self.methods)
         if {OPENVLA, PI0} <= set(self.policies):
             raise UserError("openvla and pi0 have weights of their own: run one at a time.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from data_pipelines.robot.environment import TABLETOP, Suite
 from data_pipelines.robot.expert import expert_policy
 from data_pipelines.robot.policies import RobotPolicy, random_policy
-from experiments.drives import UNPRUNED
+from experiments.drives import UNPRUNED, check_labels
 from experiments.robot_openvla import openvla_parts
 from experiments.robot_pi0 import Pi0Options, pi0_parts
 from experiments.robot_vla import vla_policy
@@ -76,8 +76,9 @@ def check_methods(methods: tuple[str, ...]) -> None:
     """Refuses methods that robots have nothing for.
 
     Raises:
-        UserError: There is no such method, or it needs training or masks.
+        UserError: There is no such method, two have one name, or one needs training or masks.
     """
+    check_labels(methods)
     for name in methods:
         if builds_on_recon(name) or {"foreground", "weights"} & set(make_pruner(name).needs):
             raise UserError(

@@ -147,6 +147,7 @@ def test_without_a_target_all_methods_are_driven_at_all_ratios(args, world):
     ("change", "named"),
     [
         ({"methods": ("nothing",)}, "nothing"),
+        ({"methods": ("a.py:keep", "b.py:keep")}, "all be called 'keep'"),
         ({"ratios": (1.5,)}, "1.5"),
         ({"routes": 0}, "routes"),
         ({"latency": -1.0}, "latency"),

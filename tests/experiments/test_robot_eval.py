@@ -145,6 +145,8 @@ def test_films_show_kept_tokens_of_each_view():
         ({"ratios": (1.5,)}, "1.5"),
         ({"trials": 0}, "trials=0"),
         ({"seeds": (1, 1)}, "each once"),
+        ({"policies": ("a.py:model", "b.py:model")}, "a.py:model, b.py:model would all be called"),
+        ({"methods": ("fastv", "fastv")}, "'fastv' in tables"),
     ],
 )
 def test_refusals(change, named):
