@@ -9,12 +9,13 @@ world. For a driving VLA of your own on nuScenes see `plan_checkpoint`:
     fastdrive eval-planning --out runs/vla --qwen.checkpoint DIR --qwen.shards DIR --qwen.root NUSC
 
 OUT gets planning.json, .csv, .md, report.html with pictures/, and the plans of each setting: run
-again after an interruption it goes on, and more methods or ratios may be asked for then. Several
-hosts share the work with `--parts 4 --part 0..3` and one OUT on a file system that all see; the
-hosts of a TPU pod divide it by themselves.
+again after an interruption it goes on, and more methods, ratios or trainings may be asked for then.
+Several hosts share the work with `--parts 4 --part 0..3` and one OUT on a file system that all see;
+the hosts of a TPU pod divide it by themselves.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from experiments.report_planning import write_results
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.protocols import PROTOCOLS
 from fastdrive_jax.pruning import PRUNERS
-from fastdrive_jax.training.run_config import claim_run_folder, write_json
+from fastdrive_jax.training.run_config import claim_run_folder, read_json, write_json
 
 RATIOS = (0.75, 0.5, 0.25)
 READY = "ready.json"
@@ -89,7 +90,6 @@ def eval_planning(args: EvalPlanningArgs) -> Path | None:
         part = Part(jax.process_index(), jax.process_count())
     case = prepare(args, part)
     plans = args.out / "plans"
-    claim_run_folder(plans, {"weights": case.weights})
     plan_part(case, plans, part, args.quiet)
     found = {}
     for setting in case.settings:
@@ -105,14 +105,15 @@ def eval_planning(args: EvalPlanningArgs) -> Path | None:
 def prepare(args: EvalPlanningArgs, part: Part) -> Case:
     """The case; one process makes what is not there yet, and the others wait for it."""
     if args.qwen.checkpoint is not None:
-        claim_run_folder(args.out, args.qwen, ignore=("batch_size", "fsdp", "tensor"))
+        same = ("batch_size", "fsdp", "tensor", "pruners")  # more of these may come
+        claim_run_folder(args.out, args.qwen, ignore=same)
         return checkpoint_case(args.qwen, args.methods, args.ratios, args.draws, args.quiet)
     ready = args.out / READY
     if part.index == 0:
-        claim_run_folder(args.out, args.benchmark)
+        claim_run_folder(args.out, args.benchmark, ignore=("seeds",))
     else:
         deadline = time.monotonic() + 60 * args.wait_minutes
-        while not ready.exists():
+        while not _is_ready(ready, args.benchmark.seeds):
             if time.monotonic() > deadline:
                 raise UserError(
                     f"Part 0 did not prepare {args.out} within {args.wait_minutes:g} minutes; "
@@ -121,5 +122,9 @@ def prepare(args: EvalPlanningArgs, part: Part) -> Case:
             time.sleep(1)
     bench = prepare_benchmark(args.out, args.benchmark, args.quiet)
     if part.index == 0:
-        write_json(ready, {"frames": len(bench.truth)})
+        write_json(ready, {"frames": len(bench.truth), "seeds": args.benchmark.seeds})
     return benchmark_case(bench, args.methods, args.ratios, args.draws, args.scenes)
+
+
+def _is_ready(path: Path, seeds: Sequence[int]) -> bool:
+    return path.exists() and set(seeds) <= set(read_json(path).get("seeds", ()))

@@ -159,19 +159,20 @@ def checkpoint_case(
         view=lambda sample: np.stack(driver.pictures(sample)),
         cameras=cameras,
         grid=driver.grid,
-        weights=_digest(config),
+        weights=_digests(config),
         meta={"visual_tokens": driver.total, "shards": shards.digest, "dtype": config.dtype},
         notes=notes,
     )
 
 
-def _digest(config: CheckpointConfig) -> str:
-    """Of the checkpoint and the pruners, whose manifests hold sums of their files."""
-    digest = hashlib.sha256(checkpoint_digest(config.checkpoint).encode())
-    for folder in config.pruners:
+def _digests(config: CheckpointConfig) -> dict[str, str]:
+    """Of the checkpoint and of each pruner, whose manifest holds sums of its files."""
+    found = {"vla": checkpoint_digest(config.checkpoint)}
+    for number, folder in enumerate(config.pruners):
         read_bundle_safetensors(folder)  # says what is wrong with it before anything is planned
-        digest.update((folder / MANIFEST).read_bytes())
-    return digest.hexdigest()
+        manifest = (folder / MANIFEST).read_bytes()
+        found[f"training-{number}"] = hashlib.sha256(manifest).hexdigest()
+    return found
 
 
 def _usable(methods: Sequence[str], config: CheckpointConfig) -> tuple[list[str], tuple[str, ...]]:

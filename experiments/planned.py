@@ -18,6 +18,7 @@ from experiments.drives import own_file_sum
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes
 from fastdrive_jax.evaluation.truth import DrivingTruth
+from fastdrive_jax.training.run_config import claim_run_folder
 
 _FIELDS = ("waypoints", "kept", "read")
 
@@ -139,7 +140,8 @@ class Case:
         view: uint8 pictures [C, H, W, 3] of one sample.
         cameras: Their names.
         grid: Token rows and columns of each.
-        weights: Digest of the model's and the methods', without which kept plans mean nothing.
+        weights: Digests of the model's and of each training's, by name, without which kept plans
+            mean nothing.
         meta: What is kept beside the figures.
         notes: Sentences for the report.
     """
@@ -152,13 +154,19 @@ class Case:
     view: Callable[[int], np.ndarray]
     cameras: tuple[str, ...]
     grid: tuple[int, int]
-    weights: str
+    weights: Mapping[str, str]
     meta: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
 
 def plan_part(case: Case, folder: Path, part: Part, quiet: bool = False) -> None:
-    """Plans this part of the scenes in every setting that is not there yet."""
+    """Plans this part of the scenes in every setting that is not there yet.
+
+    Raises:
+        UserError: The folder holds plans of other weights, or there are fewer scenes than parts.
+    """
+    for name, digest in case.weights.items():
+        claim_run_folder(folder / "weights" / name, {"digest": digest})
     names = dict.fromkeys(case.truth.scene.tolist())
     chosen = list(names)[part.index :: part.count]
     if not chosen:

@@ -193,7 +193,7 @@ def benchmark_case(
             own = seeds if _is_trained(name) else range(draws) if name in DRAWN else (None,)
             settings += [Setting(label(name), ratio, seed, name) for seed in own]
     data, config = bench.drives.data, bench.model.config
-    own = {str(seed): one.pruner for seed, one in zip(seeds, bench.trained, strict=True)}
+    own = {f"training-{k}": one.pruner for k, one in zip(seeds, bench.trained, strict=True)}
     return Case(
         title=f"the synthetic world, {len(config.cameras)} camera(s)",
         truth=bench.truth,
@@ -203,7 +203,7 @@ def benchmark_case(
         view=lambda sample: np.asarray(data.images[sample]),
         cameras=config.cameras,
         grid=config.token_grid,
-        weights=params_digest({"vla": bench.params, **own}),
+        weights={name: params_digest(one) for name, one in {"vla": bench.params, **own}.items()},
         meta={
             "visual_tokens": config.visual_tokens,
             "layers": config.text.num_layers,

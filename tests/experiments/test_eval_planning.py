@@ -108,6 +108,23 @@ def test_a_second_start_plans_what_is_missing_and_finds_the_same(out):
     assert rows_of(out) == before
 
 
+def test_other_trainings_may_be_asked_for(out, tmp_path):
+    """What is there is not planned again, nor trained."""
+    for path in out.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    benchmark = dataclasses.replace(BENCHMARK, seeds=(3,))
+    some = dataclasses.replace(args(tmp_path, methods=("reconpruner",)), benchmark=benchmark)
+    time = (out / "plans").stat().st_mtime_ns
+    eval_planning(some)
+    assert (out / "plans").stat().st_mtime_ns == time
+    found, before = rows_of(tmp_path), rows_of(out)
+    assert found["reconpruner", 0.5, "ade"]["value"] == pytest.approx(
+        before["reconpruner, seed 3", 0.5, "ade"]["value"]
+    )
+    assert json.loads((tmp_path / "ready.json").read_text())["seeds"] == [3]
+    assert json.loads((out / "ready.json").read_text())["seeds"] == [0, 3]
+
+
 @pytest.mark.slow
 def test_parts_find_what_one_process_finds(out, tmp_path):
     for path in out.iterdir():
@@ -154,10 +171,10 @@ def test_damaged_plans_and_those_of_other_samples_are_named(out, tmp_path):
 
 
 def test_plans_belong_to_weights_and_to_the_file_of_a_method(out, tmp_path):
-    claimed = json.loads((out / "plans" / "config.json").read_text())
-    assert len(claimed["weights"]) == 64
-    with pytest.raises(UserError, match="another config"):
-        claim_run_folder(out / "plans", {"weights": "0" * 64})
+    kept = out / "plans" / "weights"
+    assert sorted(path.name for path in kept.iterdir()) == ["training-0", "training-3", "vla"]
+    with pytest.raises(UserError, match="training-3 holds a run of another config"):
+        claim_run_folder(kept / "training-3", {"digest": "0" * 64})
     file = tmp_path / "mine.py"
     file.write_text("a = 1")
     setting = Setting("best", 0.5, 2, f"{file}:best")
