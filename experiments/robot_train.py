@@ -29,6 +29,7 @@ from data_pipelines.robot.episode_loader import (
 )
 from data_pipelines.robot.episodes import Episodes, open_together
 from data_pipelines.robot.policies import ACTION_SIZE, GRIPPER
+from data_pipelines.robot.tabletop import target_segment
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.openvla.actions import (
     Bounds,
@@ -110,7 +111,10 @@ def robot_train(config: RobotTrainConfig) -> Path:
     prompts = word_prompts(episodes.instructions, config.model)
     model = OpenVLA(config.model)
     optimizer = make_optimizer(config.optimizer)
-    with_prompts = partial(add_prompts, *map(jnp.asarray, prompts.encode(episodes.instructions)))
+    ids, lengths = prompts.encode(episodes.instructions)
+    targets = [target_segment(instruction) for instruction in episodes.instructions]
+    told = {"ids": ids, "lengths": lengths, "target": np.array(targets, np.int32)}
+    with_prompts = partial(add_told, jax.tree.map(jnp.asarray, told))
 
     def loss(params, batch, key):
         bounds = statistics.action
@@ -201,10 +205,9 @@ def loader_config(
     )
 
 
-def add_prompts(ids: jax.Array, lengths: jax.Array, batch: dict) -> dict:
-    """The batch with the prompts of its instructions, of tables that have one for each."""
-    chosen = batch["instruction"]
-    return batch | {"ids": ids[chosen], "lengths": lengths[chosen]}
+def add_told(told: dict[str, jax.Array], batch: dict) -> dict:
+    """The batch with what is known of its instructions: tables that have a row for each."""
+    return batch | {name: table[batch["instruction"]] for name, table in told.items()}
 
 
 def action_error(

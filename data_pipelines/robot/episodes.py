@@ -20,7 +20,7 @@ from data_pipelines.disk import read_json
 from data_pipelines.robot.policies import ACTION_SIZE, PROPRIO_SIZE
 from fastdrive_jax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 DATASET = "robot_episodes"  # TFDS's name of it, which begins the files' names
 VERSION = "1.0.0"
 MANIFEST = "manifest.json"

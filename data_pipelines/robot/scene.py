@@ -19,9 +19,10 @@ _ROOM = np.array([0.15, 0.17])  # things lie within +- this
 _APART = 0.085  # centres of things
 _TURN = 0.35  # radians; less than an eighth of a turn from the gripper's, so a cube has one nearest
 _TRAY_APART = 0.115
-_HEIGHT = {"cube": 0.020, "ball": 0.022, "cylinder": 0.025}  # of the centre above the table
-_HALF_WIDTH = {"cube": 0.020, "ball": 0.022, "cylinder": 0.019}
-_SIZE = {"cube": "0.02 0.02 0.02", "ball": "0.022", "cylinder": "0.019 0.025"}
+# A thing is some 8 pixels wide in the front picture, so shapes differ in size and height too.
+_HEIGHT = {"cube": 0.020, "ball": 0.017, "cylinder": 0.034}  # of the centre above the table
+_HALF_WIDTH = {"cube": 0.020, "ball": 0.017, "cylinder": 0.017}
+_SIZE = {"cube": "0.02 0.02 0.02", "ball": "0.017", "cylinder": "0.017 0.034"}
 _TYPE = {"cube": "box", "ball": "sphere", "cylinder": "cylinder"}
 
 

@@ -22,7 +22,7 @@ from data_pipelines.robot.scene import (
     rest_height,
     scene_xml,
 )
-from data_pipelines.robot.tasks import TASKS
+from data_pipelines.robot.tasks import TASKS, THINGS
 from fastdrive_jax.errors import UserError
 
 VIEWS = ("front", "wrist")
@@ -30,7 +30,7 @@ SECONDS = 0.2  # of an action
 STEP = 0.05  # metres of an action's 1
 TURN = 0.4  # radians of an action's 1
 LIFTED = 0.05  # metres above where it lay
-SEGMENTS = ("background", "target", "gripper", "distractor", "tray")
+SEGMENTS = ("background", "gripper", "tray", *(thing.name for thing in THINGS))
 _LEAD = 0.05  # the driven place is never farther ahead of the gripper than this
 
 
@@ -210,18 +210,21 @@ class Tabletop:
 
     def _segments(self) -> np.ndarray:
         """Geom's number to segment; the last entry stands for none, -1."""
-        model, task = self._model, TASKS[self._scene.task]
-        kinds = []
-        for geom in range(model.ngeom):
-            name = model.body(model.geom(geom).bodyid[0]).name
-            kind = "background"
-            if name in ("gripper", "left", "right"):
-                kind = "gripper"
-            elif name == "thing0":
-                kind = "target"
-            elif name.startswith("thing"):
-                kind = "distractor"
-            elif name == "tray":
-                kind = "tray" if task.place else "distractor"
-            kinds.append(SEGMENTS.index(kind))
-        return np.array([*kinds, 0], np.uint8)
+        model = self._model
+        named = {"left": "gripper", "right": "gripper"}
+        named |= {f"thing{k}": one.thing.name for k, one in enumerate(self._scene.things)}
+        bodies = [model.body(model.geom(geom).bodyid[0]).name for geom in range(model.ngeom)]
+        kinds = [named.get(body, body) for body in bodies]
+        return np.array([SEGMENTS.index(k) if k in SEGMENTS else 0 for k in (*kinds, "")], np.uint8)
+
+
+def target_segment(instruction: str) -> int:
+    """Number in `SEGMENTS` of the object that a task's instruction asks for.
+
+    Raises:
+        UserError: No task has this instruction.
+    """
+    for task in TASKS:
+        if task.instruction == instruction:
+            return SEGMENTS.index(task.target.name)
+    raise UserError(f"No task of the tabletop has the instruction {instruction!r}.")

@@ -91,8 +91,8 @@ def robot_loss(
         loss: Its parts.
         bounds: What scales actions.
         params: From `init_robot`.
-        batch: image [B, V, H, W, 3], segments [B, V, H, W], ids [B, L], lengths [B] and action
-            [B, T, A] of the robot's units.
+        batch: image [B, V, H, W, 3], segments [B, V, H, W], ids [B, L], lengths [B], target [B],
+            the segment that the prompt asks for, and action [B, T, A] of the robot's units.
         key: Draws the kept tokens.
     """
     config, heads = model.config, loss.heads
@@ -111,7 +111,7 @@ def robot_loss(
         layers = sown["intermediates"]["language_model"]
         hidden = {k: layers[f"hidden_{k}"][0] for k in (heads.point_layer, heads.locate_layer)}
         place = batch["lengths"] + kept.shape[1] - 1
-        given = params["heads"], config, heads, hidden, place, labels, kept
+        given = params["heads"], config, heads, hidden, place, labels, batch["target"], kept
         action_loss = optax.losses.softmax_cross_entropy(logits, targets).mean()
         return {"action_loss": action_loss} | prompt_losses(*given)
 

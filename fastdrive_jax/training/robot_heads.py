@@ -24,9 +24,9 @@ class HeadConfig:
     """What the heads tell, and the weights of their losses.
 
     Attributes:
-        kinds: c, kinds of things in the pictures of what each pixel shows.
-        target: The kind that the instruction asks for.
-        located: Kinds that the last head finds.
+        kinds: c, kinds of things in the pictures of what each pixel shows; what an instruction
+            asks for is told from all else, so each object is a kind of its own.
+        located: Kinds that the last head finds beside what the instruction asks for.
         kind_weight: Of the head that names kinds.
         place_weight: Of the head that tells places.
         point_weight: Of the head that points.
@@ -36,10 +36,9 @@ class HeadConfig:
             has been found must still be fetched.
     """
 
-    kinds: int = 5
-    target: int = 1
-    located: tuple[int, ...] = (1, 2, 4)
-    kind_weight: float = 1.0
+    kinds: int = 18
+    located: tuple[int, ...] = (1, 2)
+    kind_weight: float = 8.0
     place_weight: float = 1.0
     point_weight: float = 1.0
     point_layer: int = 1
@@ -64,14 +63,14 @@ def read_labels(segments: Int[Array, "B V H W"], kinds: int, grid: tuple[int, in
     batch, views, height, width = segments.shape
     rows, columns = grid
     tall, wide = height // rows, width // columns
-    x = jax.nn.one_hot(segments, kinds)
-    x = x.reshape(batch, views, rows, tall, columns, wide, kinds)
-    x = x.transpose(0, 1, 2, 4, 6, 3, 5).reshape(batch, -1, kinds, tall, wide)
-    area = x.mean(axis=(3, 4))
-    down = x.mean(axis=4) @ _from_minus_one(tall) / tall
-    right = x.mean(axis=3) @ _from_minus_one(wide) / wide
-    centre = jnp.stack([down, right], axis=-1) / jnp.maximum(area, 1e-6)[..., None]
-    return Labels(area, centre)
+    x = segments.reshape(batch, views, rows, tall, columns, wide)
+    x = x.transpose(0, 1, 2, 4, 3, 5).reshape(batch, -1, tall * wide)
+    down, right = jnp.meshgrid(_from_minus_one(tall), _from_minus_one(wide), indexing="ij")
+    moments = jnp.stack([jnp.ones_like(down), down, right], axis=-1).reshape(-1, 3) / (tall * wide)
+    # A kind at a time: pictures of all of them would be the most memory of a step.
+    found = jax.lax.map(lambda kind: (x == kind).astype(moments.dtype) @ moments, jnp.arange(kinds))
+    area, centre = jnp.split(jnp.moveaxis(found, 0, 2), [1], axis=-1)
+    return Labels(area[..., 0], centre / jnp.maximum(area, 1e-6))
 
 
 def token_places(config: OpenVLAConfig) -> Float[Array, "N 3"]:
@@ -107,7 +106,7 @@ def init_heads(config: OpenVLAConfig, heads: HeadConfig, key: jax.Array) -> dict
         "kind": heads.kinds,
         "place": 3 + 2 * heads.kinds,
         "point": size,
-        "locate": 2 * config.views * len(heads.located),
+        "locate": 2 * config.views * (1 + len(heads.located)),
     }
     keys = jax.random.split(key, len(outputs))
     return {
@@ -141,6 +140,7 @@ def prompt_losses(
     hidden: dict[int, Float[Array, "B n D"]],
     place: Int[Array, " B"],
     labels: Labels,
+    target: Int[Array, " B"],
     kept: Int[Array, "B K"],
 ) -> dict[str, Float[Array, ""]]:
     """Losses {"point_loss", "locate_loss"} of the heads that read the prompt's last token.
@@ -152,6 +152,7 @@ def prompt_losses(
         hidden: Outputs of decoder layers; visual tokens stand from 1 on.
         place: Of the prompt's last token.
         labels: Of all visual tokens.
+        target: The kind that each instruction asks for.
         kept: Which of them the decoder was given. Where things are is asked of what is left.
     """
 
@@ -161,15 +162,17 @@ def prompt_losses(
     query = _linear(params["point"], last(heads.point_layer))
     keys = hidden[heads.point_layer][:, 1 : 1 + kept.shape[1]]
     scores = jnp.einsum("bd,bkd->bk", query, keys) * keys.shape[-1] ** -0.5
-    area = jnp.take_along_axis(labels.area[..., heads.target], kept, axis=1)
+    others = jnp.broadcast_to(jnp.asarray(heads.located, int), (len(kept), len(heads.located)))
+    located = jnp.concatenate([target[:, None], others], axis=1)
+    areas = jnp.take_along_axis(labels.area, located[:, None], axis=2)
+    area = jnp.take_along_axis(areas[..., 0], kept, axis=1)
     total = area.sum(axis=1, keepdims=True)
     losses = optax.losses.softmax_cross_entropy(scores, area / jnp.maximum(total, 1e-6))
-    located = jnp.asarray(heads.located)
     left = jnp.zeros(labels.area.shape[:2]).at[jnp.arange(len(kept))[:, None], kept].set(1)
-    area = labels.area[..., located].reshape(len(kept), config.views, -1, len(located))
+    area = areas.reshape(len(kept), config.views, -1, located.shape[1])
     shown = (left.reshape(*area.shape[:3], 1) * area).sum(axis=2)
     share = shown / jnp.maximum(area.sum(axis=2), 1e-6)
-    true = view_centres(labels, config)[:, :, located]
+    true = jnp.take_along_axis(view_centres(labels, config), located[:, None, :, None], axis=2)
     found = _linear(params["locate"], last(heads.locate_layer)).reshape(true.shape)
     away = jnp.square(found - true).mean(axis=-1)
     return {

@@ -22,7 +22,7 @@ from data_pipelines.robot.episodes import (
 from data_pipelines.robot.expert import expert_action
 from data_pipelines.robot.policies import Acted, RobotPolicy
 from data_pipelines.robot.recording import DemoConfig, record_episode
-from data_pipelines.robot.tabletop import Tabletop, TabletopState
+from data_pipelines.robot.tabletop import SEGMENTS, Tabletop, TabletopState
 from data_pipelines.robot.tasks import TASKS
 from fastdrive_jax.errors import UserError
 
@@ -226,7 +226,7 @@ def test_chunks_are_the_actions_that_follow_and_end_with_the_last(recorded):
     assert batch["image"].dtype == np.uint8
     assert batch["proprio"].shape == (4, 8)
     assert batch["segments"].shape == (4, 2, 32, 48)
-    assert set(np.unique(batch["segments"])) <= set(range(5))
+    assert set(np.unique(batch["segments"])) <= set(range(len(SEGMENTS)))
     last = len(actions) - 1
     ends = taken(iter(batches(recorded, shuffle=False, chunk=5, batch_size=1)), last + 1)[-1]
     np.testing.assert_array_equal(ends["action"][0], np.repeat(actions[-1:], 5, 0))

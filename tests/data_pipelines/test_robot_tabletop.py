@@ -9,8 +9,15 @@ import pytest
 from data_pipelines.robot import rendering, scene
 from data_pipelines.robot.environment import SUITES, TABLETOP_STEPS, make_suite
 from data_pipelines.robot.expert import expert_action, expert_policy
-from data_pipelines.robot.tabletop import SEGMENTS, STEP, TURN, Tabletop, TabletopState
-from data_pipelines.robot.tasks import DISTRACTORS, TASKS
+from data_pipelines.robot.tabletop import (
+    SEGMENTS,
+    STEP,
+    TURN,
+    Tabletop,
+    TabletopState,
+    target_segment,
+)
+from data_pipelines.robot.tasks import COLOURS, DISTRACTORS, TASKS
 from fastdrive_jax.errors import UserError
 
 SIZE = (64, 64)
@@ -144,13 +151,17 @@ def test_segments_fall_on_what_they_name(env):
     env.reset(0, 3)
     images, segments = env.reset(0, 3).images, env.segmentation()
     assert segments.shape == (2, *SIZE)
-    target = images[0][segments[0] == SEGMENTS.index("target")].astype(float).mean(0)
-    assert target[0] > 2.5 * target[1]  # the red cube
-    for name in ("gripper", "distractor"):
-        assert (segments[0] == SEGMENTS.index(name)).any()
-    assert not (segments == SEGMENTS.index("tray")).any()  # no destination of this task
-    env.reset(4, 3)
-    assert (env.segmentation()[0] == SEGMENTS.index("tray")).sum() > 20
+    things = {placed.thing for placed in scene.draw_scene(0, 0, 3).things}
+    shown = {SEGMENTS[number] for number in np.unique(segments)}
+    assert shown == {"background", "gripper", "tray", *(thing.name for thing in things)}
+    assert SEGMENTS[target_segment(TASKS[0].instruction)] == "red cube"
+    for thing in things:
+        here = segments[0] == SEGMENTS.index(thing.name)
+        seen, true = images[0][here].astype(float).mean(0), np.array(COLOURS[thing.colour])
+        # In the light of the lamp, but of its own colour.
+        assert seen @ true > 0.95 * np.linalg.norm(seen) * np.linalg.norm(true), thing
+    with pytest.raises(UserError, match="'sing'"):
+        target_segment("sing")
     np.testing.assert_array_equal(env.reset(0, 3).images, images)  # colours are back
 
 

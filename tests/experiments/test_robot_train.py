@@ -10,6 +10,7 @@ from small_openvla import small_openvla
 from data_pipelines.robot import rendering
 from data_pipelines.robot.demonstrations import record_demonstrations
 from data_pipelines.robot.recording import DemoConfig
+from data_pipelines.robot.tabletop import SEGMENTS
 from experiments.cli import main
 from experiments.robot_demos import RobotDemosArgs, robot_demos
 from experiments.robot_eval import RobotEvalArgs, robot_eval
@@ -19,6 +20,7 @@ from fastdrive_jax.evaluation.results import read_rows
 from fastdrive_jax.models.openvla.policy_file import load_policy
 from fastdrive_jax.training.optimizer import OptimizerConfig
 from fastdrive_jax.training.robot import RobotLossConfig
+from fastdrive_jax.training.robot_heads import HeadConfig
 
 pytestmark = pytest.mark.skipif(rendering.absent() is not None, reason=str(rendering.absent()))
 
@@ -29,12 +31,16 @@ def config(tmp_path_factory):
     record_demonstrations(
         folder / "demos", DemoConfig(episodes=1, val_episodes=1, image_size=(24, 24)), 1, False
     )
+    model = small_openvla()[0].config
     return RobotTrainConfig(
         demos=(folder / "demos",),
         out=folder / "run",
-        model=small_openvla()[0].config,
+        model=replace(model, text=replace(model.text, num_layers=3)),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1, total_steps=3),
-        loss=RobotLossConfig(keep_choices=(1.0, 0.5)),  # each share is compiled
+        loss=RobotLossConfig(
+            HeadConfig(point_layer=0, locate_layer=1),
+            keep_choices=(1.0, 0.5),  # each share is compiled
+        ),
         batch_size=8,  # other tests may have made eight devices of this process
         quiet=True,
     )
@@ -73,6 +79,12 @@ def test_a_policy_is_corrected_where_it_got_to(config, tmp_path):
     still = replace(start, optimizer=replace(config.optimizer, learning_rate=1e-12))
     _, started, _ = load_policy(robot_train(still))
     jax.tree.map(np.testing.assert_array_equal, started, params)
+
+
+def test_the_heads_know_what_pictures_show():
+    heads = RobotTrainConfig(demos=()).loss.heads
+    assert heads.kinds == len(SEGMENTS)
+    assert [SEGMENTS[k] for k in heads.located] == ["gripper", "tray"]
 
 
 def test_what_does_not_fit_is_refused(config, tmp_path):

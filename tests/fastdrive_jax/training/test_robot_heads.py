@@ -19,7 +19,8 @@ from fastdrive_jax.training.robot_heads import (
     view_centres,
 )
 
-HEADS = HeadConfig(point_layer=0, locate_layer=1)
+HEADS = HeadConfig(kinds=5, located=(2, 4), point_layer=0, locate_layer=1)
+TARGET = jnp.array([1])
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +91,12 @@ def test_pointing_and_locating_ask_for_what_is_left(config):
     def losses(kept, heads=heads):
         hidden = jnp.zeros((1, 1 + kept.shape[1] + 8, size))
         given = {0: hidden, 1: hidden}
-        return prompt_losses(heads, config, HEADS, given, place * 0, labels, kept)
+        return prompt_losses(heads, config, HEADS, given, place * 0, labels, TARGET, kept)
 
     everything = jnp.arange(count)[None]
     # Nothing known: every token as likely as any other.
     np.testing.assert_allclose(losses(everything)["point_loss"], np.log(count), rtol=1e-5)
-    true = view_centres(labels, config)[:, :, jnp.asarray(HEADS.located)]
+    true = view_centres(labels, config)[:, :, jnp.asarray([1, *HEADS.located])]
     told = heads | {"locate": heads["locate"] | {"bias": true.reshape(-1)}}
     assert losses(everything, told)["locate_loss"] < 1e-10
     # Of the two targets only that of the second picture is left.
@@ -109,6 +110,30 @@ def test_pointing_and_locating_ask_for_what_is_left(config):
     # Nothing is asked of what cannot be seen.
     none = jnp.asarray([[k for k in range(count) if not holds[k]][:2]])
     assert losses(none)["point_loss"] == losses(none)["locate_loss"] == 0
+
+
+def test_each_sample_is_asked_for_its_own_thing(config):
+    """Two samples of one picture whose instructions ask for different kinds."""
+    one = pictures(config, [(0, 2, 3)]).at[0, 0, 9, 9].set(3)
+    labels = read_labels(jnp.concatenate([one, one]), HEADS.kinds, config.token_grid)
+    count, size = config.visual_tokens, config.text.hidden_size
+    heads = jax.tree.map(jnp.zeros_like, init_heads(config, HEADS, jax.random.key(0)))
+    heads["point"]["bias"] = heads["point"]["bias"].at[0].set(1e3)
+    first = np.flatnonzero(np.asarray(labels.area[0, :, 1]) > 0)
+    hidden = jnp.zeros((2, 1 + count, size)).at[:, 1 + first, 0].set(1)
+    kept = jnp.broadcast_to(jnp.arange(count), (2, count))
+    given = {0: hidden, 1: hidden}
+
+    def loss(*target):
+        target = jnp.asarray(target)
+        places = jnp.zeros(2, int)
+        return prompt_losses(heads, config, HEADS, given, places, labels, target, kept)[
+            "point_loss"
+        ]
+
+    # It points at what kind 1 is in: right for those that ask for it.
+    assert loss(1, 1) < 1e-6
+    assert loss(1, 3) == loss(3, 1) == loss(3, 3) / 2 > 10
 
 
 def test_a_layer_that_is_not_there_is_refused(config):
