@@ -122,18 +122,17 @@ def test_signals_stop_at_the_next_step_and_get_their_handlers_back(tmp_path, num
 
 
 def test_a_stop_while_a_large_save_is_running_is_within_thirty_seconds(tmp_path):
-    """100 MB a step are written, slower than steps are made, so that one is always on its way."""
+    """100 MB a step are written, slower than steps are made unless others use the machine."""
 
     def init():
         return init_train_state(lambda key: {"w": jnp.zeros((5000, 5000))}, optax.sgd(1.0), 0)
 
     def interrupt(record):
-        if record["step"] == 2:
-            asked.append(time.perf_counter())
-            running.extend((tmp_path / "checkpoints").glob("1.*tmp*"))
+        if not asked and any((tmp_path / "checkpoints").glob("*tmp*")):  # one is on its way
+            asked.extend((record["step"], time.perf_counter()))
             signal.raise_signal(signal.SIGTERM)
 
-    asked, running = [], []
+    asked = []
     config, place = TinyConfig(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     step = make_train_step(lambda params, batch, key: (params["w"].mean(), {}), optax.sgd(1.0))
     with pytest.raises(StoppedBySignal):
@@ -141,12 +140,12 @@ def test_a_stop_while_a_large_save_is_running_is_within_thirty_seconds(tmp_path)
             tmp_path, config, init, step, make_batches(config), STEPS, log_every=1,
             checkpoint_every=1, keep=1, on_log=interrupt, quiet=True,
         )  # fmt: skip
-    assert time.perf_counter() - asked[0] < 30
-    assert running  # the signal did come within a save
+    step, begin = asked
+    assert time.perf_counter() - begin < 30
     with RunCheckpoints(tmp_path, config) as checkpoints:
         saved = checkpoints.latest_step()
         state = checkpoints.restore(abstract_state(init, place), make_batches(config))
-    assert saved in (2, 3)
+    assert saved in (step, step + 1)
     assert int(state.step) == saved
 
 
