@@ -64,14 +64,15 @@ def need_converter() -> None:
     Raises:
         UserError: It is not installed.
     """
-    for package in ("jax2onnx", "onnxruntime"):
-        _need(package)
+    _need("jax2onnx", "onnxruntime")
 
 
-def _need(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
+def _need(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
         raise UserError(
-            f"ONNX needs {package}, which is not installed; docs/export.md says how to install it."
+            f"ONNX needs what is not installed: {' and '.join(missing)}; docs/export.md says how "
+            "to install it."
         )
 
 
