@@ -71,8 +71,8 @@ def _need(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"ONNX needs what is not installed: {' and '.join(missing)}; docs/export.md says how "
-            "to install it."
+            f"ONNX needs {' and '.join(missing)}, which this environment lacks; docs/export.md "
+            "says how to install it."
         )
 
 

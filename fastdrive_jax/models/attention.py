@@ -8,8 +8,8 @@
 | all else | any | "blockwise", below: a few query rows against all keys at a time |
 
 None of them holds N x N scores of a long sequence. On a CPU one head at a time: all heads' scores
-at once go through memory several times. Where a head has few (some 45 tokens), the loop is what
-takes time, and "xla" does all heads at once.
+at once go through memory several times. Where they are few (some 45 tokens, a small batch), the
+loop is what takes time, and "xla" does all heads at once.
 
 Under `jax.set_mesh` each device attends for its own samples and heads (`attention_mesh`).
 """
@@ -34,7 +34,7 @@ _CAUSAL_FROM = 512  # shorter sequences are one part
 _LONG = 4096  # keys from which they come in blocks too, unless causal
 _ROWS, _KEYS = 512, 1024  # of a block of those
 _SHORT_BYTES = 1 << 26  # of all scores, up to which a GPU holds them
-_FEW_SCORES = 2048  # of a head, up to which a CPU does all heads at once
+_FEW_SCORES = 1 << 11, 1 << 15  # of a head, and of all, up to which a CPU does all heads at once
 _NOTHING = -1e30  # score of a key that is out of sight; finite, so that no row divides 0 by 0
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -109,7 +109,10 @@ def _kernel_for(query, key) -> str:
     kernel = attention_kernel(query.dtype, size)
     scores = count * key.shape[1]
     on_gpu = (_platform.get() or jax.default_backend()) == "gpu"
-    short = 4 * batch * heads * scores <= _SHORT_BYTES if on_gpu else scores <= _FEW_SCORES
+    if on_gpu:
+        short = 4 * batch * heads * scores <= _SHORT_BYTES
+    else:
+        short = scores <= _FEW_SCORES[0] and batch * heads * scores <= _FEW_SCORES[1]
     return "xla" if count == 1 or (kernel == "blockwise" and short) else kernel
 
 

@@ -154,6 +154,7 @@ def test_segments_fall_on_what_they_name(env):
     things = {placed.thing for placed in scene.draw_scene(0, 0, 3).things}
     shown = {SEGMENTS[number] for number in np.unique(segments)}
     assert shown == {"background", "gripper", "tray", *(thing.name for thing in things)}
+    assert (segments[0] == SEGMENTS.index("tray")).sum() > 20
     assert SEGMENTS[target_segment(TASKS[0].instruction)] == "red cube"
     for thing in things:
         here = segments[0] == SEGMENTS.index(thing.name)
