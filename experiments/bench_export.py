@@ -25,6 +25,7 @@ from experiments.export_source import Source, read_source
 from experiments.frame_stages import clock
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.export.driving import PROGRAMS, driving_program
 from fastdrive_jax.export.onnx_programs import POLICY, read_onnx, write_onnx
 from fastdrive_jax.export.programs import Bucket, read_program, write_programs
 from fastdrive_jax.export.quantized import (
@@ -135,8 +136,8 @@ def make_forms(source: Source, bucket: Bucket, folder: Path) -> dict[str, Form]:
             functools.partial(jax.jit(quantized_scores(quantized)), tensors),
         )
     platform = PLATFORMS[jax.default_backend()]
-    write_programs(folder / "stablehlo", policy, params, (bucket,), (platform,))
-    program = read_program(folder / "stablehlo")
+    write_programs(folder / "stablehlo", driving_program(policy), params, (bucket,), (platform,))
+    program = read_program(folder / "stablehlo", PROGRAMS)
 
     def run(*inputs):
         answer = program(*inputs)

@@ -20,7 +20,7 @@ from experiments.export_source import Source
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export import manifest as manifests
 from fastdrive_jax.export import run_program
-from fastdrive_jax.export.driving import read_policy
+from fastdrive_jax.export.driving import PROGRAMS, read_policy
 from fastdrive_jax.export.onnx_programs import POLICY, PRUNER, read_onnx
 from fastdrive_jax.export.programs import Bucket, read_program
 from fastdrive_jax.export.pruner import read_pruner
@@ -146,7 +146,7 @@ def _planners(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
             policy, params = read_policy(out / "policy", form)
             yield f"policy, {form}", of_plan(functools.partial(plan, policy), params), METRES
     if "stablehlo" in forms and runs_here(out / "stablehlo"):
-        program = read_program(out / "stablehlo", bucket)
+        program = read_program(out / "stablehlo", PROGRAMS, bucket)
         name = f"stablehlo, {100 * bucket.keep_ratio:g}% kept, batch {bucket.batch}"
 
         def run(*inputs):

@@ -27,11 +27,12 @@ from experiments.export_source import Source, read_source
 from experiments.model_card import model_card
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_text
-from fastdrive_jax.export.driving import write_policy
+from fastdrive_jax.export.driving import driving_program, write_policy
+from fastdrive_jax.export.eight_bits import need_qwix
 from fastdrive_jax.export.onnx_programs import OPSET, need_converter, write_onnx
 from fastdrive_jax.export.programs import PLATFORMS, Bucket, need_flatbuffers, write_programs
 from fastdrive_jax.export.pruner import TORCH_MODULE, write_pruner
-from fastdrive_jax.export.quantized import QuantizedPolicy, need_qwix, write_quantized
+from fastdrive_jax.export.quantized import QuantizedPolicy, write_quantized
 
 Form = Literal["pruner", "policy", "stablehlo", "int8", "onnx"]
 USUAL: tuple[Form, ...] = ("pruner", "policy", "stablehlo")
@@ -145,7 +146,7 @@ def _write(form: Form, args: ExportArgs, source: Source, buckets: tuple[Bucket, 
     elif form == "policy":
         write_policy(folder, source.params, source.vla, source.pruner, first.keep_ratio)
     elif form == "stablehlo":
-        write_programs(folder, policy, source.params, buckets, args.platforms)
+        write_programs(folder, driving_program(policy), source.params, buckets, args.platforms)
     elif form == "int8":
         write_quantized(folder, QuantizedPolicy(policy, source.pruner), source.params)
     else:

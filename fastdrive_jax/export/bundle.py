@@ -9,7 +9,8 @@ whole or absent.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,12 @@ Params = dict[str, Any]
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
-def write_bundle(out_dir: str | Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+def write_bundle(
+    out_dir: str | Path,
+    params: Mapping[str, Any],
+    config: Mapping[str, Any],
+    beside: Mapping[str, Sequence[Path]] | None = None,
+) -> Path:
     """Write a model as a bundle, atomically as a whole folder.
 
     Args:
@@ -43,6 +49,7 @@ def write_bundle(out_dir: str | Path, params: Mapping[str, Any], config: Mapping
         Every dtype is kept, bfloat16 included; 64-bit and zero-size arrays are refused, since JAX
         would narrow the first on reading and Orbax cannot hold the second.
       config: what rebuilds the model; JSON only, and it must come back equal (lists, not tuples).
+      beside: files to copy, by the folder within the bundle that they go to.
 
     Returns:
       The folder.
@@ -56,12 +63,22 @@ def write_bundle(out_dir: str | Path, params: Mapping[str, Any], config: Mapping
         if value.size == 0 or value.dtype.itemsize > 4:
             raise ValueError(f"{name} is {value.dtype} {value.shape}; a bundle cannot keep that")
     size = 2 * sum(value.nbytes for value in tensors.values())
-    return write_folder(out_dir, size, functools.partial(_fill, tensors=tensors, config=config))
+    fill = functools.partial(_fill, tensors=tensors, config=config, beside=beside or {})
+    return write_folder(out_dir, size, fill)
 
 
-def _fill(folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:
+def _fill(
+    folder: Path,
+    tensors: dict[str, np.ndarray],
+    config: Mapping[str, Any],
+    beside: Mapping[str, Sequence[Path]],
+) -> None:
     shapes = manifests.describe_tensors(tensors)
     manifests.dump(Manifest(dict(config), shapes, {}, {}))  # refuse a bad config before the work
+    for name, paths in beside.items():
+        (folder / name).mkdir()
+        for path in paths:
+            shutil.copyfile(path, folder / name / path.name)
     # straight to disk: `save` would hold a second copy of the model in memory
     safetensors_flax.save_file(tensors, folder / SAFETENSORS, metadata={"format": manifests.FORMAT})
     here = jax.process_index()  # one host of a job writes, and does not wait for the others

@@ -1,4 +1,4 @@
-"""The whole pruned policy as serialized StableHLO, with static shapes, for other platforms too.
+"""A whole pruned model as serialized StableHLO, with static shapes, for other platforms too.
 
     OUT/config.json          buckets, inputs and outputs, the SHA-256 of every file
     OUT/model.safetensors    the weights, which every program takes as its first argument
@@ -13,12 +13,12 @@ import contextlib
 import functools
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import flax as safetensors_flax
 
@@ -29,11 +29,9 @@ from fastdrive_jax.export import run_program
 from fastdrive_jax.export.bundle import SAFETENSORS
 from fastdrive_jax.export.folder import write_folder
 from fastdrive_jax.export.trees import flatten, unflatten
-from fastdrive_jax.inference.policy import DrivingPolicy, plan
 from fastdrive_jax.models.attention import kernels_of
 from fastdrive_jax.pruning.select import num_keep
 
-KIND = "driving policy programs"
 PLATFORMS = ("cpu", "cuda", "tpu")
 _PACKAGES = ("fastdrive-jax", "jax", "jaxlib", "safetensors")
 
@@ -56,32 +54,50 @@ class Bucket:
             raise UserError(f"batch={self.batch} must be at least 1.")
 
 
+@dataclass(frozen=True)
+class Program:
+    """What is lowered, whatever its bucket.
+
+    Attributes:
+        kind: Of the folder that holds it.
+        run: `(keep_ratio, params, *inputs)` to arrays by name; pure.
+        inputs: Of `run` in their order, without the batch axis, which comes first.
+        outputs: Axes of each result, for people.
+        budget: Keep ratio to K.
+        model: What rebuilds the model, JSON by name.
+    """
+
+    kind: str
+    run: Callable[..., dict[str, jax.Array]]
+    inputs: Mapping[str, jax.ShapeDtypeStruct]
+    outputs: Mapping[str, Sequence[Any]]
+    budget: Callable[[float], int]
+    model: Mapping[str, Any]
+
+
 def write_programs(
     folder: Path,
-    policy: DrivingPolicy,
+    program: Program,
     params: dict,
     buckets: Sequence[Bucket],
     platforms: Sequence[str] = PLATFORMS,
 ) -> Path:
-    """Lowers the policy here for every bucket and platform; none of the platforms need be here.
+    """Lowers the program here for every bucket and platform; none of the platforms need be here.
 
     Args:
         folder: To make; see `write_folder`.
-        policy: Of a method without memory and draws; its own keep ratio is not used.
-        params: {"vla": ..., "pruner": ...}.
+        program: Of a model.
+        params: Of the model.
         buckets: Of the programs.
         platforms: Of "cpu", "cuda" and "tpu".
 
     Raises:
         UserError: The extra `export` is not installed, or the folder cannot be written.
-        ValueError: The method needs more than pictures, speed and command.
     """
     need_flatbuffers()
-    if policy.pruner.temporal is not None or "key" in policy.pruner.needs:
-        raise ValueError(f"{policy.pruner.name} needs a state or a key, which no program takes")
     tensors = {name: np.asarray(value) for name, value in flatten(params).items()}
     fill = functools.partial(
-        _fill, policy=policy, tensors=tensors, buckets=buckets, platforms=platforms
+        _fill, program=program, tensors=tensors, buckets=buckets, platforms=platforms
     )
     return write_folder(folder, sum(value.nbytes for value in tensors.values()), fill)
 
@@ -95,69 +111,58 @@ def need_flatbuffers() -> None:
         )
 
 
-def _fill(folder, policy, tensors, buckets, platforms):
+def _fill(folder, program, tensors, buckets, platforms):
     described = []
     for bucket in buckets:
-        kept = policy.pruner.budget(policy.model.config.visual_tokens, bucket.keep_ratio)
-        programs = {}
+        kept, programs = program.budget(bucket.keep_ratio), {}
         for platform in platforms:
             programs[platform] = f"b{bucket.batch}_k{kept}.{platform}.stablehlo"
-            program = lower(policy, tensors, bucket, platform)
-            (folder / programs[platform]).write_bytes(program.serialize())
+            lowered = lower(program, tensors, bucket, platform)
+            (folder / programs[platform]).write_bytes(lowered.serialize())
         described.append({**to_plain(bucket), "kept": kept, "programs": programs})
     safetensors_flax.save_file(tensors, folder / SAFETENSORS, metadata={"format": manifests.FORMAT})
     shutil.copyfile(run_program.__file__, folder / "run.py")
-    config = policy.model.config
+    inputs = {name: ["batch", *array.shape] for name, array in program.inputs.items()}
     described = {
-        "kind": KIND,
+        "kind": program.kind,
         "buckets": described,
-        "inputs": {
-            "images": ["batch", len(config.cameras), *config.image_size, 3],
-            "speed": ["batch"],
-            "command": ["batch"],
-        },
-        "outputs": {
-            "waypoints": ["batch", config.vocabulary.steps, 2],
-            "keep_indices": ["batch", "kept"],
-        },
-        "vla": to_plain(config),
+        "inputs": inputs,
+        "outputs": {name: list(axes) for name, axes in program.outputs.items()},
+        **program.model,
     }
     manifests.seal(folder, described, manifests.describe_tensors(tensors), _PACKAGES)
 
 
-def lower(
-    policy: DrivingPolicy, tensors: dict, bucket: Bucket, platform: str
-) -> jax.export.Exported:
-    """The policy as a program of one bucket and platform.
+def lower(program: Program, tensors: dict, bucket: Bucket, platform: str) -> jax.export.Exported:
+    """The program of one bucket and platform.
 
     Args:
-        policy: See `write_programs`.
+        program: See `write_programs`.
         tensors: The parameters by flat name; of each only shape and dtype are read.
         bucket: Shapes.
         platform: "cpu", "cuda" or "tpu".
     """
-    policy, config = replace(policy, keep_ratio=bucket.keep_ratio), policy.model.config
 
-    def run(weights, images, speed, command):
-        planned = plan(policy, unflatten(weights), images, speed, command)
-        return {"waypoints": planned.waypoints, "keep_indices": planned.keep_indices}
+    def run(weights, *inputs):
+        return program.run(bucket.keep_ratio, unflatten(weights), *inputs)
 
     weights = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
-    pictures = (bucket.batch, len(config.cameras), *config.image_size, 3)
-    inputs = (
-        jax.ShapeDtypeStruct(pictures, jnp.uint8),
-        jax.ShapeDtypeStruct((bucket.batch,), jnp.float32),
-        jax.ShapeDtypeStruct((bucket.batch,), jnp.int32),
-    )
-    with kernels_of("gpu" if platform == "cuda" else platform):
+    inputs = [
+        jax.ShapeDtypeStruct((bucket.batch, *array.shape), array.dtype)
+        for array in program.inputs.values()
+    ]
+    with kernels_of(platform):
         return jax.export.export(jax.jit(run), platforms=(platform,))(weights, *inputs)
 
 
-def read_program(folder: Path, bucket: Bucket | None = None) -> Callable[..., dict[str, jax.Array]]:
+def read_program(
+    folder: Path, kind: str, bucket: Bucket | None = None
+) -> Callable[..., dict[str, jax.Array]]:
     """The program of a bucket for the devices at hand; see `run_program.load_program`.
 
     Args:
         folder: Of `write_programs`.
+        kind: Of the program.
         bucket: None takes the first.
 
     Raises:
@@ -166,8 +171,8 @@ def read_program(folder: Path, bucket: Bucket | None = None) -> Callable[..., di
     """
     need_flatbuffers()
     manifest = manifests.load(folder)
-    if manifest.config.get("kind") != KIND:
-        raise UserError(f"{folder} holds a {manifest.config.get('kind')!r}, not {KIND}.")
+    if manifest.config.get("kind") != kind:
+        raise UserError(f"{folder} holds a {manifest.config.get('kind')!r}, not {kind}.")
     for name in manifest.files:
         manifests.check_files(folder, manifest, name)
     with _refusing():

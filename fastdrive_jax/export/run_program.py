@@ -1,10 +1,11 @@
-"""Plans with an exported policy; needs jax, flatbuffers and safetensors, and not what made it.
+"""Runs an exported model; needs jax, flatbuffers and safetensors, and not what made it.
 
-    python run.py FRAMES.npz                   # images, speed and command; prints the waypoints
+    python run.py FRAMES.npz                   # the inputs by name; prints what it answers
     from run import load_program               # or from another program
 
 The folder holds one compiled-ahead program for each platform and bucket, a bucket being a batch
-size and a number of kept tokens, and the weights that all of them take. `config.json` lists them.
+size and a number of kept tokens, and the weights that all of them take. `config.json` lists them,
+and names inputs and outputs with their shapes.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ def load_program(
     keep_ratio: float | None = None,
     batch: int | None = None,
 ) -> Callable[..., dict[str, jax.Array]]:
-    """The program for the devices at hand, `(images, speed, command)` to waypoints and kept tokens.
+    """The program for the devices at hand: its inputs in their order to its outputs by name.
 
     Args:
         folder: Of the export.
@@ -38,7 +39,7 @@ def load_program(
         ValueError: A file is damaged, or there is no such program.
     """
     folder = Path(folder)
-    manifest = json.loads((folder / "config.json").read_text())
+    manifest = read_manifest(folder)
     config, platform = manifest["config"], PLATFORMS[jax.default_backend()]
     found = [
         bucket["programs"][platform]
@@ -56,7 +57,12 @@ def load_program(
     program = export.deserialize(bytearray((folder / found[0]).read_bytes()))
     weights = load_file(folder / WEIGHTS)
     run = jax.jit(program.call)
-    return lambda images, speed, command: run(weights, images, speed, command)
+    return lambda *inputs: run(weights, *inputs)
+
+
+def read_manifest(folder: Path) -> dict:
+    """What `config.json` says."""
+    return json.loads((folder / "config.json").read_text())
 
 
 def check_sums(folder: Path, manifest: dict, names: Iterable[str]) -> None:
@@ -69,6 +75,7 @@ def check_sums(folder: Path, manifest: dict, names: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    frames = np.load(sys.argv[1])
-    plan = load_program(batch=len(frames["images"]))
-    print(plan(frames["images"], frames["speed"], frames["command"])["waypoints"])
+    frames, here = np.load(sys.argv[1]), Path(__file__).parent
+    inputs = [frames[name] for name in read_manifest(here)["config"]["inputs"]]
+    for name, value in load_program(here, batch=len(inputs[0]))(*inputs).items():
+        print(name, value, sep="\n")

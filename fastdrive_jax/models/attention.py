@@ -47,7 +47,8 @@ def kernels_of(platform: str) -> Iterator[None]:
     Pallas kernel of a TPU has no form for a CPU.
 
     Args:
-        platform: "cpu", "gpu" or "tpu", or "any" for the plain operations that converters know.
+        platform: "cpu", "gpu" or "tpu"; "cuda" for a GPU without cuDNN, whose calls `jax.export`
+            does not keep; "any" for the plain operations that converters know.
     """
     token = _platform.set(platform)
     try:
@@ -108,7 +109,7 @@ def _kernel_for(query, key) -> str:
     batch, count, heads, size = query.shape
     kernel = attention_kernel(query.dtype, size)
     scores = count * key.shape[1]
-    on_gpu = (_platform.get() or jax.default_backend()) == "gpu"
+    on_gpu = (_platform.get() or jax.default_backend()) in ("gpu", "cuda")
     if on_gpu:
         short = 4 * batch * heads * scores <= _SHORT_BYTES
     else:

@@ -16,7 +16,9 @@ from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.frames import world_frames
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export.bundle import write_bundle
-from fastdrive_jax.export.programs import Bucket, lower, read_program, write_programs
+from fastdrive_jax.export.driving import PROGRAMS, driving_program
+from fastdrive_jax.export.programs import Bucket, lower, write_programs
+from fastdrive_jax.export.programs import read_program as read_any
 from fastdrive_jax.export.trees import flatten
 from fastdrive_jax.inference.policy import DrivingPolicy, plan
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
@@ -40,7 +42,12 @@ def policy(one_camera, small_pruner):
 
 @pytest.fixture(scope="module")
 def programs(policy, tmp_path_factory):
-    return write_programs(tmp_path_factory.mktemp("p") / "programs", *policy, BUCKETS, ("cpu",))
+    folder = tmp_path_factory.mktemp("p") / "programs"
+    return write_programs(folder, driving_program(policy[0]), policy[1], BUCKETS, ("cpu",))
+
+
+def read_program(folder, bucket=None):
+    return read_any(folder, PROGRAMS, bucket)
 
 
 @pytest.fixture
@@ -137,7 +144,7 @@ def test_other_frames_are_planned_otherwise(programs, frames):
 @pytest.mark.parametrize(("platform", "splash"), [("cpu", False), ("cuda", False), ("tpu", True)])
 def test_every_platform_gets_its_own_attention(policy, platform, splash):
     static, params = policy
-    program = lower(static, flatten(params), Bucket(0.4), platform)
+    program = lower(driving_program(static), flatten(params), Bucket(0.4), platform)
     assert program.platforms == (platform,)
     assert ("tpu_custom_call" in program.mlir_module()) == splash
     assert program.serialize()
@@ -203,5 +210,5 @@ def test_methods_that_need_more_than_a_frame_are_refused(policy, tmp_path):
     for name in ("random", "vlapruner"):
         other = DrivingPolicy(static.model, make_pruner(name), 0.4)
         with pytest.raises(ValueError, match="needs a state or a key"):
-            write_programs(tmp_path / "p", other, params, BUCKETS)
+            write_programs(tmp_path / "p", driving_program(other), params, BUCKETS)
     assert not list(tmp_path.iterdir())

@@ -137,7 +137,8 @@ def test_a_trace_may_be_for_another_platform():
 
 
 @pytest.mark.parametrize(
-    ("platform", "count", "loops"), [("gpu", 64, False), ("gpu", 4096, True), ("cpu", 64, True)]
+    ("platform", "count", "loops"),
+    [("gpu", 64, False), ("cuda", 64, False), ("gpu", 4096, True), ("cpu", 64, True)],
 )
 def test_a_gpu_holds_the_scores_of_short_sequences_at_once(platform, count, loops):
     row = jax.ShapeDtypeStruct((1, count, 4, 32), jnp.float32)
