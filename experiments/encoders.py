@@ -111,8 +111,18 @@ def _qwen(folder: Path, mesh: Mesh, dtype: jnp.dtype, quiet: bool) -> FrozenEnco
     visual = jax.jit(align, out_shardings=places)(params["visual"])
     config = aligned_config(model.vision)
     return FrozenEncoder(
-        digest=f"qwen2_5_vl {jnp.dtype(dtype).name} {checkpoint_digest(folder, ('visual',))}",
+        digest=qwen_digest(folder, dtype),
         dim=config.out_hidden_size,
         apply=partial(encode_pictures, config=config, dtype=dtype),
         params=visual,
     )
+
+
+def qwen_digest(folder: Path, dtype: jnp.dtype | str) -> str:
+    """What the tokens of a Qwen2.5-VL's encoder depend on besides the picture; see `load`.
+
+    Args:
+        folder: Of the checkpoint.
+        dtype: See `load_encoder`.
+    """
+    return f"qwen2_5_vl {jnp.dtype(dtype).name} {checkpoint_digest(folder, ('visual',))}"

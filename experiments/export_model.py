@@ -3,12 +3,14 @@
     fastdrive export --run runs/quickstart --out runs/release
     fastdrive export --run runs/pruner --out runs/release --forms pruner onnx
     fastdrive export --run runs/quickstart --out runs/release --keep-ratio 0.25 0.5 --batch 1 4
+    fastdrive export --run runs/3b --vla CHECKPOINT --out runs/3b_release --qwen.pictures 6
 
 RUN is the folder of `train-pruner` or of the quick start, while it trains too, or a bundle of
 theirs. OUT gets a folder for each form, README.md (the model card) and torch_pruner.py. Then every
 form is read back and compared with the training code. One to two minutes on 2 CPU cores.
 """
 
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from experiments.export_check import (
     refuse_differences,
     token_grid,
 )
+from experiments.export_qwen import QwenExport, qwen_differences, with_qwen, write_qwen
 from experiments.export_source import Source, read_source
 from experiments.model_card import model_card
 from fastdrive_jax.errors import UserError
@@ -53,9 +56,11 @@ class ExportArgs:
             or 0.5.
         batch: Frames of a call of the programs; several make one each. ONNX takes one frame.
         platforms: Of the programs.
-        vla: Weights of the tiny VLA that the pruner was trained on, where it is not the packaged.
+        vla: Of the VLA that the pruner was trained on, where it is not the packaged: weights of a
+            tiny one, or the folder of a Qwen2.5-VL checkpoint.
         check: Read everything back and compare it with the training code.
         check_frames: On how many frames of the synthetic world.
+        qwen: Shapes, if it is a Qwen2.5-VL.
     """
 
     run: Path
@@ -67,6 +72,7 @@ class ExportArgs:
     vla: Path | None = None
     check: bool = True
     check_frames: int = 20
+    qwen: QwenExport = QwenExport()
 
     def __post_init__(self):
         for name in ("forms", "keep_ratio", "batch", "platforms"):
@@ -92,6 +98,8 @@ def export_model(args: ExportArgs) -> Path:
     forms = _forms(args, source)
     ratios = args.keep_ratio or (source.keep_ratio or 0.5,)
     buckets = tuple(Bucket(ratio, batch) for ratio in ratios for batch in args.batch)
+    if source.checkpoint is not None and set(forms) & set(NEED_VLA):
+        source = with_qwen(source, args.qwen, ratios[0])
     _claim(args.out, forms)
     for form in forms:
         print(f"export: {args.out / form}", flush=True)
@@ -99,7 +107,9 @@ def export_model(args: ExportArgs) -> Path:
     shutil.copyfile(TORCH_MODULE, args.out / TORCH_MODULE.name)
     found: list[Difference] = []
     if args.check:
-        for one in differences(args.out, forms, source, buckets, args.check_frames):
+        given = args.out, forms, source, buckets, args.check_frames
+        whole = () if source.qwen is None else qwen_differences(*given)
+        for one in itertools.chain(differences(*given), whole):
             print(f"check: {one}", flush=True)
             found.append(one)
         refuse_differences(found)
@@ -112,12 +122,12 @@ def export_model(args: ExportArgs) -> Path:
 
 def _forms(args: ExportArgs, source: Source) -> tuple[Form, ...]:
     if args.forms is None:
-        forms = tuple(form for form in USUAL if source.vla is not None or form not in NEED_VLA)
-        if source.vla is None:
+        forms = tuple(form for form in USUAL if source.whole or form not in NEED_VLA)
+        if not source.whole:
             print(f"export: the pruner alone. {source.why}", flush=True)
     else:
         forms = args.forms
-        if source.vla is None and (missing := [form for form in forms if form in NEED_VLA]):
+        if not source.whole and (missing := [form for form in forms if form in NEED_VLA]):
             raise UserError(f"{args.run} cannot be exported as {missing[0]}: {source.why}")
     need = {"stablehlo": need_flatbuffers, "int8": need_qwix, "onnx": need_converter}
     for form in forms:
@@ -143,6 +153,8 @@ def _write(form: Form, args: ExportArgs, source: Source, buckets: tuple[Bucket, 
     policy = None if source.vla is None else policy_of(source, first.keep_ratio)
     if form == "pruner":
         write_pruner(folder, source.params["pruner"], source.pruner)
+    elif source.qwen is not None and form in NEED_VLA:
+        write_qwen(form, folder, source, buckets, args.platforms)
     elif form == "policy":
         write_policy(folder, source.params, source.vla, source.pruner, first.keep_ratio)
     elif form == "stablehlo":

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from experiments.configs.pruner import PrunerRun
-from experiments.encoders import frozen_vla
+from experiments.encoders import frozen_vla, qwen_digest
 from fastdrive_jax.configs import from_plain
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, read_rows
@@ -22,6 +22,7 @@ from fastdrive_jax.export import manifest as manifests
 from fastdrive_jax.export.bundle import read_bundle_safetensors
 from fastdrive_jax.export.driving import KIND as POLICY
 from fastdrive_jax.export.pruner import read_pruner
+from fastdrive_jax.inference.pruned_qwen import PrunedQwen
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
 from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding
@@ -69,10 +70,12 @@ class Source:
         read: What the parameters were read from.
         pruner: Sizes of the pruner.
         params: {"pruner": ...}, and "vla" if the whole policy is known.
-        vla: Of the driving VLA; None if it is not known.
-        why: Why it is not, a sentence.
+        vla: Of the driving VLA; None if it is not known, or a Qwen2.5-VL.
+        why: Why no VLA is known, a sentence.
         keep_ratio: Of the bundle; None of a pruner alone.
         facts: Of the run.
+        checkpoint: Folder of the Qwen2.5-VL whose tokens are pruned, if it is known.
+        qwen: The same with the pruner in front, once `export_qwen.with_qwen` has read it.
     """
 
     path: Path
@@ -83,6 +86,13 @@ class Source:
     why: str
     keep_ratio: float | None
     facts: Facts
+    checkpoint: Path | None = None
+    qwen: PrunedQwen | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is a VLA to export."""
+        return self.vla is not None or self.checkpoint is not None
 
 
 def read_source(path: Path, weights: Path | None = None) -> Source:
@@ -90,8 +100,9 @@ def read_source(path: Path, weights: Path | None = None) -> Source:
 
     Args:
         path: Of either.
-        weights: Of the tiny VLA whose tokens the pruner was trained on; None takes the packaged
-            one, if the run says that it was that.
+        weights: Of the VLA whose tokens the pruner was trained on, a file of a tiny one or the
+            folder of a Qwen2.5-VL checkpoint; None takes the packaged one, if the run says that it
+            was that.
 
     Raises:
         UserError: It is neither, it is damaged, or the weights are of another VLA.
@@ -122,9 +133,17 @@ def read_source(path: Path, weights: Path | None = None) -> Source:
 
 
 def _with_vla(path, read, pruner, params, facts: Facts, weights, encoder=None) -> Source:
-    """Adds the VLA of a pruner that was trained on the tokens of a tiny one."""
+    """Adds the VLA whose tokens a pruner was trained on, if it is at hand."""
     params, encoder = {"pruner": params}, (facts.training or {}).get("encoder", encoder)
     alone = functools.partial(Source, path, read, pruner, params, None, keep_ratio=None)
+    if encoder == "qwen2_5_vl":
+        if weights is None:
+            why = "It prunes tokens of a Qwen2.5-VL; --vla names the folder of its checkpoint."
+            return alone(why=why, facts=facts)
+        dtype = (facts.training or {}).get("dtype", "bfloat16")
+        if facts.encoder not in (None, qwen_digest(weights, dtype)):
+            raise UserError(f"{weights} is not the VLA whose tokens {path} was trained on.")
+        return alone(why="", facts=facts, checkpoint=weights)
     if encoder != "tiny_vla":
         name = encoder or "an encoder that the bundle does not name"
         if weights is not None:

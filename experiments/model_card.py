@@ -33,6 +33,13 @@ tokens of {{ source.vla.cameras | join(", ") }}, pictures of \
 {{ source.vla.image_size[0] }} x {{ source.vla.image_size[1] }} (height x width), \
 {{ source.vla.vocabulary.steps }} waypoints half a second apart, \
 {{ "{:,}".format(parameters.vla) }} + {{ "{:,}".format(parameters.pruner) }} parameters.
+{%- elif source.qwen -%}
+A ReconPruner and the Qwen2.5-VL whose visual tokens it prunes, read from \
+`{{ source.checkpoint }}`. {{ source.qwen.visual_tokens }} tokens of \
+{{ source.qwen.pictures }} pictures of {{ source.qwen.image_size[0] }} x \
+{{ source.qwen.image_size[1] }} (height x width), prompts of up to {{ source.qwen.prompt_ids }} \
+ids, answers of up to {{ source.qwen.sampling.max_new_tokens }}, {{ source.qwen.dtype }}, \
+{{ "{:,}".format(parameters.vla) }} + {{ "{:,}".format(parameters.pruner) }} parameters.
 {%- else -%}
 A ReconPruner, {{ "{:,}".format(parameters.pruner) }} parameters, for visual tokens of size \
 {{ source.pruner.layer.hidden_size }}. {{ source.why }}
@@ -185,6 +192,49 @@ session = onnxruntime.InferenceSession("onnx/{model}")
 }
 
 
+QWEN_LOADING = LOADING | {
+    "policy": """\
+`policy/`: the whole pruned model, safetensors and Orbax, with the checkpoint's tokenizer.
+
+```python
+import jax
+from fastdrive_jax.export.pruned_qwen import read_pruned_qwen
+from fastdrive_jax.inference.pruned_qwen import answer_pictures, prompt_batch
+from fastdrive_jax.models.qwen2_5_vl.processor import read_processor
+asked, params = read_pruned_qwen("policy")
+processor = read_processor("policy/processor")
+prompt = processor.sample("What is ahead?", pictures).ids      # pictures resized already
+found = jax.jit(answer_pictures, static_argnums=0)(
+    asked, params, images, *prompt_batch(asked, [prompt])
+)
+text = processor.chat.decode(found.ids[0][: found.lengths[0]])
+```
+
+`fastdrive_jax.export.bundle.read_bundle_orbax("policy", sharding)` restores it onto any mesh.
+""",
+    "stablehlo": """\
+`stablehlo/`: the whole model as programs for {platforms}, without this library (jax, flatbuffers,
+safetensors). Buckets: {buckets}. `ids` are those of the checkpoint's tokenizer with one mark for
+each picture, filled up; `lengths` counts the real ones.
+
+```python
+from stablehlo.run import load_program
+answer = load_program(keep_ratio={ratio}, batch={batch})(images, ids, lengths)
+```
+""",
+    "int8": """\
+`int8/`: the model with the kernels of linear layers in eight bits (qwix).
+
+```python
+import jax
+from fastdrive_jax.export.pruned_qwen import quantized_answer, read_quantized_qwen
+asked, bits, tensors = read_quantized_qwen("int8")   # activations="int8": products of int8 too
+found = jax.jit(quantized_answer(asked, bits))(tensors, images, ids, lengths)
+```
+""",
+}
+
+
 def model_card(
     source: Source,
     forms: Sequence[str],
@@ -205,7 +255,7 @@ def model_card(
         opset: Of ONNX.
         device: That the check ran on.
     """
-    facts, whole = source.facts, source.vla is not None
+    facts, whole = source.facts, source.vla is not None or source.qwen is not None
     described = ", ".join(f"{100 * b.keep_ratio:g}% kept at batch {b.batch}" for b in buckets)
     values = {
         "platforms": ", ".join(platforms),
@@ -213,15 +263,16 @@ def model_card(
         "ratio": buckets[0].keep_ratio,
         "batch": buckets[0].batch,
         "opset": opset,
-        "model": "policy.onnx" if whole else "pruner.onnx",
+        "model": "pruner.onnx" if source.vla is None else "policy.onnx",
     }
     fill = ("stablehlo", "onnx")  # the others have braces of their own at times
-    loading = {k: v.format(**values) if k in fill else v for k, v in LOADING.items()}
+    texts = LOADING if source.qwen is None else QWEN_LOADING
+    loading = {k: v.format(**values) if k in fill else v for k, v in texts.items()}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     methods, rows = figures(facts.rows)
     package = metadata.metadata("fastdrive-jax")
     return environment.from_string(CARD).render(
-        title="Pruned driving policy" if whole else "ReconPruner",
+        title=_title(source),
         version=package["Version"],
         license=package["License-Expression"],
         source=source,
@@ -238,6 +289,12 @@ def model_card(
         rows=rows,
         references=references(facts.rows),
     )
+
+
+def _title(source: Source) -> str:
+    if source.qwen is not None:
+        return "Pruned Qwen2.5-VL"
+    return "ReconPruner" if source.vla is None else "Pruned driving policy"
 
 
 def figures(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]]]:

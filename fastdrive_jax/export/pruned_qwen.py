@@ -9,7 +9,7 @@ Whoever has the folder needs neither the checkpoint nor the training run.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +55,7 @@ def write_pruned_qwen(folder: Path, asked: PrunedQwen, params: dict, checkpoint:
     Raises:
         UserError: The folder cannot be written.
     """
-    config = {"kind": KIND, "asked": to_plain(asked)}
+    config = {"kind": KIND, **to_plain(asked)}
     return write_bundle(folder, params, config, {PROCESSOR: processor_files(checkpoint)})
 
 
@@ -70,7 +70,7 @@ def read_pruned_qwen(folder: Path, form: Form = "safetensors") -> tuple[PrunedQw
 
 
 def write_quantized_qwen(
-    folder: Path, asked: PrunedQwen, params: dict, checkpoint: Path, bits: EightBits = EightBits()
+    folder: Path, asked: PrunedQwen, params: dict, checkpoint: Path, bits: EightBits
 ) -> Path:
     """The same with the kernels of linear layers in eight bits.
 
@@ -79,7 +79,7 @@ def write_quantized_qwen(
     """
     check_kept(bits)
     rounded = unflatten(round_params(parts(asked), bits, params))
-    config = {"kind": QUANTIZED, "asked": to_plain(asked), "weights": bits.weights}
+    config = {"kind": QUANTIZED, **to_plain(asked), "weights": bits.weights}
     return write_bundle(folder, rounded, config, {PROCESSOR: processor_files(checkpoint)})
 
 
@@ -135,13 +135,13 @@ def qwen_program(asked: PrunedQwen) -> Program:
             "keep_indices": ["batch", "kept"],
         },
         budget=lambda ratio: num_keep(asked.visual_tokens, ratio),
-        model={"asked": to_plain(asked)},
+        model=to_plain(asked),
     )
 
 
 def parts(asked: PrunedQwen) -> dict[str, Part]:
     """The modules whose parameters are exported."""
-    config, dtype = asked.config, jnp.dtype(asked.dtype)
+    config, dtype = asked.vla, jnp.dtype(asked.dtype)
     inputs = [
         jax.ShapeDtypeStruct((1, *array.shape), array.dtype)
         for array in qwen_program(asked).inputs.values()
@@ -164,4 +164,5 @@ def processor_files(checkpoint: Path) -> list[Path]:
 def _asked(folder: Path, config: dict, kind: str) -> PrunedQwen:
     if config.get("kind") != kind:
         raise UserError(f"{folder} holds a {config.get('kind')!r}, not a {kind}.")
-    return from_plain(PrunedQwen, config["asked"])
+    names = (field.name for field in fields(PrunedQwen))
+    return from_plain(PrunedQwen, {name: config[name] for name in names if name in config})

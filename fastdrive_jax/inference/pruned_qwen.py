@@ -25,7 +25,7 @@ class PrunedQwen:
     """What is compiled once.
 
     Attributes:
-        config: Sizes of the model.
+        vla: Sizes of the model.
         pruner: Sizes of the ReconPruner, which takes the model's tokens.
         keep_ratio: In (0, 1], of the tokens of all pictures of a prompt together.
         pictures: C, pictures of a prompt.
@@ -38,7 +38,7 @@ class PrunedQwen:
         UserError: A value is out of range, or two do not fit each other.
     """
 
-    config: QwenVLConfig
+    vla: QwenVLConfig
     pruner: ReconPrunerConfig
     keep_ratio: float
     pictures: int
@@ -59,17 +59,17 @@ class PrunedQwen:
                 f"temperature={self.sampling.temperature} draws tokens, which needs a key; a "
                 "program takes the most likely ones (temperature 0)."
             )
-        if self.pruner.layer.hidden_size != self.config.text.hidden_size:
+        if self.pruner.layer.hidden_size != self.vla.text.hidden_size:
             raise UserError(
                 f"The pruner takes tokens of {self.pruner.layer.hidden_size} numbers, but the "
-                f"model's have {self.config.text.hidden_size}; give the one it was trained for."
+                f"model's have {self.vla.text.hidden_size}; give the one it was trained for."
             )
 
     @property
     def grid(self) -> tuple[int, int]:
         """Token rows and columns of a picture."""
-        merge = self.config.vision.spatial_merge_size
-        rows, columns = patch_grid(*self.image_size, self.config.vision)
+        merge = self.vla.vision.spatial_merge_size
+        rows, columns = patch_grid(*self.image_size, self.vla.vision)
         return rows // merge, columns // merge
 
     @property
@@ -94,8 +94,8 @@ def answer_pictures(
         ids: See `prompt_batch`.
         lengths: See `prompt_batch`.
     """
-    batch = device_batch(images, ids, lengths, asked.config)
-    model = QwenVL(asked.config, jnp.dtype(asked.dtype))
+    batch = device_batch(images, ids, lengths, asked.vla)
+    model = QwenVL(asked.vla, jnp.dtype(asked.dtype))
     pruner = recon_pruner(asked.pruner)
     key = jax.random.key(0)  # nothing is drawn
     static = model, pruner, asked.keep_ratio, asked.grid, asked.sampling
@@ -115,8 +115,8 @@ def prompt_batch(
         UserError: One is too long or has another number of marks.
     """
     mark, ids = (
-        asked.config.image_token_id,
-        np.full((len(prompts), asked.prompt_ids), asked.config.pad_token_id, np.int32),
+        asked.vla.image_token_id,
+        np.full((len(prompts), asked.prompt_ids), asked.vla.pad_token_id, np.int32),
     )
     for row, prompt in zip(ids, prompts, strict=True):
         if not len(prompt) <= asked.prompt_ids:

@@ -117,7 +117,7 @@ def test_other_platforms_are_lowered_in_bfloat16(params, platform):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_eight_bits_answer_as_the_rounded_kernels_do(params, checkpoint, given, tmp_path, dtype):
     asked, cast = replace(ASKED, dtype=dtype), cast_params(params, dtype)
-    folder = write_quantized_qwen(tmp_path / "int8", asked, cast, checkpoint)
+    folder = write_quantized_qwen(tmp_path / "int8", asked, cast, checkpoint, EightBits())
     again, bits, tensors = read_quantized_qwen(folder, "orbax")
     assert (again, bits) == (asked, EightBits())
     have = jax.jit(quantized_answer(again, bits))(tensors, *given)

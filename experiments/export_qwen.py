@@ -1,0 +1,202 @@
+"""`fastdrive export` of a Qwen2.5-VL with its ReconPruner: what is read, written and checked."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from data_pipelines.schema import CAMERAS
+from data_pipelines.synthetic.config import WorldConfig
+from data_pipelines.synthetic.frames import world_frames
+from experiments.export_check import Difference, runs_here
+from experiments.export_source import Source
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.export.eight_bits import EightBits
+from fastdrive_jax.export.programs import Bucket, read_program, write_programs
+from fastdrive_jax.export.pruned_qwen import (
+    PROGRAMS,
+    quantized_answer,
+    qwen_program,
+    read_pruned_qwen,
+    read_quantized_qwen,
+    write_pruned_qwen,
+    write_quantized_qwen,
+)
+from fastdrive_jax.inference.pruned_qwen import (
+    PrunedQwen,
+    answer_pictures,
+    cast_params,
+    prompt_batch,
+)
+from fastdrive_jax.inference.sampling import read_sampling
+from fastdrive_jax.models.qwen2_5_vl.checkpoint import load
+from fastdrive_jax.models.qwen2_5_vl.hf_config import read_config
+from fastdrive_jax.models.qwen2_5_vl.image_processor import smart_resize
+from fastdrive_jax.models.qwen2_5_vl.processor import read_processor
+
+PROMPT = "What should the driver do next?"
+
+AnswerFn = Callable[..., tuple[np.ndarray, np.ndarray]]  # images, ids, lengths to ids, kept
+
+
+@dataclass(frozen=True)
+class QwenExport:
+    """Shapes of a Qwen2.5-VL's programs.
+
+    Attributes:
+        pictures: Of a prompt.
+        image_size: Their height and width in pixels; None takes what the pruner was trained on.
+        prompt_ids: Ids of a prompt at most, with one for each picture; shorter ones are filled up.
+        max_new_tokens: Longest answer.
+        dtype: Of weights and arithmetic; None takes that of the training.
+    """
+
+    pictures: int = 1
+    image_size: tuple[int, int] | None = None
+    prompt_ids: int = 512
+    max_new_tokens: int = 256
+    dtype: Literal["bfloat16", "float32"] | None = None
+
+
+def with_qwen(source: Source, args: QwenExport, keep_ratio: float) -> Source:
+    """The source with its checkpoint read.
+
+    Raises:
+        UserError: It cannot be read, or shapes do not fit it.
+    """
+    training = source.facts.training or {}
+    size = args.image_size or (training.get("loader") or {}).get("image_size")
+    if size is None:
+        raise UserError(
+            f"{source.path} does not say how large the pictures were; give --qwen.image-size."
+        )
+    dtype = args.dtype or training.get("dtype", "bfloat16")
+    asked = PrunedQwen(
+        vla=read_config(source.checkpoint),
+        pruner=source.pruner,
+        keep_ratio=keep_ratio,
+        pictures=args.pictures,
+        image_size=tuple(size),
+        prompt_ids=args.prompt_ids,
+        sampling=read_sampling(
+            source.checkpoint, max_new_tokens=args.max_new_tokens, temperature=0.0
+        ),
+        dtype=dtype,
+    )
+    resized = smart_resize(*asked.image_size, read_processor(source.checkpoint).pictures)
+    if resized != asked.image_size:
+        raise UserError(
+            f"The checkpoint's processor would make {resized} of pictures of {asked.image_size}; "
+            "give --qwen.image-size a size that it keeps."
+        )
+    vla = load(source.checkpoint, dtype=dtype, progress=True)[1]
+    return replace(source, qwen=asked, params=source.params | {"vla": vla})
+
+
+def qwen_params(source: Source) -> dict:
+    """The parameters in the type that is computed in."""
+    return cast_params(source.params, source.qwen.dtype)
+
+
+def write_qwen(form: str, folder: Path, source: Source, buckets, platforms) -> None:
+    """Writes one form of the whole model."""
+    asked, params = source.qwen, qwen_params(source)
+    if form == "policy":
+        write_pruned_qwen(folder, asked, params, source.checkpoint)
+    elif form == "stablehlo":
+        write_programs(folder, qwen_program(asked), params, buckets, platforms)
+    else:
+        write_quantized_qwen(folder, asked, params, source.checkpoint, EightBits())
+
+
+def qwen_differences(
+    out: Path, forms: tuple[str, ...], source: Source, buckets: tuple[Bucket, ...], frames: int
+) -> Iterator[Difference]:
+    """Reads each form of the whole model back and compares its answers about frames.
+
+    Args:
+        out: Folder of the export.
+        forms: What is in it.
+        source: What it was made from.
+        buckets: Of its programs; the first is that of the other forms.
+        frames: How many frames.
+    """
+    images, params = check_pictures(source.qwen, frames), qwen_params(source)
+    prompt = read_processor(source.checkpoint).sample(PROMPT, list(images[0])).ids
+    for number, bucket in enumerate(buckets):
+        asked = replace(source.qwen, keep_ratio=bucket.keep_ratio)
+        given = images, *prompt_batch(asked, [prompt] * bucket.batch)
+        want = _in_batches(_of_answer(answer_pictures, asked, params), *given)
+        for form, run, bound in _answerers(out, forms, bucket, first=number == 0):
+            have = _in_batches(run, *given)
+            other = float((want[0] != have[0]).sum())
+            same = [len(np.intersect1d(*rows)) for rows in zip(want[1], have[1], strict=True)]
+            kept = float(np.mean(same)) / want[1].shape[1]
+            yield Difference(form, "ids of answers", other, bound, kept, frames)
+
+
+def check_pictures(asked: PrunedQwen, count: int) -> np.ndarray:
+    """Frames of the synthetic world as a car's cameras see them [S, C, H, W, 3].
+
+    Raises:
+        UserError: A prompt has more pictures than a car has cameras.
+    """
+    if asked.pictures > len(CAMERAS):
+        raise UserError(
+            f"The check draws the pictures of {len(CAMERAS)} cameras, not of {asked.pictures}; say "
+            "--no-check."
+        )
+    height, width = asked.image_size
+    world = WorldConfig(
+        train_scenes=0,
+        val_scenes=1,
+        keyframes_per_scene=2,
+        height=height,
+        width=width,
+        cameras=CAMERAS[: asked.pictures],
+    )
+    return world_frames(world, count).images
+
+
+def _of_answer(function: Callable, *first) -> AnswerFn:
+    run = jax.jit(partial(function, *first[:-1]))
+
+    def call(*inputs):
+        found = run(first[-1], *inputs)
+        return found.ids, found.keep_indices
+
+    return call
+
+
+def _in_batches(run: AnswerFn, images, ids, lengths) -> tuple[np.ndarray, np.ndarray]:
+    """Answers [S, T] and kept tokens [S, K] of all frames to one prompt, batch by batch."""
+    count, parts = len(images), []
+    for start in range(0, count, len(ids)):
+        rows = np.arange(start, start + len(ids)).clip(max=count - 1)
+        parts.append(list(map(np.asarray, run(images[rows], ids, lengths))))
+    answers, kept = map(np.concatenate, zip(*parts, strict=True))
+    return answers[:count], kept[:count]
+
+
+def _answerers(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
+    """(name, program, most other ids) of each form that has the bucket."""
+    if "policy" in forms and first:
+        for form in ("safetensors", "orbax"):
+            asked, params = read_pruned_qwen(out / "policy", form)
+            yield f"policy, {form}", _of_answer(answer_pictures, asked, params), 0
+    if "stablehlo" in forms and runs_here(out / "stablehlo"):
+        program = read_program(out / "stablehlo", PROGRAMS, bucket)
+
+        def run(*inputs):
+            answer = program(*inputs)
+            return answer["ids"], answer["keep_indices"]
+
+        yield f"stablehlo, {100 * bucket.keep_ratio:g}% kept, batch {bucket.batch}", run, 0
+    if "int8" in forms and first:
+        asked, bits, tensors = read_quantized_qwen(out / "int8")
+        run = quantized_answer(asked, bits)
+        yield "int8 weights", _of_answer(run, tensors), None
