@@ -1,10 +1,12 @@
 """Starts and ends the service."""
 
 import contextlib
+import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import jax
 import uvicorn
@@ -85,6 +87,8 @@ def serve(
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, then finishes what is in flight.
 
+    Where a program is still being compiled then, this ends the process, with exit code 0.
+
     Raises:
         UserError: The address cannot be listened on, or the policy cannot be compiled.
     """
@@ -97,9 +101,20 @@ def serve(
         _say(f"Whoever reaches {config.host} can ask for plans: there is no log-in.")
     with ended_by_signals(server):
         server.run(sockets=[listening])
-    service.worker.stop(0)  # a signal at the very start leaves it running
+    if not service.worker.stop(0):
+        _leave()
     if service.worker.failure is not None:
         raise service.worker.failure
+
+
+def _leave() -> NoReturn:
+    """Ends the process beside a thread that compiles, which nothing can stop.
+
+    Python's own end would take such a thread from under XLA, which aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,29 @@ policy, params = read_policy(Path(sys.argv[1]))
 serve(policy, params, ServeConfig(port=0, ratios=(0.5,), max_batch=1))
 """
 
+# A program compiled again and again, so that the signal comes while XLA is at work in its own code.
+BUSY = RUN.replace(
+    "policy, params =",
+    """
+import jax
+import jax.numpy as jnp
+from fastdrive_jax.serving import server
+
+def grown(x):
+    for _ in range(300):
+        x = jnp.sin(x) + x @ x.T
+    return x
+
+def compile_for_ever(*given):
+    lowered = jax.jit(grown).lower(jax.ShapeDtypeStruct((50, 50), jnp.float32))
+    while True:
+        lowered.compile({"xla_backend_optimization_level": 0})  # with options nothing is remembered
+
+jax.config.update("jax_enable_compilation_cache", False)
+server.compile_programs = compile_for_ever
+policy, params =""",
+)
+
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory, one_camera, small_pruner):
@@ -36,10 +59,10 @@ def bundle(tmp_path_factory, one_camera, small_pruner):
     return write_policy(folder, params, config, small_pruner, 0.5)
 
 
-def started(bundle) -> tuple[subprocess.Popen, str]:
+def started(bundle, run: str = RUN) -> tuple[subprocess.Popen, str]:
     """The process and its address, which it opens before it has compiled."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", RUN, str(bundle)],
+        [sys.executable, "-u", "-c", run, str(bundle)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -119,6 +142,17 @@ def test_it_ends_at_once_while_it_still_compiles(bundle):
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
         assert time.monotonic() - begin < 5
+    finally:
+        process.kill()
+
+
+def test_xla_at_work_does_not_abort_the_process(bundle):
+    process, address = started(bundle, BUSY)
+    try:
+        until(lambda: listening(address), 30)
+        time.sleep(2)  # the first program is being compiled
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
     finally:
         process.kill()
 
