@@ -59,6 +59,8 @@ SMALL = {
     "bench-efficiency --out runs/3b_predicted": "",
     "bench-efficiency": "--config tiny --height 112 --width 112 --repeats 1",
     "bench-export": "--frames 4 --repeats 1",
+    "export --run runs/3b": """--check-frames 1 --platforms cpu --qwen.prompt-ids 200
+        --qwen.max-new-tokens 2""",
     "export": "--check-frames 2 --platforms cpu",
     "answer --checkpoint DIR --images": "--max-new-tokens 4 --dtype float32",
     "answer": "--max-new-tokens 4 --dtype float32 --data 1 --tensor 1",
@@ -114,10 +116,11 @@ def place(tmp_path_factory):
         write_files(page, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert (
-            run(["data", "build", "--nuscenes", "NUSCENES", "--out", "SHARDS", "--workers", "1"])
-            == 0
-        )
+        for words in (
+            "data mask --nuscenes NUSCENES --out MASKS masker:annotations",
+            "data build --nuscenes NUSCENES --out SHARDS --workers 1",
+        ):
+            assert run(words.split()) == 0, words
         yield folder
 
 
@@ -161,7 +164,7 @@ def test_it_runs(page, words, place):
     logs = shared / "data" / "nuscenes_mini_logs"
     if "LOGS" in words and not logs.is_dir():
         words = words[: words.index("--logs")]
-    own = {"DIR": "CHECKPOINT", "ROOT": "NUSCENES", "MASKS": "NUSCENES/masks", "LOGS": str(logs)}
+    own = {"DIR": "CHECKPOINT", "ROOT": "NUSCENES", "LOGS": str(logs)}
     if words[:2] == ("data", "build"):
         own["SHARDS"] = "MINE"
     given = [own.get(word, word) for word in (*words, *SMALL[small].split())]

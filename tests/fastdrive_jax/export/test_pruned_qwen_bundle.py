@@ -1,6 +1,7 @@
 """A pruned Qwen2.5-VL read back from the disk, in every form, answers as it did in memory."""
 
 import importlib.util
+import math
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -29,8 +30,17 @@ from fastdrive_jax.export.pruned_qwen import (
     write_quantized_qwen,
 )
 from fastdrive_jax.export.trees import flatten, unflatten
-from fastdrive_jax.inference.pruned_qwen import answer_pictures, cast_params, prompt_batch
+from fastdrive_jax.inference.pruned_qwen import (
+    PrunedQwen,
+    answer_pictures,
+    cast_params,
+    prompt_batch,
+)
+from fastdrive_jax.inference.sampling import SamplingConfig
+from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B
 from fastdrive_jax.models.qwen2_5_vl.processor import read_processor
+from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 
 needs_qwix = pytest.mark.skipif(
     importlib.util.find_spec("qwix") is None, reason="qwix is not installed (extra: export)"
@@ -111,6 +121,29 @@ def test_other_platforms_are_lowered_in_bfloat16(params, platform):
     assert program.platforms == (platform,)
     assert [array.dtype.name for array in program.out_avals] == ["int32"] * 3
     assert program.serialize()
+
+
+@needs_flatbuffers
+def test_the_3b_is_lowered_from_shapes_alone():
+    """3,249 tokens of one picture to 812, for a GPU, without a weight in memory."""
+    size = (1596, 1596)
+    asked = PrunedQwen(QWEN2_5_VL_3B, ReconPrunerConfig(), 0.25, 1, size, 512, SamplingConfig(256))
+    tokens = jax.ShapeDtypeStruct((1, 4, 2048), jnp.bfloat16)
+    shapes = {
+        "vla": abstract_params(asked.vla.vision, asked.vla.text),
+        "pruner": jax.eval_shape(ReconPruner(asked.pruner).init, jax.random.key(0), tokens)[
+            "params"
+        ],
+    }
+    weights = {
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+        for name, leaf in flatten_dict(shapes, sep="/").items()
+    }
+    program = lower(qwen_program(asked), weights, Bucket(0.25), "cuda")
+    shapes = [(array.shape, array.dtype.name) for array in program.out_avals]
+    assert shapes == [((1, 256), "int32"), ((1, 812), "int32"), ((1,), "int32")]
+    parameters = sum(math.prod(array.shape) for array in weights.values())
+    assert parameters == 3_754_622_976 + 77_081_088
 
 
 @needs_qwix
