@@ -130,6 +130,19 @@ def test_a_process_without_the_library_plans_the_same(answers, policy, frames, b
     assert kept.shape == (FRAMES, round(10 * bucket.keep_ratio))
 
 
+def test_the_runner_prints_what_a_file_of_frames_gives(programs, frames, answers, tmp_path):
+    given = {name: value[:4] for name, value in vars(frames).items()}
+    np.savez(tmp_path / "frames.npz", **given)
+    words = [sys.executable, "run.py", str(tmp_path / "frames.npz")]
+    done = subprocess.run(words, cwd=programs, env=alone(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = [line for line in done.stdout.splitlines() if line.isidentifier()]
+    assert names == ["keep_indices", "waypoints"]
+    first = BUCKETS[0].keep_ratio
+    assert str(answers[f"keep_indices {first}"][:4]) in done.stdout
+    assert str(answers[f"waypoints {first}"][:4]) in done.stdout
+
+
 def test_other_frames_are_planned_otherwise(programs, frames):
     """So that the comparison above cannot pass on a constant."""
     run = read_program(programs, BUCKETS[0])
