@@ -2,6 +2,7 @@
 
     fastdrive answer --checkpoint DIR --images front.jpg --prompt "What is ahead?"
     fastdrive answer --checkpoint DIR --requests requests.jsonl --out answers.jsonl --batch-size 8
+    fastdrive answer --checkpoint DIR --images front.jpg --prompt "What is ahead?" --method divprune
 
 DIR is a folder in the Hugging Face layout. A line of the requests is
 {"prompt": "...", "images": ["a.jpg"]}; marks <image> in a prompt say where its pictures stand,
@@ -10,7 +11,7 @@ the same command goes on behind the last.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from experiments.serve import NEED_DATA
+from experiments.trained_pruner import read_trained
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.inference.sampling import answer_batch, read_sampling
+from fastdrive_jax.inference.answering import answer_pruned, check_single_prompts
+from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch, read_sampling
 from fastdrive_jax.models.attention import attention_kernel
 from fastdrive_jax.models.qwen2_5_vl.checkpoint import load
 from fastdrive_jax.models.qwen2_5_vl.impromptu import BEGIN, parse_answer
@@ -29,7 +33,10 @@ from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.processor import Processor, read_processor
 from fastdrive_jax.models.qwen2_5_vl.sequence import Batch, Sample, collate, visual_tokens
 from fastdrive_jax.parallel.mesh import make_mesh, shard_where_it_divides
+from fastdrive_jax.pruning import builds_on_recon, make_pruner
+from fastdrive_jax.pruning.select import num_keep
 
+_PRUNING = ("method", "keep_ratio")  # of a line of the answers
 LENGTH_STEP = 128  # prompts are filled up to a multiple, so that few programs are compiled
 
 
@@ -49,6 +56,9 @@ class AnswerArgs:
         temperature: 0 is greedy; None takes the checkpoint's own generation settings.
         repetition_penalty: None takes the checkpoint's own.
         max_pixels: Instead of the checkpoint's; Impromptu-VLA was trained with 262144.
+        method: Of pruning; by default none, or reconpruner where `pruner` is given.
+        pruner: Exported ReconPruner (`train-pruner`'s export/) of this checkpoint's tokens.
+        keep_ratio: Of the visual tokens of all pictures of a request together, in (0, 1].
         dtype: Of weights and arithmetic.
         data: Groups of devices that share a batch, each with all weights.
         fsdp: Devices of a group that share batch and weights.
@@ -66,6 +76,9 @@ class AnswerArgs:
     temperature: float | None = None
     repetition_penalty: float | None = None
     max_pixels: int | None = None
+    method: str | None = None
+    pruner: Path | None = None
+    keep_ratio: float = 0.25
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     data: int = 1
     fsdp: int = 1
@@ -79,12 +92,37 @@ class AnswerArgs:
             raise UserError("With --requests the pictures are named in its lines, not by --images.")
         if self.requests is not None and self.out is None:
             raise UserError("Say with --out where the answers to --requests go.")
+        num_keep(1000, self.keep_ratio)
+        if self.pruned is not None and builds_on_recon(self.pruned) != (self.pruner is not None):
+            raise UserError(
+                f"{self.pruned} is built on a trained ReconPruner; name its folder with --pruner."
+                if self.pruner is None
+                else f"{self.pruned} takes no trained ReconPruner; leave --pruner out."
+            )
+        if self.pruned in NEED_DATA:
+            raise UserError(
+                f"{self.pruned} prunes by {NEED_DATA[self.pruned]}, which a prompt does not have."
+            )
+        if self.pruned is not None and self.pruner is None:
+            check_single_prompts(make_pruner(self.pruned))
         groups = max(self.data, 1) * max(self.fsdp, 1)
         if self.batch_size < 1 or self.batch_size % groups:
             raise UserError(
                 f"batch_size={self.batch_size} must be a positive multiple of data x fsdp = "
                 f"{groups}."
             )
+
+    @property
+    def pruned(self) -> str | None:
+        """The method, if tokens are pruned."""
+        return self.method or ("reconpruner" if self.pruner is not None else None)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What each line of the answers says of the pruning."""
+        if self.pruned is None:
+            return {}
+        return {"method": self.pruned, "keep_ratio": self.keep_ratio}
 
 
 @dataclass(frozen=True)
@@ -100,7 +138,7 @@ def answer(args: AnswerArgs) -> list[dict[str, Any]]:
     requests = [Request(args.prompt or "", args.images)]
     if args.requests is not None:
         requests = read_requests(args.requests)
-    done = 0 if args.out is None else len(read_answers(args.out, requests))
+    done = 0 if args.out is None else len(read_answers(args.out, requests, args.said))
     processor = read_processor(args.checkpoint, max_pixels=args.max_pixels)
     sampling = read_sampling(
         args.checkpoint,
@@ -116,7 +154,7 @@ def answer(args: AnswerArgs) -> list[dict[str, Any]]:
     if done == len(requests):
         return found
     config, params = load(args.checkpoint, mesh, dtype, progress=True)
-    run = jax.jit(answer_batch, static_argnums=(0, 4))
+    ask = _asker(args, config, params, sampling)
     for start in range(done, len(requests), args.batch_size):
         asked = requests[start : start + args.batch_size]
         samples = [read_sample(processor, request) for request in asked]
@@ -125,15 +163,50 @@ def answer(args: AnswerArgs) -> list[dict[str, Any]]:
         batch = shard_where_it_divides(padded(filled, processor), mesh)
         key = jax.random.fold_in(jax.random.key(args.seed), start)
         with jax.set_mesh(mesh):
-            ids, lengths = run(QwenVL(config, dtype), {"params": params}, batch, key, sampling)
+            ids, lengths = ask(filled, batch, key)
         answers = zip(asked, samples, np.asarray(ids), np.asarray(lengths), strict=False)
-        new = [describe(processor, *one) for one in answers]
+        new = [describe(processor, *one) | args.said for one in answers]
         found += new
         for one in new:
             print(one["answer"], flush=True)
         if args.out is not None:
             append(args.out, new)
     return found
+
+
+def _asker(args: AnswerArgs, config, params, sampling: SamplingConfig) -> Callable:
+    """`(samples, batch, key)` to ids and lengths, each shape compiled once."""
+    model = QwenVL(config, jnp.dtype(args.dtype))
+    whole = jax.jit(answer_batch, static_argnums=(0, 4))
+
+    def unpruned(samples, batch, key):
+        return whole(model, {"params": params}, batch, key, sampling)
+
+    if args.pruned is None:
+        return unpruned
+    if args.pruner is None:
+        pruner, weights = make_pruner(args.pruned), None
+    else:
+        given = args.pruned, args.pruner, args.checkpoint, config, args.dtype
+        pruner, weights = read_trained(*given)
+    run = jax.jit(answer_pruned, static_argnums=(0, 1, 2, 3, 4))
+
+    def pruned(samples, batch, key):
+        grids = {grid for one in samples for grid in one.grids}
+        if not grids:
+            return unpruned(samples, batch, key)
+        if len(grids) > 1:
+            raise UserError(
+                f"Pruning takes pictures of one size in a batch, but there are some of {grids} "
+                "patches; resize them, or give --batch-size 1 if it is requests that differ."
+            )
+        merge = config.vision.spatial_merge_size
+        grid = tuple(side // merge for side in grids.pop())
+        both = {"vla": params, "pruner": weights}
+        found = run(model, pruner, args.keep_ratio, grid, sampling, both, batch, key)
+        return found.ids, found.lengths
+
+    return pruned
 
 
 def padded(samples: Sequence[Sample], processor: Processor) -> Batch:
@@ -170,13 +243,15 @@ def read_requests(path: Path) -> list[Request]:
     return found
 
 
-def read_answers(path: Path, requests: Sequence[Request]) -> list[dict[str, Any]]:
+def read_answers(
+    path: Path, requests: Sequence[Request], said: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Answers that an earlier run left, which must be those of the first requests.
 
     A line that was cut off is taken away from the file.
 
     Raises:
-        UserError: They belong to other requests.
+        UserError: They belong to other requests or another pruning.
     """
     if not path.exists():
         return []
@@ -194,6 +269,10 @@ def read_answers(path: Path, requests: Sequence[Request]) -> list[dict[str, Any]
     first = requests[: len(found)]
     if prompts != [one.prompt for one in first] or images != [_names(one) for one in first]:
         raise UserError(f"{path} holds answers to other requests; give another --out or remove it.")
+    if any({name: one[name] for name in _PRUNING if name in one} != said for one in found):
+        raise UserError(
+            f"{path} holds answers with other tokens kept; give another --out or remove it."
+        )
     return found
 
 

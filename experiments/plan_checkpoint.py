@@ -27,7 +27,7 @@ from data_pipelines.token_mask import mask_fractions
 from experiments.answer import padded
 from experiments.drives import DRAWN, UNPRUNED, label
 from experiments.planned import Case, Planned, Setting
-from fastdrive_jax.configs import from_plain
+from experiments.trained_pruner import read_trained
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.footprint import way_of_origin
 from fastdrive_jax.evaluation.protocols import LIDAR_AHEAD
@@ -331,16 +331,10 @@ class _Driver:
             return make_pruner("uniform"), None
         if builds_on_recon(setting.name):
             folder = self.config.pruners[setting.seed]
-            params, described = read_bundle_safetensors(folder)
-            own = from_plain(ReconPrunerConfig, described["pruner"])
-            width = self._weights[0].text.hidden_size
-            if own.layer.hidden_size != width:
-                raise UserError(
-                    f"The ReconPruner in {folder} takes tokens of {own.layer.hidden_size} numbers, "
-                    f"but those of {self.config.checkpoint} have {width}; train one on its tokens."
-                )
-            cast = partial(jnp.asarray, dtype=jnp.dtype(self.config.dtype))
-            return make_pruner(setting.name, config=own), jax.tree.map(cast, params["pruner"])
+            config = self._weights[0]
+            return read_trained(
+                setting.name, folder, self.config.checkpoint, config, self.config.dtype
+            )
         if setting.name == "prior":
             return make_pruner("prior"), jnp.asarray(self._prior)
         return make_pruner(setting.name), None

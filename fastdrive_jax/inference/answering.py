@@ -37,6 +37,20 @@ class PrunedAnswer(flax.struct.PyTreeNode):
     keep_indices: Int[Array, "B K"]
 
 
+def check_single_prompts(pruner: Pruner) -> None:
+    """Refuses a method that needs what single prompts do not give.
+
+    Raises:
+        UserError: It does.
+    """
+    lacking = sorted(pruner.needs & UNFILLED)
+    if lacking or pruner.temporal is not None or pruner.reuse:
+        raise UserError(
+            f"{pruner.name} needs {', '.join(lacking) or 'earlier frames'}, which single prompts "
+            "lack; drive with it by the driving policy, or leave it out."
+        )
+
+
 def answer_pruned(
     model: QwenVL,
     pruner: Pruner,
@@ -68,12 +82,7 @@ def answer_pruned(
         UserError: The method needs what single frames of a checkpoint do not give, or pictures
             are not alike.
     """
-    lacking = sorted(pruner.needs & UNFILLED)
-    if lacking or pruner.temporal is not None or pruner.reuse:
-        raise UserError(
-            f"{pruner.name} needs {', '.join(lacking) or 'earlier frames'}, which single prompts "
-            "lack; drive with it by the driving policy, or leave it out."
-        )
+    check_single_prompts(pruner)
     variables = {"params": params["vla"]}
     samples, length = batch.ids.shape
     wanted = ["intermediates"] if pruner.needs & VISION else False

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import jax
@@ -9,14 +10,19 @@ from tiny_checkpoint import CONFIG, write_checkpoint
 from experiments.answer import AnswerArgs, answer
 from experiments.cli import main
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.export.pruner import read_pruner, write_pruner
+from fastdrive_jax.inference.answering import answer_pruned
 from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch
 from fastdrive_jax.models.qwen2_5_vl.checkpoint import load
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.processor import read_processor
 from fastdrive_jax.models.qwen2_5_vl.sequence import collate
+from fastdrive_jax.pruning import make_pruner
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 
 jax.config.update("jax_num_cpu_devices", 8)
 PROMPTS = ("Where to?", "See <image> and <image>.", "And this?", "No picture.", "Last <image>!")
+PRUNER = ReconPrunerConfig(layer=CONFIG.text)
 SIZES = ((), ((56, 84), (112, 56)), ((84, 84),), (), ((60, 100),))
 
 
@@ -175,3 +181,67 @@ def test_damaged_files_are_named(tmp_path, capsys, damage):
     command = ["answer", "--checkpoint", str(folder), "--prompt", "Go", "--images", str(picture)]
     assert main(command) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def alike(checkpoint):
+    """Requests whose pictures are of one size, and one without."""
+    rng = np.random.default_rng(1)
+    folder, lines = checkpoint.parent, []
+    for number in range(2):
+        names = [f"alike-{number}-{i}.png" for i in range(2)]
+        for name in names:
+            Image.fromarray(rng.integers(0, 256, (84, 112, 3), np.uint8)).save(folder / name)
+        lines.append(json.dumps({"prompt": "Where to?", "images": names}))
+    path = folder / "alike.jsonl"
+    path.write_text("\n".join([*lines, json.dumps({"prompt": "Go"})]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    params = jax.jit(ReconPruner(PRUNER).init)(jax.random.key(0), np.zeros((1, 4, 48), np.float32))
+    return write_pruner(tmp_path_factory.mktemp("pruner") / "export", params["params"], PRUNER)
+
+
+def test_pruned_answers_are_those_of_the_kept_tokens(checkpoint, alike, trained, tmp_path):
+    def ask(name, **settings):
+        return answer(args(checkpoint, requests=alike, out=tmp_path / name, **settings))
+
+    whole = ask("whole")
+    every = ask("every", pruner=trained, keep_ratio=1.0, batch_size=1)
+    assert [one["answer"] for one in every] == [one["answer"] for one in whole]
+    assert {one["method"] for one in every} == {"reconpruner"}
+    pruned = ask("pruned", pruner=trained, keep_ratio=0.3)
+    config, params = load(checkpoint)
+    both = {"vla": params, "pruner": read_pruner(trained)[1]}
+    pruner, sampling = make_pruner("reconpruner", config=PRUNER), SamplingConfig(max_new_tokens=6)
+    run = jax.jit(functools.partial(answer_pruned, QwenVL(config), pruner, 0.3, (3, 4), sampling))
+    processor = read_processor(checkpoint)
+    for one in pruned[:2]:
+        pictures = [Image.open(path) for path in one["images"]]
+        batch = collate([processor.sample(one["prompt"], pictures)], config)
+        found = run(both, batch, jax.random.key(0))
+        want = processor.chat.decode(np.asarray(found.ids)[0, : found.lengths[0]])
+        assert (one["answer"], one["visual_tokens"], one["keep_ratio"]) == (want, 24, 0.3)
+    assert pruned[2]["answer"] == whole[2]["answer"]  # there is nothing to prune
+    assert pruned[0]["answer"] != whole[0]["answer"]
+    with pytest.raises(UserError, match="pruned holds answers with other tokens kept"):
+        ask("pruned", pruner=trained, keep_ratio=0.6)
+
+
+def test_what_cannot_be_pruned_is_said(checkpoint, requests, trained, tmp_path):
+    with pytest.raises(UserError, match=r"one size in a batch, but there are some of \{\("):
+        answer(args(checkpoint, requests=requests, out=tmp_path / "a", method="uniform"))
+    with pytest.raises(UserError, match="vlapruner needs state"):
+        args(checkpoint, prompt="a", method="vlapruner")
+    with pytest.raises(UserError, match="prior prunes by the mean training mask"):
+        args(checkpoint, prompt="a", method="prior")
+    with pytest.raises(UserError, match="name its folder with --pruner"):
+        args(checkpoint, prompt="a", method="reconpruner")
+    with pytest.raises(UserError, match="divprune takes no trained ReconPruner"):
+        args(checkpoint, prompt="a", method="divprune", pruner=trained)
+    with pytest.raises(UserError, match="keep_ratio=0"):
+        args(checkpoint, prompt="a", method="divprune", keep_ratio=0.0)
+    with pytest.raises(UserError, match="did you mean 'divprune'"):
+        args(checkpoint, prompt="a", method="divprun")
