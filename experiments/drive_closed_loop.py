@@ -33,6 +33,7 @@ from experiments.quickstart import RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes, write_text
 from fastdrive_jax.evaluation.results import read_rows, write_rows
+from fastdrive_jax.export.manifest import file_sum
 from fastdrive_jax.inference.latency import check_target
 from fastdrive_jax.models.dinov2.weights import params_digest
 from fastdrive_jax.training.run_config import claim_run_folder
@@ -148,7 +149,8 @@ def claim(args: DriveArgs, world: WorldRun) -> None:
     kept = {name: getattr(args, name) for name in names} | {"seed": args.seed}
     if args.target_ms is not None:
         kept |= {"target_ms": args.target_ms, "ratios": args.ratios}
-    kept |= {"logs": len(log_files(args)), "world_seed": args.quickstart.world.seed}
+    logs = {file.name: file_sum(file) for file in log_files(args)}
+    kept |= {"logs": logs, "world_seed": args.quickstart.world.seed}
     claim_run_folder(args.out, {"drive": kept, "weights": weights})
 
 

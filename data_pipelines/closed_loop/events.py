@@ -97,8 +97,9 @@ def judge(route: Route, states: np.ndarray) -> Verdict:
     aside = distance_to(route, driven)
     near = driven[aside <= CORRIDOR, S]
     last = min(len(states), len(route.reference)) - 1
-    whole = min(max(state.s for state in route.reference[: last + 1]), finish)
-    reached = float(near.max(initial=0.0))
+    start = route.reference[0].s  # a route of the world begins behind the origin of its path
+    whole = min(max(state.s for state in route.reference[: last + 1]), finish) - start
+    reached = float(near.max(initial=start)) - start
     # Where the reference itself stands, standing is all that is asked for.
     completion = float(np.clip(reached / whole, 0.0, 1.0)) if whole > 1.0 else 1.0
     still = driven[-round(STUCK_SECONDS / DT) :, SPEED]

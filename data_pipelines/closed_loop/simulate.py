@@ -74,6 +74,7 @@ def simulate(
     config: LoopConfig,
     cameras: Callable[[Sequence[Job]], tuple[np.ndarray, np.ndarray]] | None = None,
     numbers: Sequence[int] | None = None,
+    warm: bool = False,
 ) -> Drives:
     """Drives all routes with a policy.
 
@@ -83,6 +84,7 @@ def simulate(
         config: Settings.
         cameras: `FrontCameras`; not needed for a policy that does not look.
         numbers: Of the routes among those of `cameras`; None if they are the same.
+        warm: Plan the first frame once more before, so that no time is that of a compilation.
     """
     numbers = range(len(routes)) if numbers is None else numbers
     start = [route.reference[0] for route in routes]
@@ -105,6 +107,8 @@ def simulate(
                 jobs = [(r, s, time, frame) for r, s in zip(numbers, states, strict=True)]
                 view = view_of(routes, states, time, frame, *cameras(jobs))
                 drawing += clock.perf_counter() - before
+            if warm and not plans:
+                policy.plan(memory, view)
             before = clock.perf_counter()
             planned, chosen, memory = policy.plan(memory, view)
             planning += clock.perf_counter() - before
@@ -146,8 +150,10 @@ def simulate_batches(
     for begin in range(0, len(routes), batch):
         rows = np.arange(begin, begin + batch).clip(max=len(routes) - 1)
         chosen = [routes[row] for row in rows]
-        parts.append(simulate(chosen, policy, config, cameras, (first + rows).tolist()))
+        numbers = (first + rows).tolist()
+        parts.append(simulate(chosen, policy, config, cameras, numbers, warm=not parts))
     count = len(routes)
+    real = count / (len(parts) * batch)  # of the rows that were drawn and planned
     return Drives(
         states=np.concatenate([part.states for part in parts])[:count],
         times=parts[0].times,
@@ -155,8 +161,8 @@ def simulate_batches(
         kept=None
         if parts[0].kept is None
         else np.concatenate([part.kept for part in parts], 1)[:, :count],
-        drawing=sum(part.drawing for part in parts),
-        planning=sum(part.planning for part in parts),
+        drawing=real * sum(part.drawing for part in parts),
+        planning=real * sum(part.planning for part in parts),
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_pipelines.closed_loop.events import CENTRE, LENGTH, PENALTY, WIDTH, judge
+from data_pipelines.closed_loop.events import CENTRE, END_OF_ROAD, LENGTH, PENALTY, WIDTH, judge
 from data_pipelines.closed_loop.route import Route, StopLine, state_rows
 from data_pipelines.schema import STRAIGHT
 from data_pipelines.synthetic import meshes
@@ -69,6 +69,15 @@ def test_half_the_way_is_half_the_score(scene):
     verdict = judge(_route(scene), state_rows(_states(5.0)))
     assert verdict.score == pytest.approx(0.5)
     assert not verdict.success
+
+
+def test_what_lies_behind_the_start_is_not_driven(scene):
+    """Routes of the world begin some metres along their path."""
+    route = _route(scene, reference=_states(10.0, x=40.0))
+    stands = state_rows(_states(0.0, x=40.0))
+    assert judge(route, stands).completion == 0.0
+    whole = PATH.end - END_OF_ROAD - 40.0
+    assert judge(route, state_rows(_states(4.5, x=40.0))).completion == pytest.approx(36 / whole)
 
 
 def test_a_collision_ends_the_route_and_costs(scene):

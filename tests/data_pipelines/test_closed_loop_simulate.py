@@ -1,5 +1,7 @@
 """The loop: the world's own driver, latency, lights, and what may not change the result."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,29 @@ def test_the_same_again_whatever_the_batch(routes):
     np.testing.assert_array_equal(once.states, again.states)
     np.testing.assert_array_equal(once.plans, again.plans)
     np.testing.assert_array_equal(once.states[5], simulate(routes[5:6], EXPERT, LOOP).states[0])
+
+
+def test_a_car_that_stands_has_driven_nothing(routes):
+    for route in routes:
+        stands = np.repeat(state_rows(route.reference[:1]), len(route.reference), axis=0)
+        stands[:, SPEED] = 0.0
+        assert judge(route, stands).score == 0.0, route.scenario
+
+
+def test_times_hold_no_compilation_and_no_filled_up_routes(routes):
+    """The first plan of a setting takes long; each later one 10 ms."""
+    calls = []
+
+    def slow(memory, view):
+        time.sleep(0.01 if calls else 3.0)
+        calls.append(len(view.routes))
+        return np.zeros((len(view.routes), 6, 2)), None, memory
+
+    driven = simulate_batches(
+        routes[:3], Policy(slow, looks=False), LoopConfig(seconds=2.0), None, 2
+    )
+    assert calls == [2] * 9  # four frames of two batches, and the first once more
+    assert 0.75 * 8 * 0.01 <= driven.planning < 2.0
 
 
 def test_a_plan_is_driven_once_it_is_there(routes):

@@ -89,6 +89,22 @@ def test_a_folder_of_other_settings_is_refused(args):
         drive_closed_loop.claim(other, drive_closed_loop.prepare(None, None))
 
 
+def test_a_folder_of_other_logs_is_refused(args, tmp_path):
+    """As many of them, by other names or of other content."""
+    world = drive_closed_loop.prepare(None, None)
+    folders = [tmp_path / name for name in ("first", "renamed", "edited")]
+    for folder, name, text in zip(
+        folders, ("scene-1", "scene-2", "scene-1"), ("a", "a", "b"), strict=True
+    ):
+        folder.mkdir()
+        (folder / f"{name}.json").write_text(text)
+    drive_closed_loop.claim(replace(args, logs=folders[0]), world)
+    drive_closed_loop.claim(replace(args, logs=folders[0]), world)
+    for folder in folders[1:]:
+        with pytest.raises(UserError, match="logs"):
+            drive_closed_loop.claim(replace(args, logs=folder), world)
+
+
 def test_one_program_drives_all_frames_and_routes_do_not_depend_on_the_others(args, world):
     routes = clean_routes(args.quickstart.world, "val", 300, 3, 1.5)
     policy = driving_policy(world, "vlacache", 0.5, 0)
