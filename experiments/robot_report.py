@@ -87,7 +87,10 @@ def rows_of(outcomes: Outcomes, suites: Mapping[str, Suite]) -> list[Row]:
         if len(seeds) > 1:
             values = [float(o.success) for s in group for o in outcomes[s].values()]
             states = _states(group, outcomes, suites[first.suite])
-            found = interval(values, states)
+            if suites[first.suite].seed is None:
+                found = interval(values, states)
+            else:  # each seed draws states of its own
+                found = wilson(int(sum(values)), len(values))
             rows.append(_row(first, _metric(first, SUCCESS), found, None))
         if first.method not in (None, UNPRUNED) and first.unpruned in outcomes:
             pairs = [

@@ -70,7 +70,8 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
     def decide(observations: Sequence[Observation], memory, first) -> Acted:
         begin, first = time.perf_counter(), np.asarray(first)
         moment = moment_of(observations, vla, body, root)
-        key = jax.random.fold_in(root, observations[0].step)
+        steps = np.array([one.step for one in observations], np.uint32)
+        key = _own_keys(root, digests(observations), steps)
         decisions = np.where(first, 0, memory["decisions"])
         warm = decisions < warmup
         wanted = {whole: warm, pruned: ~warm}
@@ -146,9 +147,22 @@ def moment_of(
     if body.from_robot is not None and getattr(config, "proprio_dim", 1):
         proprio = body.from_robot(np.stack([one.proprio for one in observations]))
     if isinstance(vla.model, Pi0):
-        seen = np.array([digest(one) for one in observations], np.uint32)
+        seen = digests(observations)
         noise = _noise(key, seen, (config.horizon, config.action_dim))
     return Moment(np.asarray(images, np.uint8), ids, lengths, proprio, noise)
+
+
+def digests(observations: Sequence[Observation]) -> np.ndarray:
+    """Tells apart what each robot sees and feels, uint32 [B]."""
+    return np.array([digest(one) for one in observations], np.uint32)
+
+
+@jax.jit
+def _own_keys(key, seen, steps):
+    """A key for each robot by what it sees: the same whatever else is in the batch."""
+    return jax.vmap(lambda own, step: jax.random.fold_in(jax.random.fold_in(key, own), step))(
+        seen, steps
+    )
 
 
 @partial(jax.jit, static_argnums=2)

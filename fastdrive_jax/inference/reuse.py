@@ -37,6 +37,7 @@ from fastdrive_jax.inference.segments import (
 from fastdrive_jax.models.attention_rows import attention_rows
 from fastdrive_jax.models.decoder import Decoder, LayerCache, rows_see
 from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.pruning.draws import fold
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, cut_plan, keep_tokens
 
 Caches = tuple[LayerCache, ...]
@@ -157,9 +158,9 @@ def prefill(
         if k:
             if layer == first:
                 held = _last_frame(decoder, params, live, layer, room, inputs.state.caches)
-            fold = None if key is None else jax.random.fold_in(key, number)
+            own_key = fold(key, number)
             given = cut_inputs(start, live, number)
-            live = keep_live(live, keep_tokens(pruner, pruner_params, given, k, fold))
+            live = keep_live(live, keep_tokens(pruner, pruner_params, given, k, own_key))
             chosen = jnp.take_along_axis(whole.visual, live.ids, axis=1)
             places = jnp.sort(jnp.concatenate([chosen, whole.text], axis=1), axis=1)
     length = whole.length.astype(jnp.int32)

@@ -96,7 +96,8 @@ def act(
         policy: Static.
         params: {"vla": ..., "pruner": ...}.
         moment: What the robots see now.
-        key: For methods that draw, and pi0's noise.
+        key: For methods that draw, of the batch or of each sample [B], and pi0's noise, of the
+            batch.
         state: For temporal methods: of `start_state`, or of the last moment.
         first: Which samples begin an episode with this moment, whatever the state says; None: none.
     """

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from fastdrive_jax.inference.live import Live, cut_inputs, first_inputs, keep_live
 from fastdrive_jax.models.attention_rows import attention_received, attention_rows
 from fastdrive_jax.models.decoder import Decoder, LayerCache, rows_see
+from fastdrive_jax.pruning.draws import fold
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, cut_plan, keep_tokens
 
 
@@ -117,8 +118,8 @@ def prefill(
             given = cut_inputs(start, live, number)
             if pruner.cuts is not None:
                 given = given.replace(**_evidence(decoder, pruner, *evidence_of))
-            fold = None if key is None else jax.random.fold_in(key, number)
-            kept = keep_tokens(pruner, pruner_params, given, k, fold)
+            own_key = fold(key, number)
+            kept = keep_tokens(pruner, pruner_params, given, k, own_key)
             live = keep_live(live, kept, pruner.renumber)
             if pruner.renumber:
                 next_position = live.length

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from fastdrive_jax.pruning.draws import fold
 from fastdrive_jax.pruning.interface import Kept, Pruner, PrunerInputs, keep_tokens
 
 _BY_TOKEN = {  # fields of PrunerInputs with an axis of tokens, and which it is
@@ -123,8 +124,8 @@ def per_camera(pruner: Pruner, cameras: int, weights: tuple[float, ...] | None =
         ):
             if budget:
                 part = slice_tokens(inputs, start, start + int(own))
-                fold = None if key is None else jax.random.fold_in(key, number)
-                found.append((start, keep_tokens(pruner, params, part, int(budget), fold)))
+                own_key = fold(key, number)
+                found.append((start, keep_tokens(pruner, params, part, int(budget), own_key)))
             start += int(own)
         return found
 

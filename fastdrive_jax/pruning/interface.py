@@ -152,7 +152,8 @@ class Pruner:
 
     Attributes:
         name: In tables and on the command line.
-        score: (params, inputs, key) to scores [B, N], higher is kept; pure and traceable.
+        score: (params, inputs, key) to scores [B, N], higher is kept; pure and traceable. The key
+            is the batch's, or each sample's own [B]: draw with `draws.uniform`.
         needs: Fields of `PrunerInputs` that it reads, and "key" for one that draws.
         choose: (params, inputs, key, k) to the indices [B, K] of the kept tokens in any order; k is
             static. It heeds `inputs.count`.

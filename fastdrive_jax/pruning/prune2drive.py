@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.pruning.budgets import camera_budgets, pictures_of
+from fastdrive_jax.pruning.draws import is_per_sample, uniform
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, real_tokens
 from fastdrive_jax.pruning.max_min import (
     farthest_first,
@@ -62,9 +63,14 @@ def prune2drive(weights: tuple[float, ...] | None = None, as_published: bool = F
         steps = int(budgets.max()) if inputs.count is None else min(n, k)
         valid = real_tokens(inputs)
         units = unit_tokens(inputs.tokens, valid).reshape(batch, cameras, n, dim)
-        draws = jnp.zeros(cameras) if as_published else jax.random.uniform(key, (cameras,))
+        if as_published:
+            draws = jnp.zeros((batch, cameras))
+        elif is_per_sample(key):
+            draws = uniform(key, (batch, cameras))
+        else:  # one for all samples
+            draws = jnp.broadcast_to(uniform(key, (cameras,)), (batch, cameras))
         rank = partial(_ranks, steps=steps, isolated=as_published)
-        ranks = jax.vmap(jax.vmap(rank), in_axes=(0, None, 0))(
+        ranks = jax.vmap(jax.vmap(rank), in_axes=(0, 0, 0))(
             units, draws, valid.reshape(batch, cameras, n)
         )
         beyond = jnp.maximum(ranks - jnp.asarray(budgets)[:, None] + 1, 0)

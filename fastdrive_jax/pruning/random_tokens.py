@@ -1,7 +1,6 @@
 """Control: tokens at random, drawn anew for each picture."""
 
-import jax
-
+from fastdrive_jax.pruning.draws import uniform
 from fastdrive_jax.pruning.interface import Pruner
 
 
@@ -9,6 +8,6 @@ def random_tokens() -> Pruner:
     """Uniform scores from the key."""
     return Pruner(
         name="random",
-        score=lambda params, inputs, key: jax.random.uniform(key, inputs.tokens.shape[:2]),
+        score=lambda params, inputs, key: uniform(key, inputs.tokens.shape[:2]),
         needs=frozenset({"tokens", "key"}),
     )

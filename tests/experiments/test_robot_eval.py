@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,22 @@ def test_rows_pair_by_initial_state_and_pool_seeds():
     assert cells["m fastv", "counting_loop_hz", 0].value == pytest.approx(4 / 0.3)
     assert cells["m fastv", "counting_environment_ms", 0].value == pytest.approx(25)
     assert cells["m fastv", "counting_policy_ms", 0].value == pytest.approx(100)
+
+
+@pytest.mark.parametrize("wins", [0, 1])
+def test_seeds_that_draw_states_of_their_own_are_pooled_with_wilsons_interval(wins):
+    """Never, or always, in eight episodes is no certainty."""
+    suite = replace(counting_suite(), seed=5)
+    settings = [Setting("counting", "m", "unpruned", 1.0, seed) for seed in (0, 1)]
+    found = {one: outcomes_of(one, [wins] * 4) for one in settings}
+    (pooled,) = [
+        row
+        for row in rows_of(found, {"counting": suite})
+        if (row.metric, row.seed) == ("counting_success", None)
+    ]
+    expected = wilson(8 * wins, 8)
+    assert (pooled.value, pooled.low, pooled.high) == (wins, expected.low, expected.high)
+    assert pooled.high - pooled.low > 0.3
 
 
 def test_films_show_kept_tokens_of_each_view():

@@ -67,6 +67,20 @@ def test_an_episode_is_pruned_once_the_method_is_warm(parts):
     assert unpruned.kept[0].shape == (TOKENS,)
 
 
+def test_what_is_drawn_does_not_depend_on_what_shares_the_batch(parts):
+    """Nor do two episodes draw the same at the same step."""
+    drawing, began = policy(parts, "random", 0.25), np.ones(BATCH, bool)
+    (first, second), (late, _) = observations(0), observations(5)
+
+    def kept(*seen):
+        return [set(np.asarray(row)) for row in drawing.act(seen, drawing.start(2), began).kept]
+
+    alone = kept(first, second)
+    assert kept(late, second)[1] == alone[1]
+    assert kept(second, first) == alone[::-1]
+    assert alone[0] != alone[1]
+
+
 def test_actions_come_in_the_units_of_the_robot(parts):
     model, params, body = parts
     low, high = np.arange(7.0), np.arange(7.0) + 2
