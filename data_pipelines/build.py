@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data_pipelines.disk import check_space, disk_errors, locked, read_json, write_json
 from data_pipelines.duplicates import without_duplicates
-from data_pipelines.pictures import check_picture
+from data_pipelines.pictures import check_bad, check_picture
 from data_pipelines.schema import Record, Source, tfds_features
 from data_pipelines.shard_files import (
     NOTES,
@@ -117,8 +117,8 @@ def build_shards(
         progress: Show a progress bar.
         records_per_shard: Pictures in a shard, at most; rounded down to whole samples.
         workers: Processes that write shards.
-        skip_bad: How many samples with a damaged or unfitting file are left out; each is named on
-            stderr and in the manifest, and one more is an error.
+        skip_bad: How many samples with a missing, damaged or unfitting file are left out; each is
+            named on stderr and in the manifest, and one more is an error.
         run: Runs the jobs in another way and yields their notes in any order, see `beam`.
 
     Raises:
@@ -157,7 +157,7 @@ def build_shards(
             bar.update(note.records)
             for sentence in note.bad:
                 tqdm.write(f"left out: {sentence}", file=sys.stderr)
-            _check_bad(notes.values(), skip_bad)
+            check_bad([sentence for note in notes.values() for sentence in note.bad], skip_bad)
         ordered = [notes[job.name] for job in jobs]
         _finish(building, source, ordered, dropped)
         shutil.rmtree(building / NOTES)
@@ -201,8 +201,7 @@ def write_shard(job: ShardJob, folder: Path) -> ShardNote:
                 records = job.load(ref)
             except UserError as error:
                 bad.append(str(error))
-                if len(bad) > job.skip_bad:
-                    raise UserError(_too_many(bad, job.skip_bad)) from error
+                check_bad(bad, job.skip_bad)
                 continue
             if tuple(record.camera for record in records) != job.cameras:
                 raise ValueError(f"{ref} gave other cameras than {job.cameras}")
@@ -259,18 +258,6 @@ def finished_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardN
         if whole and note.identity == job.identity() and len(note.bad) <= job.skip_bad:
             notes[job.name] = note
     return notes
-
-
-def _too_many(bad: Sequence[str], limit: int) -> str:
-    if not limit:
-        return f"{bad[0]} (--skip-bad N leaves out N such samples.)"
-    return f"{len(bad)} samples are bad, more than skip_bad={limit}; the last: {bad[-1]}"
-
-
-def _check_bad(notes: Iterable[ShardNote], limit: int) -> None:
-    bad = [sentence for note in notes for sentence in note.bad]
-    if len(bad) > limit:
-        raise UserError(_too_many(bad, limit))
 
 
 def _finish(building: Path, source: Source, notes: Sequence[ShardNote], dropped: dict) -> None:

@@ -11,13 +11,17 @@ def without_duplicates(source: Source) -> tuple[Source, dict[str, int]]:
     """The source with every sample once, and how many were dropped of each split.
 
     A sample of a held-out split goes before one of "train", so that no picture of theirs is ever
-    trained on. Only samples whose files have the same sizes are read.
+    trained on. Only samples whose files have the same sizes are read. One that lacks a picture
+    stays, for whoever loads it to refuse.
     """
     order = sorted(source.samples, key=lambda split: split == "train")
     by_size: dict[tuple[int, ...], list[tuple[str, int]]] = {}
     for split in order:
         for place, ref in enumerate(source.samples[split]):
-            sizes = tuple(path.stat().st_size for path in source.files(ref)[0])
+            try:
+                sizes = tuple(path.stat().st_size for path in source.files(ref)[0])
+            except FileNotFoundError:
+                continue
             by_size.setdefault(sizes, []).append((split, place))
     drop: set[tuple[str, int]] = set()
     for places in by_size.values():

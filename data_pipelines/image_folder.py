@@ -7,6 +7,7 @@ put almost the same picture on both sides.
 """
 
 import functools
+import itertools
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.pictures import (
+    check_bad,
     check_picture,
     decode_map,
     encode_labels,
@@ -21,6 +23,7 @@ from data_pipelines.pictures import (
     labels_png,
     mask_png,
     read_bytes,
+    size_of_files,
 )
 from data_pipelines.schema import CLASSES_FILE, Classes, Record, Source, read_classes
 from fastdrive_jax.errors import UserError
@@ -46,6 +49,7 @@ def read_image_folder(
     foreground: tuple[int, ...] | None = None,
     objects: tuple[int, ...] | None = None,
     ignore: tuple[int, ...] | None = None,
+    skip_bad: int = 0,
 ) -> Source:
     """Lists the pictures under `root` and pairs each with its mask or label map.
 
@@ -55,6 +59,8 @@ def read_image_folder(
             is needed when there are label maps.
         objects: Object class ids, likewise; a part of the foreground.
         ignore: Ids to leave out of every measure, likewise.
+        skip_bad: How many pictures may lack a mask or label map. They stay in the source and cannot
+            be loaded, so `build_shards` needs as many.
 
     Raises:
         UserError: No pictures, a picture without its mask, a mask without a picture, or class ids
@@ -72,9 +78,9 @@ def read_image_folder(
     else:
         samples = _block_split(root)
     refs = [ref for split in samples.values() for ref in split]
+    size = _check_files(refs, skip_bad)
     has_labels = any(ref.labels for ref in refs)
     classes = _classes(root, has_labels, foreground, objects, ignore)
-    size = sum(path.stat().st_size for r in refs for path in (r.picture, r.mask, r.labels) if path)
 
     return Source(
         name=f"images:{root.resolve().name}",
@@ -89,6 +95,21 @@ def read_image_folder(
 
 def _files(ref: PictureRef) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     return (ref.picture,), tuple(path for path in (ref.mask, ref.labels) if path)
+
+
+def _check_files(refs: list[PictureRef], skip_bad: int) -> int:
+    """Bytes of all files; every absence is found before anything is written."""
+    size, bad = 0, []
+    for ref in refs:
+        found, missing = size_of_files(itertools.chain(*_files(ref)))
+        size += found
+        if missing:
+            bad.append(
+                f"{missing[0]} is missing; add it or take {ref.picture} out (every picture needs "
+                f"its file in {missing[0].parent.name}/)."
+            )
+    check_bad(bad, skip_bad)
+    return size
 
 
 def _load(ref: PictureRef, classes: Classes) -> tuple[Record, ...]:
@@ -136,16 +157,10 @@ def _pairs(folder: Path, split: str) -> list[PictureRef]:
     maps = {name: folder / name for name in ("masks", "labels") if (folder / name).is_dir()}
     if not maps:
         raise UserError(f"{folder} has neither masks/ nor labels/; add one with a PNG per picture.")
-    for name, place in maps.items():
+    for place in maps.values():
         stray = sorted(p for p in place.glob("*.png") if p.stem not in pictures)
         if stray:
             raise UserError(f"{stray[0]} belongs to no picture in {images}; remove or rename it.")
-        for stem, picture in pictures.items():
-            if not (place / f"{stem}.png").is_file():
-                raise UserError(
-                    f"{picture} has no {place / f'{stem}.png'}; add it or take the picture out of "
-                    f"images/ (every picture needs its file in {name}/)."
-                )
     return [
         PictureRef(
             split,

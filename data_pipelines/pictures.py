@@ -2,6 +2,7 @@
 
 import io
 import struct
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
@@ -26,6 +27,38 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path} is missing; restore it or leave out what refers to it.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+def size_of_files(paths: Iterable[Path]) -> tuple[int, list[Path]]:
+    """Bytes of the files that are there, and the files that are missing."""
+    size, missing = 0, []
+    for path in paths:
+        try:
+            size += path.stat().st_size
+        except FileNotFoundError:
+            missing.append(path)
+    return size, missing
+
+
+def check_bad(bad: Sequence[str], skip_bad: int) -> None:
+    """Stops where more samples are bad than may be left out.
+
+    Args:
+        bad: A sentence for each bad sample.
+        skip_bad: How many may be left out.
+
+    Raises:
+        UserError: There are more.
+    """
+    if len(bad) <= max(skip_bad, 0):
+        return
+    if not skip_bad:
+        raise UserError(
+            f"{bad[0]} (`fastdrive data build --skip-bad N` leaves out N such samples.)"
+        )
+    raise UserError(
+        f"{len(bad)} samples are bad, more than skip_bad={skip_bad}; the last: {bad[-1]}"
+    )
 
 
 def check_picture(data: bytes, path: Path) -> tuple[int, int]:
@@ -55,7 +88,7 @@ def check_picture(data: bytes, path: Path) -> tuple[int, int]:
 
 
 def decode_map(data: bytes, path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A label map or mask as uint8 [H, W]; of a palette PNG, the palette indices.
+    """A label map or mask as uint8 [H, W], as stored; of a palette PNG, the palette indices.
 
     Raises:
         UserError: Not a one-channel picture of at most 8 bits, or not of `size` (H, W).
@@ -63,7 +96,7 @@ def decode_map(data: bytes, path: Path, size: tuple[int, int]) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
             mode = picture.mode
-            array = np.asarray(picture)
+            array = stored_values(np.asarray(picture), data)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} cannot be decoded as PNG ({error}); write it again.") from error
     if mode not in ("1", "L", "P"):
@@ -77,6 +110,16 @@ def decode_map(data: bytes, path: Path, size: tuple[int, int]) -> np.ndarray:
             f"{size[0]} x {size[1]}; make them the same size."
         )
     return array.astype(np.uint8)
+
+
+def stored_values(array: np.ndarray, data: bytes) -> np.ndarray:
+    """The ids in a PNG, of what Pillow made of it.
+
+    Pillow stretches grey of 2 and 4 bits to 0..255, which is right for a picture, but an id is the
+    number that is stored. It leaves grey of 1 bit and palette indices as they are.
+    """
+    depth, color = _png_format(data)
+    return array // (255 // (2**depth - 1)) if color == 0 and depth in (2, 4) else array
 
 
 def mask_png(data: bytes, path: Path, size: tuple[int, int]) -> bytes:

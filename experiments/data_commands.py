@@ -10,10 +10,10 @@ Each goes on where it was stopped. `mask` shares its work among machines by `--p
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
@@ -24,10 +24,10 @@ from data_pipelines.image_folder import read_image_folder
 from data_pipelines.maskers.annotations import AnnotationConfig, AnnotationMasker
 from data_pipelines.maskers.grounded_sam import load_grounded_sam
 from data_pipelines.maskers.interface import Frame, Masker
-from data_pipelines.maskers.label_tables import TABLES, read_table
+from data_pipelines.maskers.label_tables import TABLES, LabelTable, coco_table, read_table
 from data_pipelines.maskers.labels import LabelMasker, read_segments
 from data_pipelines.maskers.prompts import DEFAULT_PROMPTS, ClassPrompt
-from data_pipelines.maskers.run import folder_frames, make_masks
+from data_pipelines.maskers.run import check_part, folder_frames, make_masks
 from data_pipelines.maskers.sam3 import SAM3_PROMPTS, load_sam3
 from data_pipelines.nuscenes.keyframes import read_keyframes
 from data_pipelines.nuscenes.map_layers import MapFolder
@@ -35,6 +35,8 @@ from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.nuscenes.tables import open_nuscenes
 from data_pipelines.shards import open_shards
 from fastdrive_jax.errors import UserError
+
+_COCO = "coco"  # the table that `segments` states
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class LabelArgs:
 
     Attributes:
         labels: Folder of the label maps, with the names of the pictures.
-        table: One of the built-in tables, or a JSON file of one.
+        table: One of the built-in tables ("coco" with `segments`), or a JSON file of one.
         suffix: What stands behind a picture's name.
         segments: COCO panoptic JSON file, for such label maps.
     """
@@ -125,6 +127,7 @@ class MaskArgs:
     def __post_init__(self):
         if (self.nuscenes is None) == (self.images is None):
             raise UserError("Give either --nuscenes or --images.")
+        check_part(self.part)
 
 
 @dataclass(frozen=True)
@@ -229,20 +232,49 @@ def make_masker(args: MaskArgs) -> Masker:
             chosen.checkpoint, chosen.prompts, dtype=chosen.dtype, device=chosen.device
         )
     if isinstance(chosen, LabelArgs):
-        table = TABLES[chosen.table] if chosen.table in TABLES else read_table(Path(chosen.table))
-        segments = None if chosen.segments is None else read_segments(chosen.segments)
-        return LabelMasker(chosen.labels, table, chosen.suffix, segments)
+        return label_masker(chosen)
     if args.nuscenes is None:
         raise UserError("Annotations belong to nuScenes; give --nuscenes or another masker.")
     return AnnotationMasker(MapFolder(args.nuscenes), chosen)
 
 
+def label_masker(args: LabelArgs) -> LabelMasker:
+    """The reader of label maps that was asked for."""
+    segments, categories = None, None
+    if args.segments is not None:
+        segments, categories = read_segments(args.segments)
+    return LabelMasker(args.labels, label_table(args.table, categories), args.suffix, segments)
+
+
+def label_table(name: str, categories: Sequence[Mapping[str, Any]] | None = None) -> LabelTable:
+    """The table of that name or in that file; `categories` are those of a COCO panoptic file.
+
+    Raises:
+        UserError: There is no such table, or it is COCO's and there are no categories.
+    """
+    if name == _COCO:
+        if categories is None:
+            raise UserError(
+                f"Table {_COCO} takes its ids from a COCO panoptic JSON file; name that file with "
+                "--masker.segments."
+            )
+        return coco_table(categories)
+    if name in TABLES:
+        return TABLES[name]
+    if not Path(name).is_file():
+        raise UserError(
+            f"Table {name} is no JSON file and none of {', '.join(sorted({*TABLES, _COCO}))}; "
+            "correct the name."
+        )
+    return read_table(Path(name))
+
+
 def build(args: BuildArgs) -> None:
     """Writes shards; see `BuildArgs`."""
     if args.nuscenes is not None:
-        source = read_nuscenes(args.nuscenes, args.version, args.split, args.masks)
+        source = read_nuscenes(args.nuscenes, args.version, args.split, args.masks, args.skip_bad)
     else:
-        source = read_image_folder(args.images, foreground=args.foreground)
+        source = read_image_folder(args.images, foreground=args.foreground, skip_bad=args.skip_bad)
     say(source.absent)
     shards = build_shards(
         source,

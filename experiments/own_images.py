@@ -6,20 +6,23 @@ DIR holds images/ and labels/ or masks/ (or train/ and val/ with those). Tokens 
 ViT-S/14 and are cached.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.duplicates import without_duplicates
 from data_pipelines.image_folder import read_image_folder
+from data_pipelines.schema import Source
 from experiments.configs.pruner import CAMVID, PrunerRun
+from experiments.folder_digest import folder_digest
 from experiments.measure_pruner import evaluate_pruner
 from experiments.pruner_data import dino_features, train_prior
 from experiments.quickstart import _announcer, shards_of
 from experiments.report_images import ImageFindings, image_report
 from experiments.train_pruner import train_pruner
 from fastdrive_jax.configs import to_plain
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.report import write_report
 from fastdrive_jax.export.bundle import (
     read_bundle_orbax,
@@ -62,7 +65,13 @@ def own_images(config: ImagesConfig) -> Path:
     say = _announcer(config.quiet)
     say("1/5", "pictures to shards")
     source = read_image_folder(config.images, config.foreground, config.objects, config.ignore)
-    shards = shards_of(source, config.out / f"shards-{_folder_digest(config)}", config.quiet)
+    _check_training(source, config.images)
+    shards = shards_of(
+        source,
+        config.out
+        / f"shards-{folder_digest(config.images, config.foreground, config.objects, config.ignore)}",
+        config.quiet,
+    )
 
     say("2/5", "token features")
     features = dino_features(
@@ -104,6 +113,14 @@ def own_images(config: ImagesConfig) -> Path:
     return path
 
 
+def _check_training(source: Source, images: Path) -> None:
+    if "train" not in without_duplicates(source)[0].samples:
+        raise UserError(
+            f"Every training picture of {images} is a validation picture too, byte for byte, so "
+            "none is left to train on; add other pictures to train on."
+        )
+
+
 def _check_bundle(bundle: Path, params: dict) -> None:
     import jax
 
@@ -112,14 +129,3 @@ def _check_bundle(bundle: Path, params: dict) -> None:
         same = jax.tree.map(np.array_equal, params, reloaded)
         if not all(jax.tree.leaves(same)):
             raise RuntimeError(f"the export in {bundle} differs from the model in memory")
-
-
-def _folder_digest(config: ImagesConfig) -> str:
-    """Changes with every picture that comes, goes or is edited, and with the class ids."""
-    digest = hashlib.sha256(repr((config.foreground, config.objects, config.ignore)).encode())
-    for path in sorted(config.images.rglob("*")):
-        if path.is_file():
-            info = path.stat()
-            name = path.relative_to(config.images)
-            digest.update(f"{name} {info.st_size} {info.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:12]

@@ -130,10 +130,22 @@ def _check(frames, batch_size, skip_bad, part) -> None:
         raise UserError(f"batch_size is {batch_size}; give at least 1.")
     if skip_bad < 0:
         raise UserError(f"skip_bad is {skip_bad}; give 0 or more.")
+    check_part(part)
+    _check_names(frames)
+
+
+def check_part(part: tuple[int, int]) -> None:
+    """Refuses what is no (index, count) of a part.
+
+    Raises:
+        UserError: The index is not from 0 to below the count.
+    """
     index, count = part
     if not 0 <= index < count:
-        raise UserError(f"part {index} of {count} does not exist; count from 0 to {count - 1}.")
-    _check_names(frames)
+        raise UserError(
+            f"part {index} of {count} does not exist; give an index from 0 to below the count, "
+            "such as 0 4 to 3 4."
+        )
 
 
 def _check_names(frames: Sequence[Frame]) -> None:

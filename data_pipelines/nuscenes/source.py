@@ -7,6 +7,7 @@ their own. A `ROOT/planning.json` is preferred to plans from the ego poses.
 
 import dataclasses
 import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ from data_pipelines.disk import read_json
 from data_pipelines.ego import Plan
 from data_pipelines.nuscenes.driving import Moment, scene_moments
 from data_pipelines.nuscenes.tables import NuScenes, open_nuscenes
-from data_pipelines.pictures import check_picture, labels_png, mask_png, read_bytes
+from data_pipelines.pictures import (
+    check_bad,
+    check_picture,
+    labels_png,
+    mask_png,
+    read_bytes,
+    size_of_files,
+)
 from data_pipelines.schema import (
     CLASSES_FILE,
     FUTURE_STEPS,
@@ -49,7 +57,11 @@ class SampleRef:
 
 
 def read_nuscenes(
-    root: Path, version: str | None = None, split: str | None = None, masks: Path | None = None
+    root: Path,
+    version: str | None = None,
+    split: str | None = None,
+    masks: Path | None = None,
+    skip_bad: int = 0,
 ) -> Source:
     """Reads the tables under `root` and checks that every file they name is there.
 
@@ -58,6 +70,8 @@ def read_nuscenes(
         version: Table folder such as "v1.0-trainval"; may be left out when there is only one.
         split: See `open_nuscenes`.
         masks: Folder of `masks/`, `labels/` and `classes.json`; None means `root`.
+        skip_bad: How many samples may lack a file. They stay in the source and cannot be loaded, so
+            `build_shards` needs as many.
 
     Raises:
         UserError: A table, picture, mask, scene or camera is missing, or a table is not readable.
@@ -80,7 +94,7 @@ def read_nuscenes(
                 refs.append(_reference(nuscenes, moment, plan, masks, has_labels))
         samples[name] = tuple(refs)
     made_by = masks / "masker.json"
-    size = _check_files([ref for refs in samples.values() for ref in refs])
+    size = _check_files([ref for refs in samples.values() for ref in refs], skip_bad)
     return Source(
         name=f"nuscenes:{root.resolve().name}",
         cameras=nuscenes.cameras,
@@ -183,19 +197,13 @@ def stated_plan(path: Path, rows: Any, token: str, posed: Plan) -> Plan:
     return plan
 
 
-def _check_files(refs: list[SampleRef]) -> int:
+def _check_files(refs: list[SampleRef], skip_bad: int) -> int:
     """Bytes of all files; every absence is found before anything is written."""
-    size = 0
+    size, bad = 0, []
     for ref in refs:
-        for paths in ref.files:
-            for path in paths:
-                if path is None:
-                    continue
-                try:
-                    size += path.stat().st_size
-                except FileNotFoundError as error:
-                    raise UserError(
-                        f"{path} is missing (sample {ref.token} of {ref.scene}); add the file or "
-                        "leave the scene out of splits.json."
-                    ) from error
+        found, missing = size_of_files(itertools.chain(*sample_files(ref)))
+        size += found
+        if missing:
+            bad.append(f"{missing[0]} is missing (sample {ref.token} of {ref.scene}); add it.")
+    check_bad(bad, skip_bad)
     return size

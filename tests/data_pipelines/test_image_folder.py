@@ -5,10 +5,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from grey_png import write_grey_png
 from PIL import Image
 
+from data_pipelines.build import build_shards
+from data_pipelines.decode import decode_labels, decode_mask
 from data_pipelines.image_folder import read_image_folder
 from data_pipelines.schema import Classes
+from data_pipelines.shards import record_source
 from fastdrive_jax.errors import UserError
 
 SIZE = (56, 84)
@@ -114,6 +118,47 @@ def test_palette_labels_are_read_as_indices(folder):
     (record,) = source.load(source.samples["train"][0])
     np.testing.assert_array_equal(decoded(record.labels), labels_of(0))
     np.testing.assert_array_equal(decoded(record.mask), labels_of(0) == 2)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_grey_labels_of_few_bits_are_in_the_shards_as_stored(folder, tmp_path, depth):
+    highest = 2**depth - 1
+    labels = np.minimum(np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) % 16, highest)
+    write_grey_png(folder / "labels" / f"{STEMS[0]}.png", labels, depth)
+    shards = build_shards(
+        read_image_folder(folder, foreground=(highest,)), tmp_path / "shards", progress=False
+    )
+    record = record_source(shards, "train")[0]
+    np.testing.assert_array_equal(decode_labels(record["labels"], SIZE, shards.classes), labels)
+    np.testing.assert_array_equal(decode_mask(record["mask"], SIZE), labels == highest)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_grey_masks_of_few_bits(tmp_path, depth):
+    fill(tmp_path, STEMS, ("masks",))
+    write_grey_png(tmp_path / "masks" / f"{STEMS[0]}.png", (labels_of(0) == 2).astype(int), depth)
+    source = read_image_folder(tmp_path)
+    (record,) = source.load(source.samples["train"][0])
+    np.testing.assert_array_equal(decode_mask(record.mask, SIZE), labels_of(0) == 2)
+
+
+@pytest.mark.parametrize("kind", ["masks", "labels"])
+def test_missing_maps_are_left_out_if_that_is_asked_for(tmp_path, kind, capfd):
+    fill(tmp_path, STEMS, ("masks", "labels"))
+    for stem in (STEMS[1], STEMS[9]):  # one of each split
+        (tmp_path / kind / f"{stem}.png").unlink()
+    with pytest.raises(UserError, match=rf"{kind}/{STEMS[1]}\.png is missing"):
+        read_image_folder(tmp_path, foreground=(1,))
+    with pytest.raises(UserError, match=rf"2 samples .* skip_bad=1; .*{kind}/{STEMS[9]}\.png"):
+        read_image_folder(tmp_path, foreground=(1,), skip_bad=1)
+    source = read_image_folder(tmp_path, foreground=(1,), skip_bad=2)
+    with pytest.raises(UserError, match=rf"{kind}/{STEMS[1]}\.png is missing"):
+        build_shards(source, tmp_path / "shards", progress=False)
+    shards = build_shards(source, tmp_path / "shards", progress=False, skip_bad=2)
+    assert shards.samples == {"train": 7, "val": 1}
+    said = capfd.readouterr().err
+    assert f"{kind}/{STEMS[1]}.png" in said
+    assert f"{kind}/{STEMS[9]}.png" in said
 
 
 def test_class_file_and_arguments(folder):

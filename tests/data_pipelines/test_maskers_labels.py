@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grey_png import write_grey_png
 from PIL import Image
 
 from data_pipelines.maskers.interface import (
@@ -98,6 +99,15 @@ def test_a_suffix(tmp_path):
     frame = put(tmp_path, labels, "aachen/aachen_000", "_gtFine_instanceIds.png")
     masker = LabelMasker(tmp_path / "labels", CITYSCAPES_INSTANCES, "_gtFine_instanceIds.png")
     assert masker([frame])[0][:3, 0].tolist() == [ROAD, VEHICLE, VEHICLE]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_grey_of_few_bits_holds_the_ids_as_stored(tmp_path, depth):
+    ids = list(range(min(2**depth, 12)))
+    frame = put(tmp_path, stripes(ids))
+    write_grey_png(tmp_path / "labels" / f"{frame.name}.png", stripes(ids), depth)
+    (out,) = LabelMasker(tmp_path / "labels", CAMVID)([frame])
+    np.testing.assert_array_equal(out, np.vectorize(CAMVID.classes.get)(stripes(ids)))
 
 
 def coco(folder: Path, names=("person", "road", "sky", "traffic light")) -> Path:

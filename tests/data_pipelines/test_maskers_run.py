@@ -256,6 +256,7 @@ def test_a_wrong_answer_of_a_masker_is_a_fault(images, out, answer):
     [
         ({"part": (2, 2)}, "part 2 of 2"),
         ({"part": (-1, 2)}, "part -1"),
+        ({"part": (0, 0)}, "part 0 of 0 does not exist; give an index from 0 to below the count"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"skip_bad": -1}, "skip_bad is -1"),
     ],

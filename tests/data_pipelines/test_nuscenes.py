@@ -187,6 +187,19 @@ def test_a_missing_file_is_named_before_anything_is_read(root, kind):
         read_nuscenes(root)
 
 
+def test_as_many_samples_may_lack_files_as_is_allowed(root):
+    for name in ("samples/CAM_BACK/a1-CAM_BACK.jpg", "masks/CAM_BACK/a1-CAM_BACK.png"):
+        (root / name).unlink()  # one sample
+    (root / "labels" / "CAM_FRONT" / "b2-CAM_FRONT.png").unlink()
+    with pytest.raises(UserError, match=r"a1-CAM_BACK\.jpg is missing \(sample a1 .*--skip-bad N"):
+        read_nuscenes(root)
+    with pytest.raises(UserError, match=r"2 samples .*skip_bad=1; the last: .*b2-CAM_FRONT\.png"):
+        read_nuscenes(root, skip_bad=1)
+    source = read_nuscenes(root, skip_bad=2)
+    files = [p for k in ("samples", "masks", "labels") for p in (root / k).rglob("*.*")]
+    assert source.size == sum(p.stat().st_size for p in files)
+
+
 def test_a_sample_without_one_of_the_cameras_is_named(root):
     def drop(rows):
         rows[:] = [row for row in rows if row["token"] != "b2-CAM_BACK"]

@@ -251,6 +251,25 @@ def test_bad_samples_are_left_out_if_that_is_asked_for(tmp_path, capfd):
     assert len(manifest["skipped"]) == 2
 
 
+@pytest.mark.parametrize("kind", ["samples", "masks", "labels"])
+def test_missing_files_count_as_damaged_ones(tmp_path, capfd, kind):
+    root = write_nuscenes(tmp_path / "nu")
+    gone = root / kind / "CAM_FRONT" / f"a3-CAM_FRONT.{'jpg' if kind == 'samples' else 'png'}"
+    gone.unlink()
+    cut = root / "samples" / "CAM_FRONT" / "b5-CAM_FRONT.jpg"
+    cut.write_bytes(cut.read_bytes()[:-300])
+    source = read_nuscenes(root, skip_bad=1)
+    for limit, said in ((0, rf"{kind}/CAM_FRONT/{gone.name} is missing"), (1, "skip_bad=1")):
+        with pytest.raises(UserError, match=said):
+            build_shards(source, tmp_path / "set", progress=False, skip_bad=limit)
+    shards = build_shards(source, tmp_path / "set", progress=False, skip_bad=2)
+    assert shards.samples == {"train": 8, "val": 8}
+    assert str(gone) in capfd.readouterr().err
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert len(manifest["skipped"]) == 2
+    assert manifest["duplicates"] == {"train": 0, "val": 0}
+
+
 def test_too_little_space_is_seen_before_writing(source, tmp_path):
     with pytest.raises(UserError, match="disk is full"):
         build_shards(replace(source, size=10**18), tmp_path / "set", progress=False)

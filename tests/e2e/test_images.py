@@ -308,9 +308,27 @@ def _no_classes(folder: Path) -> str:
     return "which class ids are foreground"
 
 
+def _no_training(folder: Path) -> str:
+    write_pictures(folder / "train", 2)
+    write_pictures(folder / "val", 2)
+    (folder / "train" / "classes.json").rename(folder / "classes.json")
+    return "none is left to train on"
+
+
 @pytest.mark.parametrize(
     "spoil",
-    [_none, _empty, _bare, _no_mask, _torn, _no_jpeg, _too_small, _other_size, _no_classes],
+    [
+        _none,
+        _empty,
+        _bare,
+        _no_mask,
+        _torn,
+        _no_jpeg,
+        _too_small,
+        _other_size,
+        _no_classes,
+        _no_training,
+    ],
     ids=lambda function: function.__name__.strip("_"),
 )
 def test_bad_folders_are_one_sentence_and_leave_no_data_set(tmp_path, spoil, weights):

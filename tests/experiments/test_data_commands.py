@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from data_pipelines.maskers.interface import CLASSES
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.shards import open_shards, record_source
 from data_pipelines.synthetic.config import WorldConfig
@@ -109,11 +110,94 @@ def test_label_maps_by_a_table_of_ones_own(root, tmp_path, capsys):
     np.testing.assert_array_equal(made > 0, np.isin(exact, (4, 5, 6, 7, 10)))
 
 
+@pytest.fixture
+def coco(tmp_path):
+    """The words for one picture, a person beside nothing, with COCO panoptic labels."""
+    for folder in ("images", "coco"):
+        (tmp_path / folder).mkdir()
+    cv2.imwrite(str(tmp_path / "images" / "a.png"), np.full((56, 84, 3), 90, np.uint8))
+    segments = np.zeros((56, 84, 3), np.uint8)
+    segments[:, :40, 2] = 7  # red is the last of OpenCV
+    cv2.imwrite(str(tmp_path / "coco" / "a.png"), segments)
+    content = {
+        "annotations": [
+            {"file_name": "a.png", "segments_info": [{"id": 7, "category_id": 1}]},
+        ],
+        "categories": [{"id": 1, "name": "person"}, {"id": 2, "name": "sky"}],
+    }
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    words = ("mask", "--images", tmp_path / "images", "--out", tmp_path / "m", "masker:labels")
+    return (*words, "--masker.labels", tmp_path / "coco")
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["table coco", "own table"])
+def test_coco_panoptic_label_maps(coco, tmp_path, capsys, named):
+    own = tmp_path / "table.json"
+    own.write_text(json.dumps({"encoding": "segments", "classes": {"1": "person"}}))
+    words = ("--masker.table", "coco" if named else own)
+    code = run(*coco, *words, "--masker.segments", tmp_path / "panoptic.json")
+    assert code == 0, capsys.readouterr().err
+    made = cv2.imread(str(tmp_path / "m" / "labels" / "a.png"), cv2.IMREAD_UNCHANGED)
+    assert (made[:, :40] == CLASSES.names.index("person")).all()
+    assert (made[:, 40:] == CLASSES.names.index("background")).all()
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("coco", "with --masker.segments"),
+        ("citiscapes", "citiscapes is no JSON file and none of camvid, cityscapes,"),
+    ],
+)
+def test_a_table_that_is_not_there_is_one_sentence(coco, capsys, table, said):
+    assert run(*coco, "--masker.table", table) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+    assert "coco" in line
+
+
+def test_build_leaves_out_what_mask_left_out(root, tmp_path, capfd):
+    world = shutil.copytree(root, tmp_path / "world")
+    bad = min((world / "samples" / "CAM_FRONT").glob("*.jpg"))
+    bad.write_bytes(bad.read_bytes()[:200])
+    mask = ("mask", "--nuscenes", world, "--out", tmp_path / "m")
+    build = ("build", "--nuscenes", world, "--masks", tmp_path / "m", "--out", tmp_path / "s")
+    assert run(*mask, "--skip-bad", 1) == 0
+    assert "1 left out" in capfd.readouterr().out
+    assert run(*build) == 2
+    assert f"{bad.stem}.png is missing" in capfd.readouterr().err
+    assert run(*build, "--skip-bad", 1) == 0
+    said = capfd.readouterr()
+    assert "train: 5 samples, 10 pictures" in said.out
+    assert f"left out: {bad}" in said.err
+
+
+def test_build_leaves_out_what_mask_left_out_of_a_folder(root, tmp_path, capfd):
+    pictures = sorted((root / "samples" / "CAM_FRONT").glob("*.jpg"))
+    (tmp_path / "own").mkdir()
+    images = shutil.copytree(pictures[0].parent, tmp_path / "own" / "images")
+    bad = images / pictures[0].name
+    bad.write_bytes(bad.read_bytes()[:200])
+    labels = root.parent / "exact-labels" / "CAM_FRONT"
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"classes": {str(k): "road" for k in range(11)}}))
+    mask = ("mask", "--images", images, "--out", tmp_path / "own", "--skip-bad", 1)
+    words = ("masker:labels", "--masker.labels", labels, "--masker.table", table)
+    assert run(*mask, *words) == 0
+    build = ("build", "--images", tmp_path / "own", "--out", tmp_path / "s")
+    assert run(*build) == 2
+    assert f"{bad.stem}.png is missing" in capfd.readouterr().err
+    assert run(*build, "--skip-bad", 1) == 0
+    assert f"left out: {bad}" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("mask", "--out", "o"), "either --nuscenes or --images"),
         (("mask", "--images", "nowhere", "--out", "o"), "nowhere is not a folder"),
+        (("mask", "--images", "i", "--out", "o", "--part", "0", "0"), "part 0 of 0 does not exist"),
+        (("mask", "--images", "i", "--out", "o", "--part", "4", "4"), "part 4 of 4 does not exist"),
         (("build", "--out", "o"), "either --nuscenes or --images"),
         (("build", "--nuscenes", "nowhere", "--out", "o"), "no v1.0-"),
         (("build", "--nuscenes", "n", "--out", "o", "--beam-options=--x"), "need --beam"),
