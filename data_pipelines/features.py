@@ -138,6 +138,7 @@ def cache_features(
         "dim": encoder.dim,
         "grid": [value // TOKEN_PIXELS for value in size],
         "pictures": {split: shards.records(split) for split in sorted(shards.samples)},
+        "ignore": sorted(shards.classes.ignore),  # whose labels are not kept
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     final = Path(out_dir) / key

@@ -28,7 +28,7 @@ from experiments.measure_pruner import evaluate_pruner, score_split
 from experiments.planning import PlanningSplit, planning_split, planning_table
 from experiments.pruner_data import train_prior
 from experiments.report_world import WorldFindings, world_report
-from experiments.train_pruner import train_pruner
+from experiments.train_pruner import RunIdentity, train_pruner
 from experiments.train_vla import TrainVLAConfig, train_vla
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.foreground import token_areas
@@ -210,7 +210,13 @@ def prepare(config: QuickstartConfig, say: Callable[[str, str], None]) -> WorldR
     train, val = features.splits["train"], features.splits["val"]
 
     say("4/7", "train ReconPruner")
-    trained, history = train_pruner(train, config.pruner, config.out / "pruner", quiet=config.quiet)
+    trained, history = train_pruner(
+        train,
+        config.pruner,
+        config.out / "pruner",
+        quiet=config.quiet,
+        identity=RunIdentity(config.pruner, encoder.digest, shards.digest),
+    )
     return WorldRun(
         root=root,
         shards=shards,

@@ -36,6 +36,7 @@ from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.configs.pruner import CAMVID, TINY, PrunerRun
 from experiments.encoders import frozen_vla
+from experiments.folder_digest import folder_digest
 from experiments.measure_pruner import evaluate_pruner
 from experiments.pruner_data import train_prior
 from experiments.quickstart import shards_of
@@ -164,7 +165,9 @@ def study_on(name: str, args: StudyPrunerArgs) -> Path:
 
 def camvid_data(args: StudyPrunerArgs, folder: Path) -> StudyData:
     """CamVid through DINOv2."""
-    shards = shards_of(read_image_folder(args.camvid, **CAMVID_CLASSES), folder / "shards", True)
+    digest = folder_digest(args.camvid, *CAMVID_CLASSES.values())
+    source = read_image_folder(args.camvid, **CAMVID_CLASSES)
+    shards = shards_of(source, folder / f"shards-{digest}", True)
     features = cache_features(
         shards,
         dino_encoder(args.weights),

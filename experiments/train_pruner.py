@@ -128,7 +128,7 @@ def train_on_shards(config: TrainPrunerConfig) -> FitResult:
     connect(config.hosts)
     run = config.run
     mesh = make_mesh(run.data, run.fsdp, run.tensor)
-    _check_batch(run, mesh)
+    check_batch(run, mesh)
     shards = open_shards(config.shards, skip_bad=config.skip_bad)
     if missing := {"train", "val"} - set(shards.samples):
         raise UserError(
@@ -240,6 +240,7 @@ def train_pruner(
     workdir: Path,
     quiet: bool = False,
     on_log: Callable[[Record], None] | None = None,
+    identity: RunIdentity | None = None,
 ) -> tuple[Any, list[Record]]:
     """Trains on token features that fit the memory, or goes on with the run in `workdir`.
 
@@ -249,6 +250,7 @@ def train_pruner(
         workdir: Folder of the run.
         quiet: No progress bar.
         on_log: Gets each new record.
+        identity: See `fit_pruner`; needed where one folder may be asked for other tokens.
 
     Returns:
         The params {"pruner": ..., "decoder": ...} and the log.
@@ -263,6 +265,7 @@ def train_pruner(
         mesh=make_mesh(run.data, run.fsdp, run.tensor),
         prior=train_prior(train) if run.recon.needs_prior else None,
         on_log=on_log,
+        identity=identity,
         quiet=quiet,
     )
     return evaluation_params(result.state), result.history
@@ -293,10 +296,20 @@ def _write_results(config, pruner, result, shards, encoder, prior, mesh) -> None
     multihost_utils.sync_global_devices("results are written")  # a host that ends, ends the job
 
 
-def _check_batch(run: PrunerRun, mesh: jax.sharding.Mesh) -> None:
+def check_batch(run: PrunerRun, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a batch that does not divide among devices and hosts.
+
+    Raises:
+        UserError: It does not.
+    """
     parts, hosts = batch_parts(mesh), jax.process_count()
     if run.loader.batch_size % (parts * run.accumulate) or run.loader.batch_size % hosts:
         raise UserError(
             f"loader.batch_size={run.loader.batch_size} must be a multiple of {parts} parts of the "
             f"mesh times accumulate={run.accumulate}, and of {hosts} hosts."
+        )
+    if parts % hosts:
+        raise UserError(
+            f"A mesh whose batch is in {parts} parts (data x fsdp) leaves some of {hosts} hosts "
+            "without one; give --data -1, which takes all devices, or a multiple of the hosts."
         )

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, Num
 from fastdrive_jax.evaluation.bootstrap import interval
 from fastdrive_jax.evaluation.results import Row
 
+UNLABELLED = 255  # id of pixels that are ignored or unknown, as batches have it
 TOKEN = 28  # pixels a side of one visual token of Qwen2.5-VL: 14-pixel patches merged 2 x 2
 
 FOREGROUND_RECALL = "foreground_recall"
@@ -77,11 +78,14 @@ def token_areas(
     ignore: Collection[int] = (),
     token: int = TOKEN,
 ) -> Areas:
-    """Foreground, object and labelled share of each token; see `token_fractions`."""
+    """Foreground, object and labelled share of each token; see `token_fractions`.
+
+    `UNLABELLED` pixels are left out as those of `ignore` are.
+    """
     return Areas(
         foreground=token_fractions(labels, foreground, token, ignore),
         objects=token_fractions(labels, objects, token, ignore),
-        valid=token_fractions(labels, range(256), token, ignore),
+        valid=token_fractions(labels, range(UNLABELLED), token, ignore),
     )
 
 

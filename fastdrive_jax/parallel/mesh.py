@@ -77,10 +77,15 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         The same tree of global arrays `[b * processes, ...]`.
 
     Raises:
-        UserError: the batch does not divide among the devices.
+        UserError: the batch does not divide among the devices, or the mesh not among the hosts.
     """
     sharding = batch_sharding(mesh)
     processes = jax.process_count()
+    if batch_parts(mesh) % processes:
+        raise UserError(
+            f"A mesh of {dict(mesh.shape)} does not divide among {processes} hosts: choose data x "
+            "fsdp as a multiple of them."
+        )
     parts = batch_parts(mesh) // processes
 
     def put(leaf):

@@ -140,7 +140,8 @@ class RunCheckpoints:
     ) -> None:
         """Copy state and data position now, write them in the background.
 
-        A step that is already saved is left as it is. `state` may be donated afterwards.
+        A step that is already saved is left as it is, unless it is now measured to be the best: a
+        signal saves a step without waiting for its metrics. `state` may be donated afterwards.
 
         Args:
             step: number of updates made.
@@ -153,22 +154,26 @@ class RunCheckpoints:
             UserError: this save or the one before it found no room on the disk, or the best metric
                 is not among `metrics`.
         """
-        if step in self._manager.all_steps():
-            return
         if metrics is not None and self._best:
             # Neither JSON nor an order has a place for what is not finite.
             measured = math.isfinite(self._best.value(metrics))
             finite = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
             metrics = finite if measured else None
+        better = bool(self._best and metrics and self.improves(metrics))
+        there = step in self._manager.all_steps()
+        if there and not better:
+            return
         with self._explained(step):
             self._manager.wait_until_finished()
             _check_room(self._root, state)
             self._saving = step
+            if there:
+                self._manager.delete(step)
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator.get_state())
             )
             self._manager.save(step, args=args, metrics=metrics, force=True)
-            if self._best and metrics and self.improves(metrics):
+            if better:
                 self._best_value = self._best.value(metrics)
 
     def restore(

@@ -215,3 +215,14 @@ def test_dinov2_tokens(shards, tmp_path, merge, dim):
     assert np.abs(tokens[0] - tokens[1]).max() > 0.1
     other = "concat" if merge == "mean" else "mean"
     assert features.dino_encoder(merge=other).digest != encoder.digest
+
+
+def test_labels_of_other_ignored_classes_are_not_taken_for_these(shards, tmp_path):
+    """Ignored ids are gone from the kept labels."""
+    ids = np.unique(np.asarray(cache(shards, tmp_path).splits["val"].labels))
+    gone = int(ids[ids != 255][0])
+    other = replace(shards, classes=replace(shards.classes, ignore=(gone,)))
+    found = cache(other, tmp_path)
+    assert found.path != cache(shards, tmp_path).path
+    assert gone not in np.unique(found.splits["val"].labels)
+    assert gone in np.unique(cache(shards, tmp_path).splits["val"].labels)

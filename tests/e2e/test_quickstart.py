@@ -17,6 +17,7 @@ import pytest
 from experiments.cli import main
 from fastdrive_jax.export.driving import read_policy
 from fastdrive_jax.inference.policy import plan
+from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla, save_vla
 
 SMALL = [
     "--world.train-scenes=2",
@@ -141,6 +142,14 @@ def test_a_folder_of_another_config_is_refused(refuse, whole):
 
 def test_a_world_of_another_config_is_refused(refuse, whole):
     refuse(whole, "--world.seed=7", "world", "this config")
+
+
+def test_a_pruner_of_another_vlas_tokens_is_not_taken(refuse, whole, tmp_path):
+    """Its tokens are other ones, and the folder's pruner knows nothing of them."""
+    _, params = load_vla()
+    params["visual"] = jax.tree.map(lambda leaf: 1.01 * leaf, params["visual"])
+    save_vla(tmp_path / "mine.safetensors", params)
+    refuse(whole, f"--vla-weights={tmp_path / 'mine.safetensors'}", "another config", "encoder")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipelines.features import TokenEncoder
 from data_pipelines.synthetic.config import WorldConfig
@@ -171,3 +172,29 @@ def test_the_published_objective_stays_as_a_config():
         "zero",
     )
     assert (published.alpha, published.ssim_weight, published.pixel_weight) == (0.5, 0.2, 1.0)
+
+
+def test_other_pictures_in_the_same_folder_of_results_are_not_the_old_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "dino_encoder", lambda weights: TokenEncoder("c", 3, colours))
+    monkeypatch.setattr(study, "CAMVID_SIZE", (28, 28))
+    for count, name in ((2, "first"), (3, "second")):
+        write_camvid(tmp_path / name, count)
+        args = StudyPrunerArgs(tmp_path / "out", camvid=tmp_path / name, quiet=True)
+        data = study.camvid_data(args, tmp_path / "out" / "camvid")
+        assert len(data.features.splits["train"].tokens) == count
+
+
+def colours(images):
+    return images.reshape(len(images), 1, -1, 3).mean(axis=2).astype(np.float32) / 255
+
+
+def write_camvid(folder, count):
+    rng = np.random.default_rng(count)
+    for split, pictures in (("train", count), ("val", 1)):
+        for kind in ("images", "labels"):
+            (folder / split / kind).mkdir(parents=True)
+        for number in range(pictures):
+            picture = rng.integers(0, 256, (28, 28, 3), np.uint8)
+            Image.fromarray(picture).save(folder / split / "images" / f"{number}.png")
+            labels = np.full((28, 28), 3 + number % 2 * 3, np.uint8)
+            Image.fromarray(labels).save(folder / split / "labels" / f"{number}.png")

@@ -18,10 +18,11 @@ from experiments import pruner_data as module
 from experiments.configs.pruner import FASTDRIVEVLA_3B, PRUNER_RUNS, PrunerRun
 from experiments.export_model import ExportArgs, export_model
 from experiments.export_source import read_source
-from experiments.train_pruner import TrainPrunerConfig, train_on_shards
+from experiments.train_pruner import TrainPrunerConfig, check_batch, train_on_shards
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import read_rows
 from fastdrive_jax.export.bundle import read_bundle_orbax
+from fastdrive_jax.parallel.mesh import make_mesh
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.optimizer import OptimizerConfig
 from fastdrive_jax.training.reconstruction import ReconConfig
@@ -247,3 +248,11 @@ def test_settings_are_chosen_by_name_on_the_command_line():
         "fastdrivevla_3b",
         "fastdrivevla_7b",
     }
+
+
+def test_hosts_without_a_part_of_the_batch_are_refused_before_anything_is_read(monkeypatch):
+    mesh = make_mesh(1, devices=jax.local_devices()[:1])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    run = replace(RUN, loader=replace(RUN.loader, batch_size=8))
+    with pytest.raises(UserError, match=r"1 parts \(data x fsdp\).*give --data -1"):
+        check_batch(run, mesh)

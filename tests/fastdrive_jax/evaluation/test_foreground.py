@@ -5,6 +5,7 @@ from fastdrive_jax.evaluation.foreground import (
     FOREGROUND_PRECISION,
     FOREGROUND_RECALL,
     OBJECT_RECALL,
+    UNLABELLED,
     Areas,
     auc,
     foreground_auc,
@@ -37,6 +38,17 @@ def test_ignored_pixels_carry_no_area():
     np.testing.assert_allclose(areas.foreground, [[0.75, 0.25], [0.0, 1.0]])
     np.testing.assert_allclose(areas.objects, [[0.0, 0.25], [0.0, 0.0]])
     np.testing.assert_allclose(areas.valid, [[1.0, 0.5], [1.0, 1.0]])
+
+
+def test_ignored_pixels_carry_no_area_once_they_are_loaded_either():
+    """A loader gives 255 in their place, and the precision is that of the stored map."""
+    loaded = np.where(LABELS == 9, UNLABELLED, LABELS)
+    classes = {"foreground": (4, 6), "objects": (6,), "ignore": (9,), "token": 2}
+    stored, found = token_areas(LABELS, **classes), token_areas(loaded, **classes)
+    for name in ("foreground", "objects", "valid"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(stored, name))
+    rows = {r.metric: r for r in foreground_rows("m", 1.0, found, np.array([[0, 1], [0, 1]]))}
+    assert rows[FOREGROUND_PRECISION].value == pytest.approx((0.75 + 0.25 + 1.0) / 3.5)
 
 
 def test_tokens_are_in_raster_order():

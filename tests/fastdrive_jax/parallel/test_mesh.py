@@ -96,3 +96,10 @@ def test_impossible_shares_of_a_layer_are_refused(share):
         make_mesh(tensor=share)
     with pytest.raises(UserError, match=f"x {share} x 1 devices"):
         make_mesh(fsdp=share)
+
+
+def test_a_mesh_without_a_part_for_every_host_is_refused(monkeypatch):
+    mesh = make_mesh(1, devices=jax.local_devices()[:1])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="does not divide among 2 hosts"):
+        shard_batch({"x": np.zeros((2, 3))}, mesh)

@@ -55,6 +55,20 @@ def test_the_best_is_known_after_a_restart_and_can_be_restored(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "7"]
 
 
+@pytest.mark.parametrize(("later", "best"), [(0.5, 3), (2.0, 2)])
+def test_a_step_that_a_signal_saved_unmeasured_may_be_the_best_once_it_is(tmp_path, later, best):
+    filled(tmp_path, [3.0, 1.0, None])
+    with RunCheckpoints(tmp_path, {}, best=Best("l2")) as checkpoints:
+        checkpoints.save(3, dict(init(8), step=np.int32(3)), data(), {"l2": later})
+        checkpoints.wait()
+        assert checkpoints.best_step() == best
+        assert checkpoints.latest_step() == 3
+        state = checkpoints.restore(abstract_state(lambda: init(8), HERE), data(), step=3)
+        assert int(state["step"]) == 3
+    with RunCheckpoints(tmp_path, {}, best=Best("l2")) as checkpoints:
+        assert checkpoints.best_step() == best
+
+
 def test_metrics_are_part_of_what_is_checked(tmp_path):
     filled(tmp_path, [1.0, 2.0])
     path = tmp_path / "checkpoints/1/metrics/metrics"

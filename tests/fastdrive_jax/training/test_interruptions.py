@@ -15,6 +15,7 @@ import optax
 import pytest
 from tiny_run import TinyConfig, functions, make_batches, run
 
+from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.checkpoints import RunCheckpoints
 from fastdrive_jax.training.loop import StoppedBySignal, fit
 from fastdrive_jax.training.metrics_log import read_log
@@ -170,3 +171,22 @@ def test_who_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path):
     history = run(tmp_path, 10, **options).history
     assert seen == [0, 5, 10]
     assert [record["step"] for record in history if record["kind"] == "eval"] == [0, 5, 10]
+
+
+def test_the_best_step_is_the_best_though_the_stop_fell_on_it(tmp_path):
+    def evaluate(state):
+        return {"recall": {0: 0.1, 5: 0.9, 10: 0.5}[int(state.step)]}
+
+    def interrupt(record):
+        if record["step"] == 4 and record["kind"] == "train" and not resumed:
+            signal.raise_signal(signal.SIGTERM)
+
+    options = {
+        "evaluate": evaluate, "evaluate_every": 5, "log_every": 1, "on_log": interrupt,
+        "best": Best("recall", "max"), "checkpoint_every": 100,
+    }  # fmt: skip
+    resumed = False
+    with pytest.raises(StoppedBySignal):
+        run(tmp_path, 10, **options)
+    resumed = True
+    assert run(tmp_path, 10, **options).best_step == 5
