@@ -7,7 +7,8 @@ Weights and pictures are random: what a token scores does not change the time. S
 compiled apart, and unpruned, methods, transformers (with the extra "parity") and the machine's own
 rates take turns, after a round of warming up; figures are medians of the rounds with quartiles.
 float32 on a CPU, bfloat16 elsewhere. `--predict` allocates nothing: it counts, and divides by what
-makers' data sheets say. A run that was cut off goes on after its last whole round.
+makers' data sheets say. A run that was cut off goes on after its last whole round, on a machine of
+the same kind and with the same files of own methods.
 
 Writes OUT/efficiency.json and OUT/efficiency.md and, given the errors of methods, a plot of speed
 against error. On 2 idle cores "100m" with three methods, transformers and two rounds of the encoder

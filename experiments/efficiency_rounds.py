@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.pictures import check_picture, read_bytes
+from experiments.drives import own_file_sum
 from experiments.efficiency_args import At, BenchEfficiencyArgs
 from experiments.efficiency_counts import MARKS, given_inputs, parameter_shapes
 from experiments.efficiency_memory import memory_rows
@@ -83,8 +86,27 @@ def asked_of(args: BenchEfficiencyArgs, dtype: jnp.dtype) -> dict[str, Any]:
         "accelerators",
     ):
         del asked[name]
-    asked |= {"device": str(jax.devices()[0]), "dtype": jnp.dtype(dtype).name}
+    asked["method file"] = [found for name in args.methods for found in own_file_sum(name)]
+    asked |= machine_of(jax.devices()[0]) | {"dtype": jnp.dtype(dtype).name}
     return json.loads(json.dumps(asked, default=str))
+
+
+def machine_of(device: jax.Device) -> dict[str, Any]:
+    """What tells machines apart whose times must not be mixed."""
+    if device.platform != "cpu":
+        return {"device": device.device_kind}
+    return {"device": device.device_kind, "processor": processor(), "cores": os.cpu_count()}
+
+
+def processor(path: Path = Path("/proc/cpuinfo")) -> str:
+    """Name of this machine's processor.
+
+    Args:
+        path: Where Linux tells it, though not for all kinds.
+    """
+    text = path.read_text() if path.exists() else ""
+    named = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def read_rounds(path: Path, asked: Mapping[str, Any]) -> dict[str, list[dict]]:

@@ -6,7 +6,7 @@ import ipaddress
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any
@@ -30,7 +30,7 @@ from fastdrive_jax.serving.jobs import Answer, Job
 from fastdrive_jax.serving.metrics import Metrics
 from fastdrive_jax.serving.pictures import read_picture
 from fastdrive_jax.serving.refusals import Refusal
-from fastdrive_jax.serving.requests import COMMANDS, check_cameras, parse_request
+from fastdrive_jax.serving.requests import COMMANDS, PlanRequest, check_cameras, parse_request
 from fastdrive_jax.serving.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Service:
         metrics: Of it.
         demo: Drives that the page can play.
         decoders: Bounds how many pictures are decoded at once, and with them the memory.
+        bodies: Of the requests for plans that are open; for the event loop's thread.
     """
 
     config: ServeConfig
@@ -73,6 +74,7 @@ class Service:
     metrics: Metrics
     demo: Sequence[DemoDrive] = ()
     decoders: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(os.cpu_count() or 1))
+    bodies: set[BoundedBody] = field(default_factory=set)
 
 
 def make_app(service: Service) -> Starlette:
@@ -123,7 +125,8 @@ async def _plan(service: Service, request: Request) -> Response:
     body = BoundedBody(request.receive, service.config.limits)
     begun = time.perf_counter()
     try:
-        content = await _planned(service, request, body, begun)
+        with _admitted(service, body):
+            content = await _planned(service, request, body, begun)
         response: Response = JSONResponse(content)
         service.metrics.seconds.labels("total").observe(time.perf_counter() - begun)
     except Refusal as refusal:
@@ -146,11 +149,31 @@ def _refuse(service: Service, refusal: Refusal, body: BoundedBody | None) -> Res
     return RefusalResponse(refusal, body)
 
 
-async def _planned(
-    service: Service, request: Request, body: BoundedBody, begun: float
-) -> dict[str, Any]:
-    limits, model = service.config.limits, service.model
+@contextlib.contextmanager
+def _admitted(service: Service, body: BoundedBody) -> Iterator[None]:
+    """Counts a request as open; refuses one too many while none of its body is read.
+
+    Not uvicorn's own limit: that counts idle connections too, and answers before this app does.
+    """
     service.worker.check_open()
+    if len(service.bodies) >= service.config.limits.connections:
+        raise Refusal(
+            503,
+            "busy",
+            f"{len(service.bodies)} requests are open already; come back in a second.",
+            {"Retry-After": "1"},
+        )
+    service.bodies.add(body)
+    try:
+        yield
+    finally:
+        service.bodies.remove(body)
+
+
+async def _received(
+    service: Service, request: Request, body: BoundedBody
+) -> tuple[PlanRequest, dict[str, bytes]]:
+    """What is asked, and the pictures' files by camera."""
     body.check_announced(request.headers.get("content-length"))
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Refusal(
@@ -170,21 +193,36 @@ async def _planned(
         asked = parse_request(
             await text.read() if isinstance(text, UploadFile) else text, service.config.ratios
         )
-        check_cameras([name for name, _ in files], model.cameras)
-        encoded = {
+        check_cameras([name for name, _ in files], service.model.cameras)
+        return asked, {
             name: await value.read() if isinstance(value, UploadFile) else value.encode()
             for name, value in files
         }
-    received = time.perf_counter()
-    given = model.image_size, limits.megapixels
+
+
+async def _decoded(service: Service, encoded: Mapping[str, bytes]) -> np.ndarray:
+    """Pixels of all cameras."""
+    model = service.model
+    given = model.image_size, service.config.limits.megapixels
     images = await asyncio.gather(
         *(
             to_thread.run_sync(read_picture, encoded[name], name, *given, limiter=service.decoders)
             for name in model.cameras
         )
     )
+    return np.stack(images)
+
+
+async def _planned(
+    service: Service, request: Request, body: BoundedBody, begun: float
+) -> dict[str, Any]:
+    limits, model = service.config.limits, service.model
+    asked, encoded = await _received(service, request, body)
+    received = time.perf_counter()
+    images = await _decoded(service, encoded)
+    del encoded  # much larger than what waits
     queued = time.perf_counter()
-    waiting = service.worker.submit(Job(asked, np.stack(images), begun, queued))
+    waiting = service.worker.submit(Job(asked, images, begun, queued))
     try:
         answer = await asyncio.wait_for(asyncio.wrap_future(waiting), limits.answer_seconds)
     except TimeoutError as error:

@@ -14,12 +14,13 @@ class Limits:
     Attributes:
         body_mb: Of a whole request.
         megapixels: Of one picture, before it is decoded.
-        queue: Requests that wait; more are told to come back.
+        queue: Frames that wait for the model; more are told to come back.
         body_seconds: Until a request's body must be here.
         answer_seconds: Until a request that waits is given up.
         drives: Of which the memory is kept; the one that was silent longest goes first.
         drive_seconds: Of silence after which a drive is forgotten.
-        connections: Open at once.
+        connections: Requests for plans that are open at once, from their head to their answer;
+            further ones are told to come back before their bodies are read.
     """
 
     body_mb: float = 32.0
@@ -29,7 +30,7 @@ class Limits:
     answer_seconds: float = 10.0
     drives: int = 64
     drive_seconds: float = 60.0
-    connections: int = 64
+    connections: int = 128
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -81,6 +82,13 @@ class ServeConfig:
         if self.max_wait_ms < 0 or self.seed < 0:
             raise UserError(
                 f"max_wait_ms={self.max_wait_ms} and seed={self.seed} must not be negative."
+            )
+        connections, queue = self.limits.connections, self.limits.queue
+        if connections <= queue + self.max_batch:  # the queue's limit could not be reached
+            raise UserError(
+                f"limits.connections={connections} must be more than the limits.queue={queue} that "
+                f"wait and the max_batch={self.max_batch} that are planned: raise it, or lower "
+                "those."
             )
 
     @property

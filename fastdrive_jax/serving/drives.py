@@ -86,6 +86,13 @@ class Drives:
         while len(self._known) > self._most:
             self._known.popitem(last=False)
 
+    def seconds_left(self, now: float) -> float | None:
+        """Until the drive that was silent longest is forgotten; None where none is known."""
+        if not self._known:
+            return None
+        _, _, heard = next(iter(self._known.values()))
+        return heard + self._seconds - now
+
     def forget(self, now: float) -> None:
         """Lets drives go that have been silent too long."""
         while self._known:

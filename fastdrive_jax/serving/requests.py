@@ -15,6 +15,7 @@ COMMANDS = ("left", "straight", "right")
 _DRIVE = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _FIELDS = ("speed", "command", "drive", "frame", "keep_ratio", "target_ms")
 _MOST_FRAMES = 2**31
+_MOST_DIGITS = 20  # of whole numbers
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def parse_request(text: str | bytes, ratios: Sequence[float]) -> PlanRequest:
         Refusal: 422 with what is wrong with which field.
     """
     try:
-        given = json.loads(text)
+        given = json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise _wrong(f"The part 'request' is no JSON ({error})") from error
     if not isinstance(given, dict):
@@ -67,7 +68,7 @@ def parse_request(text: str | bytes, ratios: Sequence[float]) -> PlanRequest:
     if frame is not None and drive is None:
         raise _wrong("frame is a number within a drive: name the drive too")
     if frame is not None and not (type(frame) is int and 0 <= frame < _MOST_FRAMES):
-        raise _wrong(f"frame={frame!r} must be a whole number from 0 on")
+        raise _wrong(f"frame={frame!r} must be a whole number from 0 to {_MOST_FRAMES - 1}")
     return PlanRequest(
         speed=_speed(given),
         command=COMMANDS.index(command),
@@ -128,12 +129,18 @@ def _budget(given: Mapping[str, Any], ratios: Sequence[float]) -> dict[str, floa
     return {"keep_ratio": ratio, "target_ms": target}
 
 
+def _whole(digits: str) -> int | float:
+    """A whole number; one beyond any use is a float, infinite at worst."""
+    # Of thousands of digits `int` makes nothing, and of hundreds what no float can hold.
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
+
+
 def _number(given: Mapping[str, Any], name: str) -> float | None:
     value = given.get(name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _wrong(f"{name}={value!r} must be a number")
+        raise _wrong(f"{name}={value!r} must be a finite number")
     return float(value)
 
 

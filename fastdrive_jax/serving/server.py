@@ -76,7 +76,6 @@ def http_server(service: Service) -> uvicorn.Server:
             log_level="warning",
             access_log=False,
             server_header=False,
-            limit_concurrency=service.config.limits.connections,
             timeout_graceful_shutdown=FINISH_SECONDS,
         )
     )

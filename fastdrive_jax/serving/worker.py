@@ -150,14 +150,23 @@ class Worker:
             return
         self._load, self.progress = ready.load, "ready"
         self.ready = ready
-        while taken := self._take():
-            try:
-                self._plan(ready, taken)
-            except Exception as error:
-                log.exception("a batch of %d frames failed", len(taken))
-                for job, _ in taken:
-                    if not job.answer.done():
-                        job.answer.set_exception(error)
+        while self._turn(ready):
+            pass
+
+    def _turn(self, ready: Ready) -> bool:
+        """Plans a batch; whether the service goes on.
+
+        Apart from the loop, so that no name of it holds a batch's memories until the next.
+        """
+        taken = self._take()
+        try:
+            self._plan(ready, taken)
+        except Exception as error:
+            log.exception("a batch of %d frames failed", len(taken))
+            for job, _ in taken:
+                if not job.answer.done():
+                    job.answer.set_exception(error)
+        return bool(taken)
 
     def _report(self, progress: str) -> None:
         self.progress = progress
@@ -165,12 +174,20 @@ class Worker:
             raise Stopped
 
     def _take(self) -> list[tuple[Job, Budget]]:
-        """Waits for a batch and takes it out of the queue; empty when the service ends."""
+        """Waits for a batch and takes it out of the queue; empty when the service ends.
+
+        Drives that fall silent are forgotten meanwhile.
+        """
         config = self._config
         with self._changed:
             while not self._stopping:
+                now = time.monotonic()
+                self._drives.forget(now)
+                self._metrics.drives.set(len(self._drives))
                 if not self._waiting:
-                    self._changed.wait()
+                    left = self._drives.seconds_left(now)
+                    # It takes no longer timeout, and drives may be kept for ever.
+                    self._changed.wait(left and min(left, threading.TIMEOUT_MAX))
                     continue
                 # Decided once: time goes on, and a job that named its ratio must get it.
                 budgets = [self._budget(job) for job in self._waiting]
@@ -237,7 +254,6 @@ class Worker:
                     batch=len(live),
                 )
             )
-        self._metrics.drives.set(len(self._drives))
 
     def _recall(self, asked: PlanRequest) -> Recalled | None:
         if asked.drive is None:

@@ -1,6 +1,8 @@
 """The efficiency table: by count, measured at a tiny size, and predicted at the published ones."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,13 @@ from experiments.bench_efficiency import bench_efficiency, frame_times
 from experiments.configs.models import MODELS, driving_config
 from experiments.efficiency_args import BenchEfficiencyArgs
 from experiments.efficiency_memory import check_free, peak_bytes
-from experiments.efficiency_rounds import asked_of, write_rounds
+from experiments.efficiency_rounds import (
+    asked_of,
+    machine_of,
+    processor,
+    read_rounds,
+    write_rounds,
+)
 from experiments.efficiency_table import write_plots
 from experiments.program_flops import program_flops
 from experiments.roofline import ACCELERATORS, Machine, bound_by, roofline_ms
@@ -73,6 +81,68 @@ def test_rounds_of_another_run_are_refused(folder, tmp_path):
     (tmp_path / "rounds.json").write_text("{")
     with pytest.raises(UserError, match=r"rounds\.json is damaged"):
         bench_efficiency(BenchEfficiencyArgs(tmp_path, **TINY))
+
+
+OWN = """from fastdrive_jax.pruning import make_pruner
+
+
+def mine():
+    return make_pruner("random")
+"""
+
+
+def test_rounds_of_a_method_whose_file_has_changed_are_refused(tmp_path):
+    own, path = tmp_path / "own.py", tmp_path / "rounds.json"
+    own.write_text(OWN)
+    args = BenchEfficiencyArgs(tmp_path, **TINY | {"methods": ("fastv", f"{own}:mine")})
+    write_rounds(path, asked_of(args, jnp.float32), {"1": [FIRST]})
+    assert read_rounds(path, asked_of(args, jnp.float32)) == {"1": [FIRST]}
+    own.write_text(OWN.replace("random", "divprune"))
+    with pytest.raises(UserError, match="holds rounds with another method file: remove it"):
+        read_rounds(path, asked_of(args, jnp.float32))
+
+
+def other_processor(monkeypatch):
+    monkeypatch.setattr(efficiency_rounds, "processor", lambda: "an odd one")
+
+
+def more_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1000)
+
+
+def other_device(monkeypatch):
+    alike = str(jax.devices()[0])
+
+    class Device:
+        platform, device_kind = "gpu", "NVIDIA H200"
+
+        def __str__(self):
+            return alike  # as any is "cuda:0"
+
+    device = Device()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(other_processor, "processor"), (more_cores, "cores"), (other_device, "device")],
+)
+def test_rounds_of_another_machine_are_refused(tmp_path, monkeypatch, change, named):
+    args, path = BenchEfficiencyArgs(tmp_path, **TINY), tmp_path / "rounds.json"
+    write_rounds(path, asked_of(args, jnp.float32), {"1": [FIRST]})
+    assert read_rounds(path, asked_of(args, jnp.float32)) == {"1": [FIRST]}
+    change(monkeypatch)
+    with pytest.raises(UserError, match=f"holds rounds with another {named}: remove it"):
+        read_rounds(path, asked_of(args, jnp.float32))
+
+
+def test_machines_are_told_apart_by_what_computes(tmp_path):
+    kinds = [SimpleNamespace(platform="gpu", device_kind=f"NVIDIA {name}") for name in ("A", "B")]
+    assert [machine_of(kind) for kind in kinds] == [{"device": "NVIDIA A"}, {"device": "NVIDIA B"}]
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor\t: 0\nmodel name\t: A CPU @ 2 GHz\nflags\t\t: fpu\n" * 2)
+    assert processor(told) == "A CPU @ 2 GHz"
+    assert processor(tmp_path / "none")  # whatever Python says
 
 
 def test_rows_are_complete_and_sane(folder):

@@ -1,5 +1,6 @@
 """The service over a socket."""
 
+import contextlib
 import json
 import math
 import select
@@ -153,6 +154,12 @@ def test_a_target_chooses_among_the_buckets(ready):
         ({"speed": -1}, "speed=-1"),
         ({"speed": True}, "speed=True"),
         ({"command": "up"}, "command='up'"),
+        ({"speed": 10**400}, "speed=inf must be a finite number"),
+        ({"speed": -(10**400)}, "speed=-inf must be a finite number"),
+        ({"keep_ratio": 10**400}, "keep_ratio=inf must be a finite number"),
+        ({"target_ms": 10**400}, "target_ms=inf must be a finite number"),
+        ({"drive": "a", "frame": 10**400}, "frame=inf must be a whole number"),
+        ({"drive": "a", "frame": 2**31}, "frame=2147483648 must be a whole number"),
         ({"keep_ratio": 0.7}, "choose from 1, 0.5."),
         ({"keep_ratio": 0.5, "target_ms": 5}, "exclude each other"),
         ({"target_ms": 0}, "target_ms=0"),
@@ -266,6 +273,72 @@ def test_a_plan_that_takes_too_long_is_given_up_and_a_queue_is_bounded(ready, mo
             assert running_one.result().status_code == 504
         release.set()
         until(lambda: ask(address).status_code == 200)
+
+
+def test_a_number_of_more_digits_than_python_reads_is_named(address):
+    text = '{"command": "left", "speed": %s}' % ("9" * 5000)
+    files = {"CAM_FRONT": png(0)}
+    answer = requests.post(f"{address}/v1/plan", data={"request": text}, files=files, timeout=30)
+    assert answer.status_code == 422
+    assert answer.json()["error"] == "speed=inf must be a finite number."
+
+
+def refused(address: str, reason: str) -> float:
+    """How many the metrics tell of."""
+    text = requests.get(f"{address}/metrics", timeout=5).text
+    lines = (line.rpartition(" ") for line in text.splitlines())
+    name = f'fastdrive_errors_total{{reason="{reason}"}}'
+    return sum(float(value) for found, _, value in lines if found == name)
+
+
+FEW = replace(
+    CONFIG, max_batch=1, limits=replace(CONFIG.limits, queue=1, connections=3, body_seconds=20.0)
+)
+
+
+def test_only_so_many_bodies_are_read_at_once(ready):
+    service = service_of(ready, FEW)
+    with running(service) as address, contextlib.ExitStack() as stack:
+        senders = [stack.enter_context(connected(address)) for _ in range(3)]
+        for sender in senders:
+            sender.sendall(f"{HEAD}Content-Length: 1000\r\n\r\n--x\r\n".encode())
+        until(lambda: len(service.bodies) == 3)
+        more = ask(address)
+        assert (more.status_code, more.headers["Retry-After"]) == (503, "1")
+        assert more.json() == {
+            "error": "3 requests are open already; come back in a second.",
+            "reason": "busy",
+        }
+        assert refused(address, "busy") == 1
+        assert requests.get(f"{address}/healthz", timeout=5).text == "ok\n"
+        stack.close()  # the senders leave, and so do their places
+        until(lambda: ask(address).status_code == 200)
+    assert not service.bodies
+
+
+def test_connections_that_ask_nothing_take_no_place(ready):
+    with running(service_of(ready, FEW)) as address, contextlib.ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(connected(address))
+        assert requests.get(f"{address}/healthz", timeout=5).text == "ok\n"
+        assert ask(address).status_code == 200
+
+
+def test_all_of_a_crowd_are_answered_as_the_page_says(ready, monkeypatch):
+    def slow(*given):
+        time.sleep(0.1)
+        return run_batch(*given)
+
+    monkeypatch.setattr(worker_module, "run_batch", slow)
+    with running(service_of(ready, FEW)) as address:
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda _: ask(address), range(16)))
+        back = [answer for answer in answers if answer.status_code != 200]
+        assert 0 < len(back) < 16
+        for answer in back:
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            assert answer.json()["reason"] in ("busy", "queue_full")
+        assert refused(address, "busy") + refused(address, "queue_full") == len(back)
 
 
 def test_a_fault_is_answered_and_does_not_end_the_worker(ready, monkeypatch):

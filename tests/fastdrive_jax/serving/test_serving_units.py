@@ -1,21 +1,24 @@
 """The parts of the service that need no socket."""
 
+import math
 import time
+import weakref
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from tiny_service import CONFIG, picture, service_of
+from tiny_service import CONFIG, picture, service_of, until
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.latency import Measured
 from fastdrive_jax.pruning import make_pruner
+from fastdrive_jax.serving import worker as worker_module
 from fastdrive_jax.serving.config import Limits, ServeConfig
 from fastdrive_jax.serving.drives import Drives
 from fastdrive_jax.serving.jobs import Budget, Job, next_batch
 from fastdrive_jax.serving.metrics import Metrics
-from fastdrive_jax.serving.programs import Frame, compile_programs, run_batch
+from fastdrive_jax.serving.programs import Frame, Planned, compile_programs, run_batch
 from fastdrive_jax.serving.refusals import Refusal
 from fastdrive_jax.serving.requests import PlanRequest, check_cameras
 from fastdrive_jax.serving.server import ready_lines
@@ -101,6 +104,63 @@ def test_drives_are_forgotten_by_time_and_number():
     assert refusal.value.status == 409
 
 
+def test_how_long_drives_are_known_still():
+    drives = Drives(most=2, seconds=10)
+    assert drives.seconds_left(0) is None
+    drives.remember("a", 0, None, 1)
+    drives.remember("b", 0, None, 4)
+    assert drives.seconds_left(5) == 6
+    drives.remember("a", 1, None, 6)  # now b is silent longest
+    assert drives.seconds_left(6) == 8
+
+
+class Memory:
+    """What a drive leaves, and can be asked whether it is still there."""
+
+
+@pytest.fixture
+def left(monkeypatch) -> list[weakref.ref]:
+    """Memories that a model in place of the real one has left."""
+    left = []
+
+    def plans(programs, ratio, batch, number):
+        memories = [Memory() for _ in batch]
+        left.extend(map(weakref.ref, memories))
+        return [Planned(np.zeros((6, 2)), np.arange(4), memory, False) for memory in memories]
+
+    monkeypatch.setattr(worker_module, "run_batch", plans)
+    return left
+
+
+def test_drives_may_be_kept_for_ever(ready, left):
+    config = replace(CONFIG, limits=replace(CONFIG.limits, drive_seconds=math.inf))
+    worker = service_of(ready, config).worker
+    worker.start()
+    until(lambda: worker.ready is not None)
+    assert [worker.submit(job("a")).result(20).frame for _ in range(3)] == [0, 1, 2]
+    assert worker.stop(5)
+
+
+def test_drives_are_forgotten_though_no_frame_comes(ready, left):
+    config = replace(CONFIG, limits=replace(CONFIG.limits, drive_seconds=0.5))
+    service = service_of(ready, config)
+
+    def known():
+        return service.metrics.registry.get_sample_value("fastdrive_drives")
+
+    service.worker.start()
+    until(lambda: service.worker.ready is not None)
+    waiting = [service.worker.submit(job(drive)) for drive in ("a", "b")]
+    for answer in waiting:
+        answer.result(20)
+    until(lambda: known() == 2)
+    del waiting, answer
+    assert left[0]() is not None
+    until(lambda: known() == 0, 5)
+    until(lambda: all(memory() is None for memory in left), 5)  # nor does the last batch hold any
+    assert service.worker.stop(5)
+
+
 def test_each_camera_gets_one_picture():
     check_cameras(SIX[::-1], SIX)
     with pytest.raises(Refusal, match=r"5 cameras.*4 came.*missing: CAM_BACK_LEFT"):
@@ -173,6 +233,15 @@ def test_settings_that_make_no_sense_are_refused(changed, named):
         ServeConfig(**changed)
     with pytest.raises(UserError, match=r"limits\.queue=0"):
         Limits(queue=0)
+
+
+@pytest.mark.parametrize(("queue", "batch"), [(64, 4), (61, 4), (60, 5)])
+def test_a_queue_that_could_never_be_full_is_refused(queue, batch):
+    limits = Limits(queue=queue, connections=65)
+    named = rf"limits\.connections=65 .* limits\.queue={queue} .* max_batch={batch} "
+    with pytest.raises(UserError, match=named):
+        ServeConfig(max_batch=batch, limits=limits)
+    ServeConfig(max_batch=batch, limits=replace(limits, connections=queue + batch + 1))
 
 
 @pytest.mark.parametrize(
