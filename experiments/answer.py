@@ -10,6 +10,7 @@ without any they come first. Paths are seen from the file. Answers are appended 
 the same command goes on behind the last.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from experiments.drives import own_file_sum
 from experiments.serve import NEED_DATA
 from experiments.trained_pruner import read_trained
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.export import manifest
+from fastdrive_jax.export.manifest import file_sum
 from fastdrive_jax.inference.answering import answer_pruned, check_single_prompts
 from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch, read_sampling
 from fastdrive_jax.models.attention import attention_kernel
-from fastdrive_jax.models.qwen2_5_vl.checkpoint import load
+from fastdrive_jax.models.qwen2_5_vl.checkpoint import checkpoint_digest, load
 from fastdrive_jax.models.qwen2_5_vl.impromptu import BEGIN, parse_answer
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.processor import Processor, read_processor
@@ -36,7 +40,6 @@ from fastdrive_jax.parallel.mesh import make_mesh, shard_where_it_divides
 from fastdrive_jax.pruning import builds_on_recon, make_pruner
 from fastdrive_jax.pruning.select import num_keep
 
-_PRUNING = ("method", "keep_ratio")  # of a line of the answers
 LENGTH_STEP = 128  # prompts are filled up to a multiple, so that few programs are compiled
 
 
@@ -124,6 +127,15 @@ class AnswerArgs:
             return {}
         return {"method": self.pruned, "keep_ratio": self.keep_ratio}
 
+    def digest(self, sampling: SamplingConfig) -> str:
+        """Changes with all that an answer depends on besides the request."""
+        bundle = None if self.pruner is None else file_sum(self.pruner / manifest.NAME)
+        own = own_file_sum(self.pruned) if self.pruned else ()
+        drawn = self.seed if sampling.temperature else None
+        given = self.said, bundle, own, sampling, self.max_pixels, self.dtype, drawn
+        known = f"{checkpoint_digest(self.checkpoint)} {given}"
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -138,7 +150,6 @@ def answer(args: AnswerArgs) -> list[dict[str, Any]]:
     requests = [Request(args.prompt or "", args.images)]
     if args.requests is not None:
         requests = read_requests(args.requests)
-    done = 0 if args.out is None else len(read_answers(args.out, requests, args.said))
     processor = read_processor(args.checkpoint, max_pixels=args.max_pixels)
     sampling = read_sampling(
         args.checkpoint,
@@ -146,6 +157,8 @@ def answer(args: AnswerArgs) -> list[dict[str, Any]]:
         temperature=args.temperature,
         repetition_penalty=args.repetition_penalty,
     )
+    settings = args.digest(sampling)
+    done = 0 if args.out is None else len(read_answers(args.out, requests, settings))
     mesh = make_mesh(args.data, args.fsdp, args.tensor)
     dtype = jnp.dtype(args.dtype)
     kernel = attention_kernel(dtype, processor.config.text.head_dim)
@@ -165,7 +178,8 @@ def answer(args: AnswerArgs) -> list[dict[str, Any]]:
         with jax.set_mesh(mesh):
             ids, lengths = ask(filled, batch, key)
         answers = zip(asked, samples, np.asarray(ids), np.asarray(lengths), strict=False)
-        new = [describe(processor, *one) | args.said for one in answers]
+        more = args.said | {"settings": settings}
+        new = [describe(processor, *one) | more for one in answers]
         found += new
         for one in new:
             print(one["answer"], flush=True)
@@ -195,10 +209,12 @@ def _asker(args: AnswerArgs, config, params, sampling: SamplingConfig) -> Callab
         grids = {grid for one in samples for grid in one.grids}
         if not grids:
             return unpruned(samples, batch, key)
-        if len(grids) > 1:
+        counts = {len(one.grids) for one in samples}
+        if len(grids) > 1 or len(counts) > 1:
             raise UserError(
-                f"Pruning takes pictures of one size in a batch, but there are some of {grids} "
-                "patches; resize them, or give --batch-size 1 if it is requests that differ."
+                "Pruning takes as many pictures in each request of a batch, all of one size, but "
+                f"there are {sorted(counts)} pictures of {sorted(grids)} patches; give "
+                "--batch-size 1 if it is requests that differ, or resize them."
             )
         merge = config.vision.spatial_merge_size
         grid = tuple(side // merge for side in grids.pop())
@@ -243,15 +259,13 @@ def read_requests(path: Path) -> list[Request]:
     return found
 
 
-def read_answers(
-    path: Path, requests: Sequence[Request], said: dict[str, Any]
-) -> list[dict[str, Any]]:
+def read_answers(path: Path, requests: Sequence[Request], settings: str) -> list[dict[str, Any]]:
     """Answers that an earlier run left, which must be those of the first requests.
 
     A line that was cut off is taken away from the file.
 
     Raises:
-        UserError: They belong to other requests or another pruning.
+        UserError: They belong to other requests, or other settings of `AnswerArgs.digest`.
     """
     if not path.exists():
         return []
@@ -269,9 +283,10 @@ def read_answers(
     first = requests[: len(found)]
     if prompts != [one.prompt for one in first] or images != [_names(one) for one in first]:
         raise UserError(f"{path} holds answers to other requests; give another --out or remove it.")
-    if any({name: one[name] for name in _PRUNING if name in one} != said for one in found):
+    if any(one.get("settings") != settings for one in found):
         raise UserError(
-            f"{path} holds answers with other tokens kept; give another --out or remove it."
+            f"{path} holds answers of another checkpoint, pruning or sampling; give another --out "
+            "or remove it."
         )
     return found
 

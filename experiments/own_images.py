@@ -64,14 +64,10 @@ def own_images(config: ImagesConfig) -> Path:
     """Runs all stages and returns the path of report.html."""
     say = _announcer(config.quiet)
     say("1/5", "pictures to shards")
-    source = read_image_folder(config.images, config.foreground, config.objects, config.ignore)
+    given = config.images, config.foreground, config.objects, config.ignore
+    source = read_image_folder(*given)
     _check_training(source, config.images)
-    shards = shards_of(
-        source,
-        config.out
-        / f"shards-{folder_digest(config.images, config.foreground, config.objects, config.ignore)}",
-        config.quiet,
-    )
+    shards = shards_of(source, config.out / f"shards-{folder_digest(*given)}", config.quiet)
 
     say("2/5", "token features")
     features = dino_features(

@@ -8,17 +8,14 @@ from jaxtyping import Array, Int
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference import segments
 from fastdrive_jax.inference.live import live_sequence
+from fastdrive_jax.inference.pictures import layout_inputs
 from fastdrive_jax.inference.pruned import read_pruned
 from fastdrive_jax.inference.sampling import SamplingConfig, decode_loop, ids_in
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.sequence import Batch
 from fastdrive_jax.models.qwen2_5_vl.vision_evidence import vision_evidence
-from fastdrive_jax.pruning.interface import (
-    VISION,
-    Pruner,
-    PrunerInputs,
-)
+from fastdrive_jax.pruning.interface import VISION, Pruner
 
 UNFILLED = frozenset({"pixels", "state"})  # what this file has no source for
 
@@ -105,13 +102,8 @@ def answer_pruned(
         total,
         length - total,
     )
-    inputs = PrunerInputs(
-        tokens=tokens.reshape(samples, total, -1),
-        position_ids=jnp.take_along_axis(jnp.asarray(batch.positions), live.visual[None], axis=2),
-        camera=jnp.broadcast_to(jnp.arange(pictures // samples), (samples, pictures // samples)),
-        foreground=foreground,
-        grid=grid,
-    )
+    # Places within the picture, as in training: those of the prompt depend on the text before.
+    inputs = layout_inputs(tokens.reshape(samples, total, -1), grid).replace(foreground=foreground)
     if wanted:
         found = vision_evidence(sown["intermediates"]["visual"], model.config.vision)
         inputs = inputs.replace(

@@ -226,13 +226,28 @@ def test_pruned_answers_are_those_of_the_kept_tokens(checkpoint, alike, trained,
         assert (one["answer"], one["visual_tokens"], one["keep_ratio"]) == (want, 24, 0.3)
     assert pruned[2]["answer"] == whole[2]["answer"]  # there is nothing to prune
     assert pruned[0]["answer"] != whole[0]["answer"]
-    with pytest.raises(UserError, match="pruned holds answers with other tokens kept"):
-        ask("pruned", pruner=trained, keep_ratio=0.6)
+    assert ask("pruned", pruner=trained, keep_ratio=0.3) == []
+    other = write_pruner(tmp_path / "export", jax.tree.map(np.negative, both["pruner"]), PRUNER)
+    for change in ({"keep_ratio": 0.6}, {"pruner": other}, {"repetition_penalty": 1.2}):
+        with pytest.raises(UserError, match="pruned holds answers of another checkpoint, pruning"):
+            ask("pruned", **({"pruner": trained, "keep_ratio": 0.3} | change))
 
 
 def test_what_cannot_be_pruned_is_said(checkpoint, requests, trained, tmp_path):
-    with pytest.raises(UserError, match=r"one size in a batch, but there are some of \{\("):
+    with pytest.raises(UserError, match=r"all of one size, but there are \[2\] pictures of \[\("):
         answer(args(checkpoint, requests=requests, out=tmp_path / "a", method="uniform"))
+    lines = (tmp_path / "uneven.jsonl").open("w")
+    for count in (1, 3):
+        names = [str(checkpoint.parent / "2-0.png")] * count
+        print(json.dumps({"prompt": "a", "images": names}), file=lines)
+    lines.close()
+    uneven = {"requests": tmp_path / "uneven.jsonl", "method": "uniform", "keep_ratio": 1.0}
+    with pytest.raises(UserError, match=r"there are \[1, 3\] pictures of \[\(6, 6\)\]"):
+        answer(args(checkpoint, out=tmp_path / "b", batch_size=2, **uneven))
+    alone = answer(args(checkpoint, out=tmp_path / "c", **uneven))
+    del uneven["method"]
+    whole = answer(args(checkpoint, out=tmp_path / "d", batch_size=2, **uneven))
+    assert [one["answer"] for one in alone] == [one["answer"] for one in whole]
     with pytest.raises(UserError, match="vlapruner needs state"):
         args(checkpoint, prompt="a", method="vlapruner")
     with pytest.raises(UserError, match="prior prunes by the mean training mask"):

@@ -8,12 +8,14 @@ from tiny_checkpoint import CONFIG, random_params
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.answering import answer_pruned
+from fastdrive_jax.inference.pictures import layout_inputs
 from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch, decode_text
 from fastdrive_jax.models.qwen2_5_vl.image_processor import process_pictures
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.sequence import Sample, collate
 from fastdrive_jax.pruning import PRUNERS, make_pruner
 from fastdrive_jax.pruning.interface import Pruner
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 from fastdrive_jax.training.compilations import OneCompilation
 
 MODEL, GRID, CAMERAS = QwenVL(CONFIG), (2, 4), 3
@@ -112,3 +114,25 @@ def test_what_cannot_be_had_is_said(params, samples):
     odd = [samples[0], Sample(samples[1].ids[:2], (), ())]
     with pytest.raises(UserError, match=r"3 pictures of 8 tokens .* same cameras"):
         run(make_pruner("uniform"), 0.5, params, odd)
+
+
+def test_a_pruner_with_positions_sees_those_that_it_was_trained_with(params):
+    """Within the picture, whatever text stands before it."""
+    config = ReconPrunerConfig(layer=CONFIG.text, rope=True)
+    pruner, rng = make_pruner("reconpruner", config=config), np.random.default_rng(3)
+    tokens = np.zeros((1, 8, CONFIG.text.hidden_size), np.float32)
+    own = ReconPruner(config).init(jax.random.key(5), tokens, np.zeros((3, 1, 8), np.int32))
+    rows, grids = process_pictures([rng.integers(0, 256, (56, 112, 3), np.uint8)] * 2)
+    marks = [CONFIG.vision_start_token_id, CONFIG.image_token_id, CONFIG.vision_end_token_id]
+    kept = [
+        run(pruner, 0.4, params, [Sample([*[50] * before, *marks * 2, 60], rows, grids)],
+            pruner_params=own["params"]).keep_indices
+        for before in (1, 150)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(*kept)
+    batch = collate([Sample([*marks, 60], rows[:1], grids[:1])], CONFIG)
+    seen = MODEL.apply({"params": params}, batch.rows, batch.layout, method="encode")
+    scores = pruner.score(own["params"], layout_inputs(seen, GRID), None)
+    # Both pictures are the same, so the best of one are the best of both.
+    best = np.sort(np.argsort(-np.asarray(scores[0]))[:3])
+    np.testing.assert_array_equal(kept[0][0], [*best, *best + 8])
