@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from fastdrive_jax.configs import from_plain, to_plain
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.export import manifest as manifests
 from fastdrive_jax.export.bundle import read_bundle, write_bundle
 from fastdrive_jax.export.eight_bits import (
     EightBits,
@@ -164,5 +165,6 @@ def processor_files(checkpoint: Path) -> list[Path]:
 def _asked(folder: Path, config: dict, kind: str) -> PrunedQwen:
     if config.get("kind") != kind:
         raise UserError(f"{folder} holds a {config.get('kind')!r}, not a {kind}.")
+    manifests.check_files(folder, manifests.load(folder), PROCESSOR)
     names = (field.name for field in fields(PrunedQwen))
     return from_plain(PrunedQwen, {name: config[name] for name in names if name in config})

@@ -61,8 +61,16 @@ def load_program(
 
 
 def read_manifest(folder: Path) -> dict:
-    """What `config.json` says."""
-    return json.loads((folder / "config.json").read_text())
+    """What `config.json` says.
+
+    Raises:
+        ValueError: It was changed after it was written.
+    """
+    manifest = json.loads((folder / "config.json").read_text())
+    own = manifest.pop("sha256", None)
+    if own != hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest():
+        raise ValueError(f"{folder / 'config.json'} was changed after it was written")
+    return manifest
 
 
 def check_sums(folder: Path, manifest: dict, names: Iterable[str]) -> None:

@@ -192,6 +192,19 @@ def test_the_runner_alone_refuses_damaged_files_too(copy, name):
     assert f"{name} is damaged" in done.stderr
 
 
+def test_the_runner_alone_refuses_a_changed_manifest_too(copy):
+    """Two buckets' programs mixed up: all sums of files are right."""
+    content = json.loads((copy / "config.json").read_text())
+    first, second = content["config"]["buckets"]
+    first["programs"], second["programs"] = second["programs"], first["programs"]
+    (copy / "config.json").write_text(json.dumps(content))
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import run; run.load_program()"
+    words = [sys.executable, "-c", script, str(copy)]
+    done = subprocess.run(words, env=alone(), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "config.json was changed after it was written" in done.stderr
+
+
 def test_a_changed_manifest_is_refused(copy):
     manifest = json.loads((copy / "config.json").read_text())
     manifest["config"]["buckets"][0]["kept"] = 5

@@ -183,6 +183,15 @@ def test_products_of_eight_bits_are_in_the_program(params, given):
     assert lowered.count("xi8>, tensor<") > 20
 
 
+def test_a_changed_processor_is_refused(bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    path = copy / PROCESSOR / "preprocessor_config.json"
+    path.write_text(path.read_text().replace("50000", "40000"))
+    for form in ("safetensors", "orbax"):
+        with pytest.raises(UserError, match=r"preprocessor_config\.json does not match"):
+            read_pruned_qwen(copy, form)
+
+
 def test_damaged_and_other_bundles_are_refused(bundle, tmp_path):
     copy = shutil.copytree(bundle, tmp_path / "copy")
     whole = (copy / "model.safetensors").read_bytes()
