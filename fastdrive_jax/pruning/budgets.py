@@ -57,7 +57,7 @@ def pictures_of(inputs: PrunerInputs) -> int:
 
 
 def slice_tokens(inputs: PrunerInputs, start: int, stop: int) -> PrunerInputs:
-    """What `inputs` say of tokens `start` to `stop`; the state is left whole."""
+    """What `inputs` say of tokens `start` to `stop`; state and cameras are left whole."""
     parts = {
         name: jax.lax.slice_in_dim(value, start, stop, axis=axis)
         for name, axis in _BY_TOKEN.items()
@@ -69,14 +69,15 @@ def slice_tokens(inputs: PrunerInputs, start: int, stop: int) -> PrunerInputs:
 
 
 def split_pictures(inputs: PrunerInputs) -> PrunerInputs:
-    """Each picture as a sample of its own, [B * C, n, ...].
+    """Each picture as a sample of its own, [B * C, n, ...]; the text goes with every one.
 
     Raises:
         ValueError: N is no whole number of grids, or there is padding.
     """
     if inputs.count is not None:
         raise ValueError("pictures with padding can't be told apart")
-    n = inputs.tokens.shape[1] // pictures_of(inputs)
+    pictures = pictures_of(inputs)
+    n = inputs.tokens.shape[1] // pictures
     parts = {
         name: value.reshape(-1, n, *value.shape[2:])
         for name, axis in _BY_TOKEN.items()
@@ -86,6 +87,9 @@ def split_pictures(inputs: PrunerInputs) -> PrunerInputs:
         parts["position_ids"] = inputs.position_ids.reshape(3, -1, n)
     if inputs.camera is not None:
         parts["camera"] = inputs.camera.reshape(-1, 1)
+    for name in ("text", "text_valid"):
+        if (value := getattr(inputs, name)) is not None:
+            parts[name] = jnp.repeat(value, pictures, axis=0)
     return inputs.replace(**parts)
 
 
@@ -124,6 +128,8 @@ def per_camera(pruner: Pruner, cameras: int, weights: tuple[float, ...] | None =
         ):
             if budget:
                 part = slice_tokens(inputs, start, start + int(own))
+                if inputs.camera is not None:
+                    part = part.replace(camera=inputs.camera[:, number : number + 1])
                 own_key = fold(key, number)
                 found.append((start, keep_tokens(pruner, params, part, int(budget), own_key)))
             start += int(own)

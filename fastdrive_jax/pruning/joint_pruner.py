@@ -66,9 +66,11 @@ def joint_pruner(
         pictures = inputs.replace(state=None, count=None)
         scores = scorer.score(params, split_pictures(pictures), key).reshape(valid.shape)
         relevance = share_below(scores, valid)
-        known = inputs.state["trust"] > 0
-        action = share_below(inputs.state["action"], valid & known)
-        relevance += action_weight * inputs.state["trust"] * (action - relevance)
+        acted, trust = inputs.state["action"], inputs.state["trust"]
+        if inputs.ids is not None:  # the state is of all tokens, the inputs may be of some
+            acted, trust = (jnp.take_along_axis(x, inputs.ids, axis=1) for x in (acted, trust))
+        action = share_below(acted, valid & (trust > 0))
+        relevance += action_weight * trust * (action - relevance)
         some = min(round(candidates * k), valid.shape[1])
         best = top_k(relevance, some, valid)
         run = partial(_differing, sharpness=sharpness, k=k)

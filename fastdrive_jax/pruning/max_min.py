@@ -44,7 +44,8 @@ def pairwise_distances(units: Float[Array, "N D"]) -> Float[Array, "N N"]:
 
 
 def most_isolated(distances: Float[Array, "N N"], valid: Bool[Array, " N"]) -> Int[Array, ""]:
-    """The real token whose nearest other real token is farthest."""
+    """The real token whose nearest other real token is farthest; those that are no number aside."""
+    valid = valid & ~jnp.isnan(jnp.diagonal(distances))
     others = valid[None] & ~jnp.eye(len(valid), dtype=bool)
     nearest = jnp.min(jnp.where(others, distances, jnp.inf), axis=1)
     return jnp.argmax(jnp.where(valid, nearest, LOWEST))
@@ -63,7 +64,7 @@ def farthest_first(
     in any case, since nothing ever moves away.
 
     Args:
-        distances: From each token (row) to all.
+        distances: From each token (row) to all; one that is no number counts as 0.
         start: The first token; methods differ in it.
         k: K, static.
         valid: False for padding, which comes after every real token.
@@ -75,6 +76,8 @@ def farthest_first(
     if not 1 <= k <= count:
         raise ValueError(f"k must be in 1..{count}, got {k}")
     width = min(_WIDTH, count)
+    # What is no number compares as false with everything, so that no round would take it.
+    distances = jnp.where(jnp.isnan(distances), 0, distances)
     earlier = jnp.triu(jnp.ones((width, width), bool), 1)
 
     def choose_more(carry):

@@ -49,6 +49,7 @@ def top_k(
     """Indices of the K best tokens of each row, in raster order.
 
     Ties go to the lower index. Padding is never kept before a real token, whatever that scores.
+    What is no number counts as the lowest score, whatever its sign bit.
 
     Args:
         scores: [B, N], higher is kept.
@@ -64,8 +65,10 @@ def top_k(
     if not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"k must be in 1..{scores.shape[-1]}, got {k}")
     scores = scores.astype(jnp.float32)
+    lowest = jnp.finfo(scores.dtype).min
+    scores = jnp.where(jnp.isnan(scores), lowest, scores)
     if valid is not None:
-        lowest = jnp.finfo(scores.dtype).min  # a real -inf must still beat padding
+        # A real -inf must still beat padding.
         scores = jnp.where(valid, jnp.maximum(scores, lowest), -jnp.inf)
     _, indices = jax.lax.top_k(scores, k)
     return jnp.sort(indices, axis=-1)

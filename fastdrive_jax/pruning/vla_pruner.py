@@ -24,7 +24,7 @@ through S_vl.
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +48,16 @@ from fastdrive_jax.pruning.max_min import (
 from fastdrive_jax.pruning.select import gather_tokens, num_keep, round_keep, top_k
 
 State = dict[str, Array]
+Signals = Literal["both", "prefill", "action"]
+Release = Literal["openvla", "openvla-oft"]
 
 
 def vla_pruner(
     layer: int | None = None,
     window: int = 3,
     decay: float = 0.8,
-    signals: Literal["both", "prefill", "action"] = "both",
-    as_published: Literal["openvla", "openvla-oft"] | None = None,
+    signals: Signals = "both",
+    as_published: Release | None = None,
 ) -> Pruner:
     """VLA-Pruner as a method.
 
@@ -67,8 +69,15 @@ def vla_pruner(
         as_published: A release to follow.
 
     Raises:
-        ValueError: The window is below 1 or the decay outside (0, 1].
+        ValueError: The window is below 1, the decay outside (0, 1], or there are no such signals or
+            no such release.
     """
+    if signals not in get_args(Signals):
+        raise ValueError(f"signals={signals!r} must be one of {get_args(Signals)}")
+    if as_published is not None and as_published not in get_args(Release):
+        raise ValueError(
+            f"as_published={as_published!r} must be None or one of {get_args(Release)}"
+        )
     if window < 1 or not 0 < decay <= 1:
         raise ValueError(f"window={window} must be at least 1 and decay={decay} in (0, 1]")
     openvla, oft = as_published == "openvla", as_published == "openvla-oft"
@@ -100,9 +109,7 @@ def vla_pruner(
     )
 
 
-def vla_pruner_released(
-    window: int = 3, decay: float = 0.8, signals: Literal["both", "prefill", "action"] = "both"
-) -> Pruner:
+def vla_pruner_released(window: int = 3, decay: float = 0.8, signals: Signals = "both") -> Pruner:
     """VLA-Pruner as its code for OpenVLA has it, see the top of this file.
 
     Args:
@@ -111,7 +118,7 @@ def vla_pruner_released(
         signals: As for `vla_pruner`.
 
     Raises:
-        ValueError: The window is below 1 or the decay outside (0, 1].
+        ValueError: The window is below 1, the decay outside (0, 1], or there are no such signals.
     """
     released = vla_pruner(None, window, decay, signals, as_published="openvla")
     return replace(released, name="vlapruner_released")

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastdrive_jax.pruning import Pruner, PrunerInputs, make_pruner
+from fastdrive_jax.pruning import PRUNERS, Pruner, PrunerInputs, builds_on_recon, make_pruner
 from fastdrive_jax.pruning.budgets import (
     camera_budgets,
     per_camera,
@@ -12,6 +12,7 @@ from fastdrive_jax.pruning.budgets import (
     split_pictures,
 )
 from fastdrive_jax.pruning.interface import keep_tokens
+from fastdrive_jax.pruning.recon_pruner import ReconPruner
 
 GRID, CAMERAS, BATCH, DIM = (2, 5), 3, 4, 8
 LENGTH = CAMERAS * GRID[0] * GRID[1]
@@ -102,6 +103,61 @@ def test_pictures_as_samples():
     np.testing.assert_array_equal(split.foreground[5], inputs.foreground[1, 20:])
     np.testing.assert_array_equal(split.position_ids[:, 4], inputs.position_ids[:, 1, 10:20])
     np.testing.assert_array_equal(split.camera[:, 0], [0, 1, 2] * BATCH)
+
+
+def test_the_text_goes_with_every_picture():
+    text = jax.random.normal(jax.random.key(0), (BATCH, 6, DIM))
+    split = split_pictures(drawn().replace(text=text, text_valid=text[..., 0] > 0))
+    assert split.text.shape == (BATCH * CAMERAS, 6, DIM)
+    for picture in range(BATCH * CAMERAS):
+        np.testing.assert_array_equal(split.text[picture], text[picture // CAMERAS])
+        valid = text[picture // CAMERAS, :, 0] > 0
+        np.testing.assert_array_equal(split.text_valid[picture], valid)
+
+
+def test_the_prior_of_each_camera_is_its_own():
+    means = jax.random.uniform(jax.random.key(0), (CAMERAS, 10))
+    order = jnp.array([2, 0, 1])
+    inputs = drawn().replace(camera=jnp.broadcast_to(order, (BATCH, CAMERAS)))
+    got = keep_tokens(per_camera(make_pruner("prior"), CAMERAS), means, inputs, 9).indices
+    best = np.argsort(-np.asarray(means)[order], axis=1)[:, :3]
+    want = np.sort(10 * np.arange(CAMERAS)[:, None] + best, axis=1).reshape(-1)
+    np.testing.assert_array_equal(got, [want] * BATCH)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_every_method_may_have_a_budget_for_each_camera(name, small_pruner):
+    cameras, n, dim = 2, 6, small_pruner.layer.hidden_size
+    key, length, rows = jax.random.key(0), cameras * n, (2, cameras * n)
+    tokens = jax.random.normal(key, (2, length, dim))
+    params, settings = None, {}
+    if builds_on_recon(name):
+        params = ReconPruner(small_pruner).init(key, tokens)["params"]
+        settings = {"config": small_pruner}
+    if name == "prior":
+        params = jnp.ones((cameras, n))
+    method = make_pruner(name, **settings)
+    inputs = PrunerInputs(
+        tokens=tokens,
+        position_ids=jnp.zeros((3, *rows), int),
+        text=jax.random.normal(key, (2, 3, dim)),
+        foreground=jnp.ones(rows),
+        relevance=jax.random.normal(key, rows),
+        camera=jnp.broadcast_to(jnp.arange(cameras), (2, cameras)),
+        embeddings=tokens,
+        last_row=jnp.ones((2, 2, length)),
+        text_rows=jnp.ones((2, 2, 3, length)),
+        received=jnp.ones(rows),
+        vision_received=jnp.ones(rows),
+        vision_keys=tokens,
+        pixels=tokens,
+        grid=(2, 3),
+    )
+    if method.temporal is not None:
+        inputs = inputs.replace(state=method.temporal.init(inputs))
+    kept = np.asarray(keep_tokens(per_camera(method, cameras), params, inputs, 6, key).indices)
+    np.testing.assert_array_equal((kept < n).sum(axis=1), [3, 3])
+    assert all(len(set(row)) == 6 for row in kept)
 
 
 def test_what_makes_no_sense_is_refused():

@@ -14,6 +14,7 @@ from fastdrive_jax.pruning.budgets import camera_budgets
 from fastdrive_jax.pruning.max_min import (
     LOWEST,
     farthest_first,
+    most_isolated,
     pairwise_distances,
     unit_tokens,
 )
@@ -256,6 +257,35 @@ def test_rounds_choose_what_single_steps_choose(kind, k):
         for row in range(3):
             want = one_by_one(np.asarray(distances[row]), start[row], k, valid[row])
             np.testing.assert_array_equal(got[row], want)
+
+
+@pytest.mark.parametrize("odd", [[5], [0], [0, 5, 40], range(1, 64), range(64)])
+def test_tokens_that_are_no_number_come_last(odd):
+    tokens, valid = np.array(scattered("random", 0, count=64)[0][0]), np.arange(64) < 60
+    tokens[list(odd), 3] = np.nan
+    distances = pairwise_distances(unit_tokens(tokens, valid))
+    start = most_isolated(distances, valid)
+    known = [place for place in range(60) if place not in odd]
+    assert int(start) in (known or range(60))
+    order = np.asarray(farthest_first(distances, start, 60, valid))
+    assert sorted(order) == list(range(60))
+    if known:
+        among = np.asarray(distances)[np.ix_(known, known)]
+        assert int(start) == known[isolated(among)]
+        want = one_by_one(among, known.index(int(start)), len(known), np.ones(len(known), bool))
+        np.testing.assert_array_equal(order[: len(known)], np.array(known)[want])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_token_that_is_no_number_hangs_no_method(name):
+    tokens = jax.random.normal(KEY, (2, CAMERAS * 64, DIM))  # more in a picture than in a round
+    whole = PrunerInputs(tokens=tokens, relevance=tokens[..., 0], grid=(8, 8))
+    broken = whole.replace(tokens=tokens.at[0, 5, 3].set(jnp.nan))
+    want, kept = (
+        compiled(METHODS[name], None, x, keep_ratio=0.25, key=KEY) for x in (whole, broken)
+    )
+    assert all(len(set(row)) == 48 for row in np.asarray(kept))
+    np.testing.assert_array_equal(kept[1], want[1])
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered"])

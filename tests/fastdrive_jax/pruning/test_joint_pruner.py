@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastdrive_jax.pruning import PrunerInputs, make_pruner, pruner_scores
+from fastdrive_jax.pruning.budgets import per_camera, slice_tokens
 from fastdrive_jax.pruning.interface import Seen, keep_tokens
 from fastdrive_jax.pruning.joint_pruner import share_below
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
@@ -111,6 +112,17 @@ def test_padding_is_never_kept_before_real_tokens(params, small_pruner):
     inputs = drawn().replace(count=jnp.asarray(counts))
     kept = np.asarray(keep_tokens(method, params, inputs, 20).indices)
     assert (kept.max(axis=1) < counts).all()
+
+
+def test_each_cameras_own_budget_remembers_that_camera(params, small_pruner):
+    method = make_pruner("jointpruner", config=small_pruner, **SETTINGS)
+    inputs = drawn()
+    got = keep_tokens(per_camera(method, CAMERAS), params, inputs, 12).indices
+    for camera in range(CAMERAS):
+        part = slice_tokens(inputs, 10 * camera, 10 * camera + 10)
+        own = jax.tree.map(lambda x, first=10 * camera: x[:, first : first + 10], inputs.state)
+        want = keep_tokens(method, params, part.replace(state=own), 4).indices
+        np.testing.assert_array_equal(got[:, 4 * camera : 4 * camera + 4], 10 * camera + want)
 
 
 def test_memory_of_kept_tokens_by_hand(small_pruner):

@@ -48,6 +48,16 @@ def test_padding_never_comes_before_a_real_token_whatever_that_scores():
     np.testing.assert_array_equal(top_k(scores, 2, valid), [[1, 3]])
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000])  # without and with the sign bit
+def test_what_is_no_number_is_the_lowest_score_and_comes_before_padding(bits):
+    nan = np.array(bits, np.uint32).view(np.float32)
+    scores = jnp.array([[nan, -3.0, nan, 5.0, nan, 0.0]])
+    valid = jnp.array([[False, True, True, True, True, False]])
+    for k, want in ((2, [1, 3]), (3, [1, 2, 3]), (4, [1, 2, 3, 4])):
+        np.testing.assert_array_equal(top_k(scores, k, valid), [want])
+    np.testing.assert_array_equal(top_k(scores, 3), [[1, 3, 5]])
+
+
 @pytest.mark.parametrize("k", [0, 5])
 def test_top_k_refuses_a_k_outside_the_row(k):
     with pytest.raises(ValueError, match="k must be"):

@@ -185,6 +185,25 @@ def test_settings_that_make_no_sense_are_refused(settings):
         make_pruner("vlapruner", **settings)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"as_published": True},
+        {"as_published": False},
+        {"as_published": "openvla_oft"},
+        {"as_published": "OpenVLA"},
+        {"signals": "semantic"},
+    ],
+)
+def test_what_nobody_published_is_refused(settings):
+    (name, value), *_ = settings.items()
+    with pytest.raises(ValueError, match=rf"{name}={value!r} must be"):
+        make_pruner("vlapruner", **settings)
+    if name == "signals":
+        with pytest.raises(ValueError, match="'prefill', 'action'"):
+            make_pruner("vlapruner_released", **settings)
+
+
 def test_only_candidates_are_compared():
     length, k = 512, 40
     inputs = PrunerInputs(
