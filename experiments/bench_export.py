@@ -11,6 +11,7 @@ float32 encoder makes of them.
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -148,8 +149,7 @@ def make_forms(source: Source, bucket: Bucket, folder: Path) -> dict[str, Form]:
         why = "it takes one frame" if bucket.batch > 1 else "jax2onnx is not installed"
         print(f"bench-export: onnx is left out, since {why}")
         return forms
-    tokens = source.vla.visual_tokens
-    write_onnx(folder / "onnx", source.pruner, params, tokens, policy)
+    write_onnx(folder / "onnx", source.pruner, params, math.prod(source.vla.token_grid), policy)
     forms["onnx"] = Form(read_onnx(folder / "onnx", POLICY), size)
     return forms
 
@@ -165,6 +165,8 @@ def _errors(source: Source, forms: dict[str, Form], frames, args) -> list[Row]:
             for at in range(0, args.frames, 20)
         ]
     )
+    # Picture by picture, as the policy scores them.
+    tokens = tokens.reshape(-1, math.prod(source.vla.token_grid), tokens.shape[-1])
     score = jax.jit(ReconPruner(source.pruner).apply)
     scores = np.asarray(score({"params": source.params["pruner"]}, tokens))
     rows = []

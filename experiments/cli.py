@@ -143,7 +143,8 @@ def write_world(args: WorldArgs) -> None:
 
 def train(args: TrainVLAArgs) -> None:
     """Trains and writes OUT/vla.safetensors."""
-    save_vla(args.out / "vla.safetensors", train_vla(args.out, args.config))
+    params = train_vla(args.out, args.config)
+    save_vla(args.out / "vla.safetensors", params, args.config.model.cameras)
 
 
 def data(args: DataArgs) -> None:

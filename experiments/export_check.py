@@ -172,9 +172,10 @@ def runs_here(folder: Path) -> bool:
 
 
 def picture_tokens(source: Source, frames: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """Visual tokens [1, N, D] of each frame, or random ones of a pruner alone.
+    """Visual tokens [1, n, D] of each picture of each frame, or random ones of a pruner alone.
 
-    Behind them the position ids [3, 1, N], if the pruner takes them.
+    Behind them the position ids [3, 1, n], if the pruner takes them. Pictures go one by one because
+    the policy scores them so.
     """
     seen = None
     if source.vla is not None:
@@ -188,9 +189,10 @@ def picture_tokens(source: Source, frames: int) -> Iterator[tuple[np.ndarray, ..
         else:
             key = jax.random.fold_in(jax.random.key(0), number)
             tokens = jax.random.normal(key, (1, grid[0] * grid[1], size))
-        inputs = layout_inputs(tokens, grid)
-        arrays = (tokens, inputs.position_ids) if source.pruner.rope else (tokens,)
-        yield tuple(map(np.asarray, arrays))
+        for picture in tokens.reshape(-1, 1, grid[0] * grid[1], size):
+            ids = layout_inputs(picture, grid).position_ids
+            arrays = (picture, ids) if source.pruner.rope else (picture,)
+            yield tuple(map(np.asarray, arrays))
 
 
 def token_grid(source: Source) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from experiments.export_check import (
 )
 from experiments.export_qwen import QwenExport, qwen_differences, with_qwen, write_qwen
 from experiments.export_source import Source, read_source
-from experiments.model_card import model_card
+from experiments.model_card import WRITTEN_BY, model_card
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.export.driving import driving_program, write_policy
@@ -58,6 +58,8 @@ class ExportArgs:
         platforms: Of the programs.
         vla: Of the VLA that the pruner was trained on, where it is not the packaged: weights of a
             tiny one, or the folder of a Qwen2.5-VL checkpoint.
+        cameras: That a tiny VLA looks through, in its order. Needed where the file of --vla does
+            not say so; without --vla all six take the packaged VLA of six cameras.
         check: Read everything back and compare it with the training code.
         check_frames: On how many frames of the synthetic world.
         qwen: Shapes, if it is a Qwen2.5-VL.
@@ -70,12 +72,13 @@ class ExportArgs:
     batch: tuple[int, ...] = (1,)
     platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] = PLATFORMS
     vla: Path | None = None
+    cameras: tuple[str, ...] | None = None
     check: bool = True
     check_frames: int = 20
     qwen: QwenExport = QwenExport()
 
     def __post_init__(self):
-        for name in ("forms", "keep_ratio", "batch", "platforms"):
+        for name in ("forms", "keep_ratio", "batch", "platforms", "cameras"):
             value = getattr(self, name)
             if value is not None and (not value or len(set(value)) < len(value)):
                 raise UserError(f"{name}={value} must name at least one, and none twice.")
@@ -94,7 +97,7 @@ def export_model(args: ExportArgs) -> Path:
         UserError: The run cannot be read, a form cannot be made of it, or one that was read back
             is not what was trained.
     """
-    source = read_source(args.run, args.vla)
+    source = read_source(args.run, args.vla, args.cameras)
     forms = _forms(args, source)
     ratios = args.keep_ratio or (source.keep_ratio or 0.5,)
     buckets = tuple(Bucket(ratio, batch) for ratio in ratios for batch in args.batch)
@@ -145,7 +148,10 @@ def _claim(out: Path, forms: tuple[Form, ...]) -> None:
             f"{out} holds {other[0]}, which this export would not write; choose another folder or "
             "remove it."
         )
-    (out / CARD).unlink(missing_ok=True)  # until all is written and checked there is no card
+    card = out / CARD
+    if card.exists() and WRITTEN_BY not in card.read_text("utf-8", "replace"):
+        raise UserError(f"{card} is not of an export; choose another folder or remove it.")
+    card.unlink(missing_ok=True)  # until all is written and checked there is no card
 
 
 def _write(form: Form, args: ExportArgs, source: Source, buckets: tuple[Bucket, ...]) -> None:
@@ -162,7 +168,6 @@ def _write(form: Form, args: ExportArgs, source: Source, buckets: tuple[Bucket, 
     elif form == "int8":
         write_quantized(folder, QuantizedPolicy(policy, source.pruner), source.params)
     else:
-        cameras = 1 if source.vla is None else len(source.vla.cameras)
         rows, columns = token_grid(source)
-        tokens = cameras * rows * columns
-        write_onnx(folder, source.pruner, source.params, tokens, policy)
+        # One picture's: the policy scores each by itself.
+        write_onnx(folder, source.pruner, source.params, rows * columns, policy)

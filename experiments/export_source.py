@@ -23,8 +23,8 @@ from fastdrive_jax.export.bundle import read_bundle_safetensors
 from fastdrive_jax.export.driving import KIND as POLICY
 from fastdrive_jax.export.pruner import read_pruner
 from fastdrive_jax.inference.pruned_qwen import PrunedQwen
-from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
-from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
+from fastdrive_jax.models.qwen2_5_vl.bundled import FRONT, load_vla, saved_cameras
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
 from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.best import Best
@@ -95,7 +95,9 @@ class Source:
         return self.vla is not None or self.checkpoint is not None
 
 
-def read_source(path: Path, weights: Path | None = None) -> Source:
+def read_source(
+    path: Path, weights: Path | None = None, cameras: tuple[str, ...] | None = None
+) -> Source:
     """Reads a bundle or a run folder.
 
     Args:
@@ -103,9 +105,12 @@ def read_source(path: Path, weights: Path | None = None) -> Source:
         weights: Of the VLA whose tokens the pruner was trained on, a file of a tiny one or the
             folder of a Qwen2.5-VL checkpoint; None takes the packaged one, if the run says that it
             was that.
+        cameras: That the tiny VLA looks through, where its file does not say so; the package's are
+            of the front camera, or with all six named of these.
 
     Raises:
-        UserError: It is neither, it is damaged, or the weights are of another VLA.
+        UserError: It is neither, it is damaged, the weights are of another VLA, or their cameras
+            are not known or others.
     """
     bundle = next((at for at in (path, path / EXPORT) if manifests.is_bundle(at)), None)
     run = path.parent if bundle == path and path.name == EXPORT else path
@@ -119,23 +124,29 @@ def read_source(path: Path, weights: Path | None = None) -> Source:
             )
         pruner, params, step = _checkpoint(folder, facts)
         read, facts = folder / "checkpoints" / str(step), replace(facts, step=step)
-        return _with_vla(path, read, pruner, params, facts, weights)
+        return _with_vla(path, read, pruner, params, facts, weights, cameras=cameras)
     config = manifests.load(bundle).config
     if config.get("kind") != POLICY:
         pruner, params = read_pruner(bundle)
-        return _with_vla(path, bundle, pruner, params, facts, weights, config.get("encoder"))
-    if weights is not None:
-        raise UserError(f"{bundle} holds its VLA; leave --vla out.")
+        encoder = config.get("encoder")
+        return _with_vla(path, bundle, pruner, params, facts, weights, encoder, cameras)
+    for option, given in (("--vla", weights), ("--cameras", cameras)):
+        if given is not None:
+            raise UserError(f"{bundle} holds its VLA; leave {option} out.")
     params, config = read_bundle_safetensors(bundle)
     pruner = from_plain(ReconPrunerConfig, config["pruner"])
     vla, ratio = from_plain(DrivingConfig, config["vla"]), config["keep_ratio"]
     return Source(path, bundle, pruner, params, vla, "", ratio, facts)
 
 
-def _with_vla(path, read, pruner, params, facts: Facts, weights, encoder=None) -> Source:
+def _with_vla(
+    path, read, pruner, params, facts: Facts, weights, encoder=None, cameras=None
+) -> Source:
     """Adds the VLA whose tokens a pruner was trained on, if it is at hand."""
     params, encoder = {"pruner": params}, (facts.training or {}).get("encoder", encoder)
     alone = functools.partial(Source, path, read, pruner, params, None, keep_ratio=None)
+    if encoder != "tiny_vla" and cameras is not None:
+        raise UserError(f"{path} prunes tokens of no tiny VLA; leave --cameras out.")
     if encoder == "qwen2_5_vl":
         if weights is None:
             why = "It prunes tokens of a Qwen2.5-VL; --vla names the folder of its checkpoint."
@@ -149,17 +160,45 @@ def _with_vla(path, read, pruner, params, facts: Facts, weights, encoder=None) -
         if weights is not None:
             raise UserError(f"{path} prunes tokens of {name}, not of a tiny VLA; leave --vla out.")
         return alone(why=f"The pruner is one for tokens of {name}.", facts=facts)
-    model, vla = load_vla(weights)
+    model, vla = _tiny_vla(weights, cameras)
     if facts.encoder is None:
         if weights is None:
             why = "The run does not say which tiny VLA it prunes tokens of; --vla names it."
             return alone(why=why, facts=facts)
-    elif frozen_vla(model, vla).digest != facts.encoder:
+    elif not _is_encoder(facts.encoder, model.config, vla):
         if weights is not None:
             raise UserError(f"{weights} is not the VLA whose tokens {path} was trained on.")
         why = "The run prunes tokens of another VLA than the packaged one; --vla names it."
         return alone(why=why, facts=facts)
     return Source(path, read, pruner, params | {"vla": vla}, model.config, "", None, facts)
+
+
+def _tiny_vla(weights: Path | None, cameras: tuple[str, ...] | None) -> tuple[DrivingVLA, dict]:
+    """The VLA of a file, or the packaged one of these cameras.
+
+    The wrong cameras would be exported without a word: shapes and the encoder, over which the
+    digest is made, are the same for any.
+    """
+    if weights is not None:
+        named = saved_cameras(weights)
+        if named is None and cameras is None:
+            raise UserError(
+                f"{weights} does not say which cameras its VLA looks through; name them with "
+                "--cameras."
+            )
+        if named is not None and cameras not in (None, named):
+            raise UserError(
+                f"{weights} looks through {', '.join(named)}, not {', '.join(cameras)}; leave "
+                "--cameras out."
+            )
+        cameras = named or cameras
+    return load_vla(weights, DrivingConfig(cameras=cameras or FRONT))
+
+
+def _is_encoder(digest: str, config: DrivingConfig, params: dict) -> bool:
+    """Whether a training's encoder was this VLA's, or one of the front camera that shares it."""
+    models = (DrivingVLA(replace(config, cameras=one)) for one in (config.cameras, FRONT))
+    return any(frozen_vla(model, params).digest == digest for model in models)
 
 
 def _checkpoint(path: Path, facts: Facts) -> tuple[ReconPrunerConfig, dict, int]:

@@ -20,10 +20,11 @@ METRICS = (
     *("l2_temavg", "ade", "fde"),
 )
 
+WRITTEN_BY = "Written by `fastdrive export`"
 CARD = """\
 # {{ title }}
 
-Written by `fastdrive export` of fastdrive-jax {{ version }} from `{{ source.path }}`.
+{{ written_by }} of fastdrive-jax {{ version }} from `{{ source.path }}`.
 
 ## What it is
 
@@ -273,6 +274,7 @@ def model_card(
     package = metadata.metadata("fastdrive-jax")
     return environment.from_string(CARD).render(
         title=_title(source),
+        written_by=WRITTEN_BY,
         version=package["Version"],
         license=package["License-Expression"],
         source=source,

@@ -254,7 +254,8 @@ def driving_vla(config: QuickstartConfig) -> tuple[DrivingVLA, dict]:
     # Weights that are there may be of another training, which their shapes do not tell.
     claim_run_folder(config.out / "vla" / "train", config.vla)
     if not weights.exists():
-        save_vla(weights, train_vla(config.out / "vla", config.vla, config.quiet))
+        params = train_vla(config.out / "vla", config.vla, config.quiet)
+        save_vla(weights, params, config.vla.model.cameras)
     return load_vla(weights, config.vla.model)
 
 

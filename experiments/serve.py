@@ -21,7 +21,7 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.export import manifest
 from fastdrive_jax.export.driving import read_policy
 from fastdrive_jax.inference.policy import DrivingPolicy
-from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
+from fastdrive_jax.models.qwen2_5_vl.bundled import FRONT, load_vla, saved_cameras
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
 from fastdrive_jax.pruning import builds_on_recon, make_pruner
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
@@ -38,8 +38,8 @@ class ServeArgs:
 
     Attributes:
         bundle: Folder of an exported policy; "bundled" for the VLA that comes with the package,
-            "bundled-six" for its six cameras; or a vla.safetensors of `fastdrive widen-vla`, which
-            has six too.
+            "bundled-six" for its six cameras; or a vla.safetensors of `fastdrive widen-vla`, with
+            the cameras that it names, or six.
         method: Of pruning; by default the bundle's own, or divprune where nothing was trained.
         demo: Drives of the synthetic world that the page can play.
         service: Address, buckets, batches and limits.
@@ -87,7 +87,8 @@ def served_policy(bundle: str, method: str | None) -> tuple[DrivingPolicy, dict[
                 "export/ folder of a quick start, or another method."
             )
         path = Path(bundle) if bundle.endswith(".safetensors") else None
-        config = DrivingConfig() if bundle == BUNDLED else DrivingConfig(cameras=CAMERAS)
+        cameras = FRONT if bundle == BUNDLED else CAMERAS
+        config = DrivingConfig(cameras=(path and saved_cameras(path)) or cameras)
         model, vla = load_vla(path, config)
         return DrivingPolicy(model, make_pruner(name), 1.0), {"vla": vla, "pruner": None}
     policy, params = read_policy(Path(bundle))

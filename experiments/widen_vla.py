@@ -117,7 +117,7 @@ def widen_vla(config: WidenVLAConfig) -> Path:
         name="widen VLA",
     )
     path = config.out / "vla.safetensors"
-    save_vla(path, whole(result.state.params))
+    save_vla(path, whole(result.state.params), config.cameras)
     return path
 
 

@@ -16,7 +16,12 @@ from tiny_policy import PRUNER, small_config, small_params
 from experiments.cli import main
 from experiments.configs.pruner import TINY
 from experiments.encoders import frozen_vla
-from experiments.export_check import Difference, refuse_differences
+from experiments.export_check import (
+    Difference,
+    check_frames,
+    picture_tokens,
+    refuse_differences,
+)
 from experiments.export_model import ExportArgs, export_model
 from experiments.export_source import read_source
 from experiments.train_pruner import RunIdentity
@@ -25,8 +30,15 @@ from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.export.bundle import write_bundle
 from fastdrive_jax.export.driving import read_policy, write_policy
 from fastdrive_jax.export.manifest import load
+from fastdrive_jax.export.onnx_programs import PRUNER as ONNX_PRUNER
+from fastdrive_jax.export.onnx_programs import read_onnx
 from fastdrive_jax.export.pruner import write_pruner
-from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
+from fastdrive_jax.inference.pictures import driving_inputs
+from fastdrive_jax.inference.pruned import keep_before
+from fastdrive_jax.models.qwen2_5_vl.bundled import AROUND, BUNDLED, FRONT, load_vla, save_vla
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
+from fastdrive_jax.packaged import packaged
+from fastdrive_jax.pruning.recon_pruner import recon_pruner
 from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.checkpoints import RunCheckpoints
 from fastdrive_jax.training.optimizer import make_optimizer
@@ -36,6 +48,10 @@ from fastdrive_jax.training.state import evaluation_params, init_train_state
 NO_FLATBUFFERS = importlib.util.find_spec("flatbuffers") is None
 needs_flatbuffers = pytest.mark.skipif(
     NO_FLATBUFFERS, reason="flatbuffers is not installed (extra: export)"
+)
+needs_converter = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("jax2onnx", "onnxruntime")),
+    reason="jax2onnx and onnxruntime are not installed (docs/export.md)",
 )
 RUN = replace(
     TINY,
@@ -99,6 +115,15 @@ def test_an_export_may_be_made_again_but_not_of_other_forms(exported, bundle, tm
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds notes\.txt"):
         export_model(args)
+
+
+def test_somebodys_own_readme_is_not_taken_away(bundle, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "README.md").write_text("# My notes\n")
+    with pytest.raises(UserError, match=r"mine/README\.md is not of an export"):
+        export_model(ExportArgs(bundle, out, forms=("pruner",), check=False))
+    assert (out / "README.md").read_text() == "# My notes\n"
 
 
 def test_a_damaged_source_is_refused(bundle, tmp_path, capsys):
@@ -198,6 +223,87 @@ def test_the_best_checkpoint_of_a_run_is_read(run):
     # the digest says that it prunes the packaged VLA's tokens
     assert source.vla == load_vla()[0].config
     assert source.params["vla"]
+
+
+def test_a_vla_is_exported_with_the_cameras_that_it_was_trained_for(run, tmp_path):
+    folder, _ = run
+    packaged_six = packaged(BUNDLED[AROUND])
+    with pytest.raises(UserError, match=r"tiny_vla_six.* does not say which cameras.*--cameras"):
+        read_source(folder, packaged_six)
+    assert read_source(folder, packaged_six, AROUND).vla.cameras == AROUND
+
+    model, six = load_vla(config=DrivingConfig(cameras=AROUND))
+    source = read_source(folder, cameras=AROUND)  # the packaged one of six
+    assert source.vla == model.config
+    jax.tree.map(np.testing.assert_array_equal, source.params["vla"], six)
+
+    own = tmp_path / "own.safetensors"
+    save_vla(own, six, AROUND)
+    args = ExportArgs(folder, tmp_path / "out", forms=("policy",), vla=own, check=False)
+    export_model(args)
+    assert read_policy(tmp_path / "out" / "policy")[0].model.config == model.config
+    assert read_source(folder, own, AROUND).vla.cameras == AROUND
+    with pytest.raises(UserError, match=r"looks through CAM_FRONT, .*, not CAM_FRONT; leave"):
+        read_source(folder, own, FRONT)
+
+
+def test_a_pruner_of_the_wider_vla_goes_with_it_alone(run, tmp_path):
+    """Its digest is of the six cameras."""
+    own, folder = tmp_path / "own.safetensors", shutil.copytree(run[0], tmp_path / "copy")
+    save_vla(own, load_vla(config=DrivingConfig(cameras=AROUND))[1], AROUND)
+    identity = json.loads((folder / "config.json").read_text())
+    identity["encoder"] = frozen_vla(*load_vla(own)).digest
+    assert identity["encoder"] != frozen_vla(*load_vla()).digest
+    (folder / "config.json").write_text(json.dumps(identity))
+    assert read_source(folder, own).vla.cameras == AROUND
+    assert not read_source(folder).whole
+
+
+def test_cameras_are_refused_where_they_say_nothing(bundle, run, tmp_path):
+    with pytest.raises(UserError, match="holds its VLA; leave --cameras out"):
+        read_source(bundle, cameras=AROUND)
+    other = write_pruner(tmp_path / "b", run[1][2], PRUNER)
+    with pytest.raises(UserError, match="no tiny VLA; leave --cameras out"):
+        read_source(other, cameras=AROUND)
+    with pytest.raises(UserError, match="none twice"):
+        ExportArgs(bundle, tmp_path / "out", cameras=("CAM_FRONT", "CAM_FRONT"))
+
+
+@pytest.fixture(scope="module")
+def two_cameras(tmp_path_factory):
+    config = small_config(("CAM_FRONT", "CAM_BACK"))
+    folder = tmp_path_factory.mktemp("two") / "bundle"
+    return write_policy(folder, small_params(config), config, PRUNER, 0.5)
+
+
+def test_scores_are_checked_picture_by_picture(two_cameras):
+    source = read_source(two_cameras)
+    rows, columns = source.vla.token_grid
+    frames = check_frames(source.vla, 2).images
+    whole = DrivingVLA(source.vla).apply({"params": source.params["vla"]}, frames, method="encode")
+    found = list(picture_tokens(source, 2))
+    assert [tokens.shape for (tokens,) in found] == 4 * [(1, rows * columns, 32)]
+    joined = np.concatenate([tokens for (tokens,) in found]).reshape(whole.shape)
+    np.testing.assert_allclose(joined, whole, atol=1e-5)
+
+    turned = replace(source, pruner=replace(PRUNER, rope=True))
+    for _, ids in picture_tokens(turned, 1):
+        assert ids.shape == (3, 1, rows * columns)
+
+
+@needs_converter
+def test_onnx_scores_a_picture_as_the_policy_does(two_cameras, tmp_path):
+    export_model(ExportArgs(two_cameras, tmp_path / "out", forms=("onnx",), check_frames=2))
+    source = read_source(two_cameras)
+    rows, columns = source.vla.token_grid
+    inputs = load(tmp_path / "out" / "onnx").config["inputs"]
+    assert inputs[ONNX_PRUNER]["tokens"][1] == [1, rows * columns, 32]
+    score = read_onnx(tmp_path / "out" / "onnx", ONNX_PRUNER)
+    tokens = np.random.default_rng(0).normal(size=(2, rows * columns, 32)).astype(np.float32)
+    scores = np.concatenate([score(picture[None])[0][0] for picture in tokens])
+    pruner, given = recon_pruner(PRUNER), driving_inputs(source.vla, tokens.reshape(1, -1, 32))
+    want = keep_before(pruner, source.params["pruner"], given, 0.5).indices[0]
+    np.testing.assert_array_equal(np.sort(np.argsort(-scores, kind="stable")[: len(want)]), want)
 
 
 def test_a_damaged_checkpoint_is_refused(run, tmp_path):

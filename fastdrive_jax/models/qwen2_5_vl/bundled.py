@@ -1,11 +1,12 @@
 """The tiny driving VLAs that the package carries, of `fastdrive train-vla` and `widen-vla`."""
 
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.flax import load_file, save_file
 
 from fastdrive_jax.errors import UserError
@@ -17,26 +18,47 @@ AROUND = (
     *("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT"),
     *("CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT"),
 )
+_CAMERAS = "cameras"  # in the file's metadata
 BUNDLED = {FRONT: "tiny_vla.safetensors", AROUND: "tiny_vla_six.safetensors"}  # by cameras
 
 
-def save_vla(path: Path, params: dict) -> None:
+def save_vla(path: Path, params: dict, cameras: tuple[str, ...] | None = None) -> None:
     """Writes VLA parameters as bfloat16 safetensors, half the bytes of what was trained.
+
+    Args:
+        path: To write.
+        params: Of the VLA.
+        cameras: That it was trained to look through, which no shape tells; the file then says so.
 
     Raises:
         UserError: The file cannot be written (full disk).
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     flat = {name: jnp.asarray(value, jnp.bfloat16) for name, value in flat.items()}
+    metadata = None if cameras is None else {_CAMERAS: json.dumps(cameras)}
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(flat, partial)
+        save_file(flat, partial, metadata)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise UserError(
             f"VLA weights {path} can't be written ({error}); check the disk."
         ) from error
+
+
+def saved_cameras(path: Path) -> tuple[str, ...] | None:
+    """The cameras that a file of `save_vla` names; None if it names none, as the package's do.
+
+    Raises:
+        UserError: The file is missing or unreadable.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            named = (file.metadata() or {}).get(_CAMERAS)
+        return None if named is None else tuple(json.loads(named))
+    except Exception as error:  # safetensors raises several kinds
+        raise UserError(f"VLA weights {path} can't be read ({error}).") from error
 
 
 def load_vla(
@@ -46,13 +68,18 @@ def load_vla(
 
     Args:
         path: Of `save_vla`; None takes the weights in the package, of the front camera or of all
-            six. The shapes are the same for any cameras, so a file is taken at its word.
-        config: Of the weights; None means the default one, of the front camera.
+            six.
+        config: Of the weights, whose cameras are taken at their word, since the shapes are the same
+            for any; None means the default one, of the cameras that the file names, or else of the
+            front camera.
 
     Raises:
         UserError: The file is missing, unreadable or of another config.
     """
-    model = DrivingVLA(config or DrivingConfig())
+    if config is None:
+        named = None if path is None else saved_cameras(path)
+        config = DrivingConfig(cameras=named or FRONT)
+    model = DrivingVLA(config)
     if path is None:
         cameras = model.config.cameras
         if cameras not in BUNDLED:

@@ -11,7 +11,7 @@ from safetensors.flax import load_file
 from data_pipelines.schema import CAMERAS
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl import bundled
-from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla, save_vla
+from fastdrive_jax.models.qwen2_5_vl.bundled import FRONT, load_vla, save_vla, saved_cameras
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
 
 
@@ -29,6 +29,20 @@ def test_weights_come_back_as_their_bfloat16_values(one_camera, tmp_path):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(loaded))
     save_vla(tmp_path / "again.safetensors", loaded)
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_a_file_names_the_cameras_that_no_shape_tells(tmp_path):
+    _, params = load_vla()
+    path = tmp_path / "vla.safetensors"
+    save_vla(path, params)
+    assert saved_cameras(path) is None
+    assert load_vla(path)[0].config.cameras == FRONT
+    save_vla(path, params, CAMERAS)
+    assert saved_cameras(path) == CAMERAS
+    model, loaded = load_vla(path)
+    assert model.config == DrivingConfig(cameras=CAMERAS)
+    jax.tree.map(np.testing.assert_array_equal, params, loaded)
+    assert load_vla(path, DrivingConfig())[0].config.cameras == FRONT  # taken at its word
 
 
 @pytest.mark.parametrize(
@@ -54,6 +68,8 @@ def test_a_missing_or_damaged_file_is_refused(one_camera, tmp_path):
     config, params = one_camera
     with pytest.raises(UserError, match=r"none\.safetensors"):
         load_vla(tmp_path / "none.safetensors", config)
+    with pytest.raises(UserError, match=r"none\.safetensors"):
+        load_vla(tmp_path / "none.safetensors")
     path = tmp_path / "vla.safetensors"
     save_vla(path, params["vla"])
     path.write_bytes(path.read_bytes()[:-100])
@@ -77,7 +93,7 @@ def test_a_failed_write_is_one_sentence_and_leaves_the_old_file(one_camera, tmp_
     save_vla(path, params["vla"])
     before = path.read_bytes()
 
-    def full_disk(tensors, place):
+    def full_disk(tensors, place, metadata):
         place.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
