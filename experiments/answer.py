@@ -37,7 +37,8 @@ from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.processor import Processor, read_processor
 from fastdrive_jax.models.qwen2_5_vl.sequence import Batch, Sample, collate, visual_tokens
 from fastdrive_jax.parallel.mesh import make_mesh, shard_where_it_divides
-from fastdrive_jax.pruning import builds_on_recon, make_pruner
+from fastdrive_jax.pruning import Pruner, builds_on_recon, make_pruner
+from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.pruning.select import num_keep
 
 LENGTH_STEP = 128  # prompts are filled up to a multiple, so that few programs are compiled
@@ -106,8 +107,8 @@ class AnswerArgs:
             raise UserError(
                 f"{self.pruned} prunes by {NEED_DATA[self.pruned]}, which a prompt does not have."
             )
-        if self.pruned is not None and self.pruner is None:
-            check_single_prompts(make_pruner(self.pruned))
+        if self.pruned is not None:
+            check_single_prompts(self._method())
         groups = max(self.data, 1) * max(self.fsdp, 1)
         if self.batch_size < 1 or self.batch_size % groups:
             raise UserError(
@@ -127,11 +128,20 @@ class AnswerArgs:
             return {}
         return {"method": self.pruned, "keep_ratio": self.keep_ratio}
 
+    def _method(self) -> Pruner:
+        """The method of `pruned`, whose sizes do not matter."""
+        given = {} if self.pruner is None else {"config": ReconPrunerConfig()}
+        return make_pruner(self.pruned, **given)
+
     def digest(self, sampling: SamplingConfig) -> str:
         """Changes with all that an answer depends on besides the request."""
-        bundle = None if self.pruner is None else file_sum(self.pruner / manifest.NAME)
-        own = own_file_sum(self.pruned) if self.pruned else ()
-        drawn = self.seed if sampling.temperature else None
+        bundle, own, draws = None, (), sampling.temperature > 0
+        if self.pruner is not None:
+            manifest.load(self.pruner)
+            bundle = file_sum(self.pruner / manifest.NAME)
+        if self.pruned is not None:
+            own, draws = own_file_sum(self.pruned), draws or "key" in self._method().needs
+        drawn = self.seed if draws else None
         given = self.said, bundle, own, sampling, self.max_pixels, self.dtype, drawn
         known = f"{checkpoint_digest(self.checkpoint)} {given}"
         return hashlib.sha256(known.encode()).hexdigest()[:16]

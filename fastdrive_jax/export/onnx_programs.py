@@ -1,7 +1,8 @@
 """The pruner and the whole pruned policy as ONNX, by jax2onnx (extra and install: docs/export.md).
 
     OUT/config.json    inputs and outputs, the SHA-256 of every file
-    OUT/pruner.onnx    tokens [1, N, D] (and position_ids [3, 1, N] of a pruner with rope) to scores
+    OUT/pruner.onnx    tokens of a picture [1, n, D] (of a pruner with rope, position_ids [3, 1, n]
+                       too) to scores
     OUT/policy.onnx    images, speed and command to waypoints and kept tokens
 
 Weights are inside, shapes are static, and attention is in plain operations. Where the converter
@@ -38,7 +39,7 @@ def write_onnx(
     tokens: int,
     policy: DrivingPolicy | None = None,
 ) -> Path:
-    """Converts the pruner and, if there is one, the policy; both for one frame a call.
+    """Converts the pruner, for one picture a call, and the policy, if there is one, for one frame.
 
     Of more frames jax2onnx 0.17.1 declares the shapes within the decoding loop wrongly.
 
@@ -46,7 +47,7 @@ def write_onnx(
         folder: To make; see `write_folder`.
         pruner: Sizes.
         params: {"pruner": ...}, and "vla" for a policy.
-        tokens: N.
+        tokens: n, of a picture.
         policy: Whose keep ratio the program has.
 
     Raises:

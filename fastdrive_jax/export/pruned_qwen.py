@@ -165,6 +165,7 @@ def processor_files(checkpoint: Path) -> list[Path]:
 def _asked(folder: Path, config: dict, kind: str) -> PrunedQwen:
     if config.get("kind") != kind:
         raise UserError(f"{folder} holds a {config.get('kind')!r}, not a {kind}.")
+    folder = Path(folder)
     manifests.check_files(folder, manifests.load(folder), PROCESSOR)
     names = (field.name for field in fields(PrunedQwen))
     return from_plain(PrunedQwen, {name: config[name] for name in names if name in config})

@@ -66,7 +66,7 @@ def top_k(
         raise ValueError(f"k must be in 1..{scores.shape[-1]}, got {k}")
     scores = scores.astype(jnp.float32)
     lowest = jnp.finfo(scores.dtype).min
-    scores = jnp.where(jnp.isnan(scores), lowest, scores)
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     if valid is not None:
         # A real -inf must still beat padding.
         scores = jnp.where(valid, jnp.maximum(scores, lowest), -jnp.inf)

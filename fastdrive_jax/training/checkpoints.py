@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.training.best import Best, preservation
@@ -29,6 +30,7 @@ from fastdrive_jax.training.run_config import (
     write_json,
 )
 
+ASIDE = "aside-"  # and the step: a checkpoint that is being written anew
 _NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
@@ -42,6 +44,20 @@ class Positioned(Protocol):
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position."""
         ...
+
+
+def bring_back(folder: Path) -> None:
+    """Puts checkpoints that were set aside back in their place, unless they are there anew.
+
+    Args:
+        folder: Of a run, whose saves are finished or cut off.
+    """
+    for aside in folder.glob(f"{ASIDE}*"):
+        place = folder / "checkpoints" / aside.name.removeprefix(ASIDE)
+        if place.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(place)
 
 
 class RunCheckpoints:
@@ -77,7 +93,9 @@ class RunCheckpoints:
             raise ValueError(f"keep must be at least 1, not {keep}")
         if jax.process_index() == 0 and not read_only:
             claim_run_folder(folder, config, ignore)
-        self.folder = folder
+        if jax.process_index() == 0 and not read_only:
+            bring_back(folder)
+        self.folder, self._read_only = folder, read_only
         self._root = (folder / "checkpoints").absolute()
         self._saving: int | None = None
         self._best = best
@@ -168,7 +186,7 @@ class RunCheckpoints:
             _check_room(self._root, state)
             self._saving = step
             if there:
-                self._manager.delete(step)
+                self._set_aside(step)
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator.get_state())
             )
@@ -217,6 +235,8 @@ class RunCheckpoints:
         """
         with self._explained(self._saving):
             self._manager.wait_until_finished()
+        if jax.process_index() == 0 and not self._read_only:
+            bring_back(self.folder)
 
     def close(self) -> None:
         """Wait, then free the background threads."""
@@ -225,6 +245,13 @@ class RunCheckpoints:
         finally:
             self._manager.close()
             logging.getLogger("absl").removeFilter(self._log_filter)
+
+    def _set_aside(self, step: int) -> None:
+        """Makes room for a checkpoint anew, until which is whole the old one is kept."""
+        if jax.process_index() == 0:
+            (self._root / str(step)).rename(self.folder / f"{ASIDE}{step}")
+        multihost_utils.sync_global_devices("a checkpoint is set aside")
+        self._manager.reload()
 
     def _seal(self) -> None:
         """Add checksums to the written files; Orbax calls this just before it commits them."""

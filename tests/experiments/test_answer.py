@@ -250,6 +250,16 @@ def test_what_cannot_be_pruned_is_said(checkpoint, requests, trained, tmp_path):
     assert [one["answer"] for one in alone] == [one["answer"] for one in whole]
     with pytest.raises(UserError, match="vlapruner needs state"):
         args(checkpoint, prompt="a", method="vlapruner")
+    with pytest.raises(UserError, match="jointpruner needs"):
+        args(checkpoint, prompt="a", method="jointpruner", pruner=trained)
+    with pytest.raises(UserError, match="there is no such folder"):
+        answer(args(checkpoint, prompt="a", pruner=tmp_path / "none"))
+    sampling = SamplingConfig(6)
+    for name, other in (("random", True), ("divprune", False)):
+        digests = {
+            args(checkpoint, prompt="a", method=name, seed=n).digest(sampling) for n in (0, 1)
+        }
+        assert (len(digests) == 2) == other
     with pytest.raises(UserError, match="prior prunes by the mean training mask"):
         args(checkpoint, prompt="a", method="prior")
     with pytest.raises(UserError, match="name its folder with --pruner"):

@@ -69,6 +69,31 @@ def test_a_step_that_a_signal_saved_unmeasured_may_be_the_best_once_it_is(tmp_pa
         assert checkpoints.best_step() == best
 
 
+def test_a_step_that_is_saved_anew_is_never_lost(tmp_path, monkeypatch):
+    """The first checkpoint of a run, killed before the new one is whole, and then with the disk
+    full.
+    """
+    state = dict(init(8), step=np.int32(1))
+    with RunCheckpoints(tmp_path, {}, best=Best("l2")) as checkpoints:
+        checkpoints.save(1, state, data())
+    checkpoints = RunCheckpoints(tmp_path, {}, best=Best("l2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "save", lambda *given, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoints.save(1, state, data(), {"l2": 1.0})
+    assert not (tmp_path / "checkpoints" / "1").exists()
+    for best in (None, 1):
+        with RunCheckpoints(tmp_path, {}, best=Best("l2")) as checkpoints:
+            assert (checkpoints.latest_step(), checkpoints.best_step()) == (1, best and None)
+            found = checkpoints.restore(abstract_state(lambda: init(8), HERE), data())
+            assert int(found["step"]) == 1
+            if best:
+                checkpoints.save(1, found, data(), {"l2": 1.0})
+                checkpoints.wait()
+                assert checkpoints.best_step() == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.json"]
+
+
 def test_metrics_are_part_of_what_is_checked(tmp_path):
     filled(tmp_path, [1.0, 2.0])
     path = tmp_path / "checkpoints/1/metrics/metrics"
