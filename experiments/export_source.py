@@ -149,7 +149,10 @@ def _with_vla(
         raise UserError(f"{path} prunes tokens of no tiny VLA; leave --cameras out.")
     if encoder == "qwen2_5_vl":
         if weights is None:
-            why = "It prunes tokens of a Qwen2.5-VL; --vla names the folder of its checkpoint."
+            why = (
+                "The pruner is one for tokens of qwen2_5_vl; --vla names the folder of its "
+                "checkpoint."
+            )
             return alone(why=why, facts=facts)
         dtype = (facts.training or {}).get("dtype", "bfloat16")
         if facts.encoder not in (None, qwen_digest(weights, dtype)):

@@ -120,7 +120,9 @@ def test_a_run_of_a_qwen_exports_its_pruner_with_and_without_its_bundle(whole, t
         assert source.facts.step == result.best_step
         assert source.facts.data["samples"] == {"train": 12, "val": 2}
         assert source.vla is None
-        assert source.why == "The pruner is one for tokens of qwen2_5_vl."
+        assert source.why == (
+            "The pruner is one for tokens of qwen2_5_vl; --vla names the folder of its checkpoint."
+        )
     jax.tree.map(np.testing.assert_array_equal, bundle.params, jax.device_get(checkpoint.params))
     with pytest.raises(UserError, match="cannot be exported as stablehlo"):
         export_model(ExportArgs(out, tmp_path / "out", forms=("stablehlo",)))
