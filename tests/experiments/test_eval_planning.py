@@ -20,7 +20,11 @@ BENCHMARK = BenchmarkConfig(
     scenes=3,
     seeds=(0, 3),
     pruner=dataclasses.replace(
-        TINY, optimizer=dataclasses.replace(TINY.optimizer, total_steps=3, warmup_steps=1)
+        TINY,
+        optimizer=dataclasses.replace(TINY.optimizer, total_steps=3, warmup_steps=1),
+        recon=dataclasses.replace(
+            TINY.recon, decoder=dataclasses.replace(TINY.recon.decoder, num_layers=1)
+        ),
     ),
 )
 
