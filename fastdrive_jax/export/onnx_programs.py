@@ -1,8 +1,7 @@
 """The pruner and the whole pruned policy as ONNX, by jax2onnx (extra and install: docs/export.md).
 
     OUT/config.json    inputs and outputs, the SHA-256 of every file
-    OUT/pruner.onnx    tokens of a picture [1, n, D] (of a pruner with rope, position_ids [3, 1, n]
-                       too) to scores
+    OUT/pruner.onnx    tokens [1, n, D] of a picture (with rope, position_ids [3, 1, n]) to scores
     OUT/policy.onnx    images, speed and command to waypoints and kept tokens
 
 Weights are inside, shapes are static, and attention is in plain operations. Where the converter
