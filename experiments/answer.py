@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from experiments.drives import own_file_sum
-from experiments.serve import NEED_DATA
+from experiments.drives import NEED_DATA, own_file_sum
 from experiments.trained_pruner import read_trained
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export import manifest

@@ -103,7 +103,8 @@ def bench_export(args: BenchExportArgs) -> Path:
     source = read_source(args.run)
     if source.vla is None:
         raise UserError(f"{args.run} cannot be timed as a policy: {source.why}")
-    frames = check_frames(source.vla, args.frames)
+    found = check_frames(source.vla.cameras, source.vla.image_size, args.frames)
+    frames = found.images, found.speed, found.command
     with tempfile.TemporaryDirectory() as folder:
         forms = make_forms(source, Bucket(args.keep_ratio, args.batch), Path(folder))
         rows = _errors(source, forms, frames, args) + _times(forms, frames, args)
@@ -161,7 +162,7 @@ def _errors(source: Source, forms: dict[str, Form], frames, args) -> list[Row]:
     encode = jax.jit(functools.partial(model.apply, method="encode"))
     tokens = np.concatenate(
         [
-            np.asarray(encode({"params": source.params["vla"]}, frames.images[at : at + 20]))
+            np.asarray(encode({"params": source.params["vla"]}, frames[0][at : at + 20]))
             for at in range(0, args.frames, 20)
         ]
     )
@@ -202,7 +203,7 @@ def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
 def _times(forms: dict[str, Form], frames, args) -> list[Row]:
     """Median milliseconds of a call with the middle half of them, and how many times as fast."""
     rows = np.arange(args.batch) % args.frames
-    inputs = frames.images[rows], frames.speed[rows], frames.command[rows]
+    inputs = tuple(array[rows] for array in frames)
     spent: dict[str, list[float]] = {name: [] for name in forms}
     rng, names = np.random.default_rng(0), list(forms)
     for turn in range(args.repeats + 3):

@@ -25,6 +25,7 @@ from fastdrive_jax.pruning.select import num_keep
 
 UNPRUNED = "unpruned"
 DRAWN = {"random", "prune2drive"}
+NEED_DATA = {"prior": "the mean training mask", "ground_truth": "the true foreground"}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ the disk, so what is compared is what others will load.
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +27,14 @@ from fastdrive_jax.export.pruner import read_pruner
 from fastdrive_jax.export.quantized import quantized_plan, read_quantized
 from fastdrive_jax.inference.pictures import layout_inputs
 from fastdrive_jax.inference.policy import DrivingPolicy, plan
-from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, recon_pruner
 
 METRES, SCORES = 1e-5, 1e-5  # of forms that hold the same numbers; scores relative to the largest
 
 ONNX = "policy, onnx"  # of one frame a call
 
-PlanFn = Callable[..., tuple[np.ndarray, np.ndarray]]  # images, speed, command to plan, kept
+PlanFn = Callable[..., tuple[np.ndarray, np.ndarray]]  # images and more to plan or answer, kept
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class Difference:
         return f"{self.form}: largest difference {self.largest:.2g} ({self.quantity}){kept}{note}"
 
 
-def check_frames(config: DrivingConfig, count: int) -> Frames:
+def check_frames(cameras: Sequence[str], image_size: tuple[int, int], count: int) -> Frames:
     """Frames of the synthetic world for the cameras and pictures of a VLA, two of each scene."""
-    height, width = config.image_size
+    height, width = image_size
     world = WorldConfig(
         train_scenes=0,
         val_scenes=1,
         keyframes_per_scene=2,
         height=height,
         width=width,
-        cameras=config.cameras,
+        cameras=tuple(cameras),
     )
     return world_frames(world, count)
 
@@ -82,25 +82,33 @@ def policy_of(source: Source, keep_ratio: float) -> DrivingPolicy:
     return DrivingPolicy(DrivingVLA(source.vla), recon_pruner(source.pruner), keep_ratio)
 
 
-def in_batches(run: PlanFn, frames: Frames, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Waypoints [S, T, 2] and kept tokens [S, K] of all frames by a program of one batch size."""
-    count, parts = len(frames.images), []
+def in_batches(
+    run: PlanFn, inputs: Sequence[np.ndarray], batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a program of one batch size answers to all S samples, and their kept tokens [S, K]."""
+    count, parts = len(inputs[0]), []
     for start in range(0, count, batch):
         rows = np.arange(start, start + batch).clip(max=count - 1)
-        parts.append(run(frames.images[rows], frames.speed[rows], frames.command[rows]))
-    waypoints, kept = (
+        parts.append(run(*(array[rows] for array in inputs)))
+    answers, kept = (
         np.concatenate([np.asarray(x) for x in part]) for part in zip(*parts, strict=True)
     )
-    return waypoints[:count], kept[:count]
+    return answers[:count], kept[:count]
 
 
-def of_plan(function: Callable, *first) -> PlanFn:
-    """A function of `plan`'s answer as one of arrays, compiled."""
+def same_share(want: np.ndarray, have: np.ndarray) -> float:
+    """Share of the kept tokens [S, K] that are the same."""
+    same = [len(np.intersect1d(*rows)) for rows in zip(want, have, strict=True)]
+    return float(np.mean(same)) / want.shape[1]
+
+
+def of_plan(function: Callable, *first, answer: str = "waypoints") -> PlanFn:
+    """A function that gives a plan, or another `answer` with kept tokens, as arrays, compiled."""
     run = jax.jit(function)
 
     def call(*inputs):
-        planned = run(*first, *inputs)
-        return planned.waypoints, planned.keep_indices
+        found = run(*first, *inputs)
+        return getattr(found, answer), found.keep_indices
 
     return call
 
@@ -126,16 +134,14 @@ def differences(
         yield from _score_differences(out, forms, source, frames)
     if source.vla is None:
         return
-    seen = check_frames(source.vla, frames)
+    found = check_frames(source.vla.cameras, source.vla.image_size, frames)
+    seen = found.images, found.speed, found.command
     for number, bucket in enumerate(buckets):
         want = in_batches(training_plan(source, bucket.keep_ratio), seen, bucket.batch)
         for form, run, bound in _planners(out, forms, bucket, first=number == 0):
             have = in_batches(run, seen, 1 if form == ONNX else bucket.batch)
             largest = float(np.abs(want[0] - have[0]).max())
-            same = np.mean(
-                [len(np.intersect1d(*rows)) for rows in zip(want[1], have[1], strict=True)]
-            )
-            kept = float(same) / want[1].shape[1]
+            kept = same_share(want[1], have[1])
             yield Difference(form, "waypoints, m", largest, bound, kept, frames)
 
 
@@ -179,7 +185,7 @@ def picture_tokens(source: Source, frames: int) -> Iterator[tuple[np.ndarray, ..
     """
     seen = None
     if source.vla is not None:
-        seen = check_frames(source.vla, frames).images
+        seen = check_frames(source.vla.cameras, source.vla.image_size, frames).images
         model, variables = DrivingVLA(source.vla), {"params": source.params["vla"]}
         encode = jax.jit(functools.partial(model.apply, method="encode"))
     grid, size = token_grid(source), source.pruner.layer.hidden_size

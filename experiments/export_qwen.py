@@ -1,7 +1,7 @@
 """`fastdrive export` of a Qwen2.5-VL with its ReconPruner: what is read, written and checked."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,15 @@ import jax
 import numpy as np
 
 from data_pipelines.schema import CAMERAS
-from data_pipelines.synthetic.config import WorldConfig
-from data_pipelines.synthetic.frames import world_frames
-from experiments.export_check import Difference, runs_here
+from experiments.export_check import (
+    Difference,
+    PlanFn,
+    check_frames,
+    in_batches,
+    of_plan,
+    runs_here,
+    same_share,
+)
 from experiments.export_source import Source
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export import run_program
@@ -42,8 +48,6 @@ from fastdrive_jax.models.qwen2_5_vl.image_processor import smart_resize
 from fastdrive_jax.models.qwen2_5_vl.processor import read_processor
 
 PROMPT = "What should the driver do next?"
-
-AnswerFn = Callable[..., tuple[np.ndarray, np.ndarray]]  # images, ids, lengths to ids, kept
 
 
 @dataclass(frozen=True)
@@ -132,23 +136,21 @@ def qwen_differences(
     prompt = read_processor(source.checkpoint).sample(PROMPT, list(images[0])).ids
     for number, bucket in enumerate(buckets):
         asked = replace(source.qwen, keep_ratio=bucket.keep_ratio)
-        given = images, *prompt_batch(asked, [prompt] * bucket.batch)
+        given = images, *prompt_batch(asked, [prompt] * frames)
         wanted: dict[str, tuple] = {}
         for form, run, bound, kernels in _answerers(out, forms, bucket, first=number == 0):
             kernel = attention_kernel(asked.dtype, asked.vla.text.head_dim, kernels)
             if kernel not in wanted:
-                wanted[kernel] = _wanted(asked, params, given, kernels)
-            have, want = _in_batches(run, *given), wanted[kernel]
+                with contextlib.nullcontext() if kernels is None else kernels_of(kernels):
+                    wanted[kernel] = in_batches(_of_answer(asked, params), given, bucket.batch)
+            have, want = in_batches(run, given, bucket.batch), wanted[kernel]
             other = float((want[0] != have[0]).sum())
-            same = [len(np.intersect1d(*rows)) for rows in zip(want[1], have[1], strict=True)]
-            kept = float(np.mean(same)) / want[1].shape[1]
+            kept = same_share(want[1], have[1])
             yield Difference(form, "ids of answers", other, bound, kept, frames)
 
 
-def _wanted(asked: PrunedQwen, params: dict, given, kernels: str | None):
-    """What the training code answers, with the kernels of a platform if one is named."""
-    with contextlib.nullcontext() if kernels is None else kernels_of(kernels):
-        return _in_batches(_of_answer(answer_pictures, asked, params), *given)
+def _of_answer(asked: PrunedQwen, params: dict) -> PlanFn:
+    return of_plan(partial(answer_pictures, asked), params, answer="ids")
 
 
 def check_pictures(asked: PrunedQwen, count: int) -> np.ndarray:
@@ -162,36 +164,7 @@ def check_pictures(asked: PrunedQwen, count: int) -> np.ndarray:
             f"The check draws the pictures of {len(CAMERAS)} cameras, not of {asked.pictures}; say "
             "--no-check."
         )
-    height, width = asked.image_size
-    world = WorldConfig(
-        train_scenes=0,
-        val_scenes=1,
-        keyframes_per_scene=2,
-        height=height,
-        width=width,
-        cameras=CAMERAS[: asked.pictures],
-    )
-    return world_frames(world, count).images
-
-
-def _of_answer(function: Callable, *first) -> AnswerFn:
-    run = jax.jit(partial(function, *first[:-1]))
-
-    def call(*inputs):
-        found = run(first[-1], *inputs)
-        return found.ids, found.keep_indices
-
-    return call
-
-
-def _in_batches(run: AnswerFn, images, ids, lengths) -> tuple[np.ndarray, np.ndarray]:
-    """Answers [S, T] and kept tokens [S, K] of all frames to one prompt, batch by batch."""
-    count, parts = len(images), []
-    for start in range(0, count, len(ids)):
-        rows = np.arange(start, start + len(ids)).clip(max=count - 1)
-        parts.append(list(map(np.asarray, run(images[rows], ids, lengths))))
-    answers, kept = map(np.concatenate, zip(*parts, strict=True))
-    return answers[:count], kept[:count]
+    return check_frames(CAMERAS[: asked.pictures], asked.image_size, count).images
 
 
 def _answerers(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
@@ -203,7 +176,7 @@ def _answerers(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]
     if "policy" in forms and first:
         for form in ("safetensors", "orbax"):
             asked, params = read_pruned_qwen(out / "policy", form)
-            yield f"policy, {form}", _of_answer(answer_pictures, asked, params), 0, None
+            yield f"policy, {form}", _of_answer(asked, params), 0, None
     if "stablehlo" in forms and runs_here(out / "stablehlo"):
         program = read_program(out / "stablehlo", PROGRAMS, bucket)
 
@@ -215,5 +188,5 @@ def _answerers(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]
         yield name, run, 0, run_program.PLATFORMS[jax.default_backend()]
     if "int8" in forms and first:
         asked, bits, tensors = read_quantized_qwen(out / "int8")
-        run = quantized_answer(asked, bits)
-        yield "int8 weights", _of_answer(run, tensors), None, None
+        run = of_plan(quantized_answer(asked, bits), tensors, answer="ids")
+        yield "int8 weights", run, None, None

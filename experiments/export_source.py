@@ -200,7 +200,8 @@ def _tiny_vla(weights: Path | None, cameras: tuple[str, ...] | None) -> tuple[Dr
 
 def _is_encoder(digest: str, config: DrivingConfig, params: dict) -> bool:
     """Whether a training's encoder was this VLA's, or one of the front camera that shares it."""
-    models = (DrivingVLA(replace(config, cameras=one)) for one in (config.cameras, FRONT))
+    cameras = {config.cameras, FRONT}
+    models = (DrivingVLA(replace(config, cameras=one)) for one in cameras)
     return any(frozen_vla(model, params).digest == digest for model in models)
 
 

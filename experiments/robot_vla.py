@@ -70,8 +70,10 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
     def decide(observations: Sequence[Observation], memory, first) -> Acted:
         begin, first = time.perf_counter(), np.asarray(first)
         moment = moment_of(observations, vla, body, root)
-        steps = np.array([one.step for one in observations], np.uint32)
-        key = _own_keys(root, digests(observations), steps)
+        key = root
+        if "key" in vla.pruner.needs:
+            steps = np.array([one.step for one in observations], np.uint32)
+            key = _own_keys(root, digests(observations), steps)
         decisions = np.where(first, 0, memory["decisions"])
         warm = decisions < warmup
         wanted = {whole: warm, pruned: ~warm}

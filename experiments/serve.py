@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from data_pipelines.schema import CAMERAS
+from experiments.drives import NEED_DATA
 from experiments.serve_demo import demo_drives
 from fastdrive_jax.configs import from_plain
 from fastdrive_jax.errors import UserError
@@ -29,7 +30,6 @@ from fastdrive_jax.serving.config import ServeConfig
 
 BUNDLED, BUNDLED_SIX = "bundled", "bundled-six"
 UNTRAINED = "divprune"  # of those that need no training it plans best at 50%
-NEED_DATA = {"prior": "the mean training mask", "ground_truth": "the true foreground"}
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,11 @@
 """An exported ReconPruner in front of a Qwen2.5-VL checkpoint."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export.pruner import read_pruner
+from fastdrive_jax.inference.pruned_qwen import cast_params
 from fastdrive_jax.models.qwen2_5_vl.config import QwenVLConfig
 from fastdrive_jax.pruning import Pruner, make_pruner
 
@@ -35,5 +32,4 @@ def read_trained(
             f"The ReconPruner in {folder} takes tokens of {own.layer.hidden_size} numbers, "
             f"but those of {checkpoint} have {width}; train one on its tokens."
         )
-    cast = partial(jnp.asarray, dtype=jnp.dtype(dtype))
-    return make_pruner(name, config=own), jax.tree.map(cast, params)
+    return make_pruner(name, config=own), cast_params(params, dtype)

@@ -114,12 +114,10 @@ def prompt_batch(
     Raises:
         UserError: One is too long or has another number of marks.
     """
-    mark, ids = (
-        asked.vla.image_token_id,
-        np.full((len(prompts), asked.prompt_ids), asked.vla.pad_token_id, np.int32),
-    )
+    mark, shape = asked.vla.image_token_id, (len(prompts), asked.prompt_ids)
+    ids = np.full(shape, asked.vla.pad_token_id, np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
-        if not len(prompt) <= asked.prompt_ids:
+        if len(prompt) > asked.prompt_ids:
             raise UserError(
                 f"A prompt of {len(prompt)} ids does not fit into prompt_ids={asked.prompt_ids}; "
                 "shorten it or take more."

@@ -279,7 +279,7 @@ def two_cameras(tmp_path_factory):
 def test_scores_are_checked_picture_by_picture(two_cameras):
     source = read_source(two_cameras)
     rows, columns = source.vla.token_grid
-    frames = check_frames(source.vla, 2).images
+    frames = check_frames(source.vla.cameras, source.vla.image_size, 2).images
     whole = DrivingVLA(source.vla).apply({"params": source.params["vla"]}, frames, method="encode")
     found = list(picture_tokens(source, 2))
     assert [tokens.shape for (tokens,) in found] == 4 * [(1, rows * columns, 32)]

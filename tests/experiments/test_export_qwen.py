@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from test_export_model import Position
 from tiny_checkpoint import CONFIG, write_checkpoint
 
 from experiments.cli import main
@@ -45,14 +46,6 @@ needs_extra = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("flatbuffers", "qwix")),
     reason="flatbuffers or qwix is not installed (extra: export)",
 )
-
-
-class Position:
-    def get_state(self):
-        return {"next_index": 0}
-
-    def set_state(self, state):
-        del state
 
 
 @pytest.fixture(scope="module")
