@@ -1,6 +1,7 @@
 """What an exported form costs: error, size and time beside the training code, all in one run.
 
     fastdrive bench-export --run runs/quickstart --out runs/bench_export
+    fastdrive bench-export --run runs/3b --vla CHECKPOINT --keep-ratio 0.25 --frames 20
 
 Forms are compiled or loaded, warmed up and run one after the other, in an order drawn anew each
 time, so that what slows the machine slows all of them; ratios between them mean more than the
@@ -8,59 +9,48 @@ milliseconds. Errors are on frames of the synthetic world, scores on the visual 
 float32 encoder makes of them.
 """
 
-import functools
 import importlib.metadata
-import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from experiments.export_check import PlanFn, check_frames, in_batches, of_plan, policy_of
+from experiments.export_check import in_batches, same_share
+from experiments.export_forms import Bench, driving_bench, qwen_bench
+from experiments.export_qwen import QwenExport, with_qwen
 from experiments.export_source import Source, read_source
 from experiments.frame_stages import clock
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
-from fastdrive_jax.export.driving import PROGRAMS, driving_program
-from fastdrive_jax.export.onnx_programs import POLICY, read_onnx, write_onnx
-from fastdrive_jax.export.programs import Bucket, read_program, write_programs
-from fastdrive_jax.export.quantized import (
-    QuantizedPolicy,
-    quantize_params,
-    quantized_plan,
-    quantized_scores,
-)
-from fastdrive_jax.export.run_program import PLATFORMS
-from fastdrive_jax.inference.policy import plan
+from fastdrive_jax.export.programs import Bucket
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
 from fastdrive_jax.pruning.select import num_keep
 
-PLAIN = "float32"
-EIGHT_BITS = {  # weights and inputs of linear layers
-    "int8_weights": ("int8", None),
-    "int8_products": ("int8", "int8"),
-    "fp8_products": ("float8_e4m3fn", "float8_e4m3fn"),
-}
 PERCENTILES = (25, 75)
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class BenchExportArgs:
-    """Error, size and time of the exported forms of a driving policy.
+    """Error, size and time of the exported forms of a pruned VLA.
 
     Attributes:
-        run: Folder of a run, or a bundle, with its VLA.
+        run: Folder of a run, or a bundle.
         out: Folder for export.json.
         keep_ratio: In (0, 1].
         batch: Frames of a call.
         frames: On which errors are measured.
         repeats: Timed calls of each form, in turn.
+        vla: See `fastdrive export`.
+        cameras: See `fastdrive export`.
+        qwen: Shapes, if the VLA is a Qwen2.5-VL.
     """
 
     run: Path
@@ -69,6 +59,9 @@ class BenchExportArgs:
     batch: int = 1
     frames: int = 200
     repeats: int = 50
+    vla: Path | None = None
+    cameras: tuple[str, ...] | None = None
+    qwen: QwenExport = QwenExport()
 
     def __post_init__(self):
         num_keep(1000, self.keep_ratio)
@@ -79,35 +72,23 @@ class BenchExportArgs:
             )
 
 
-@dataclass(frozen=True)
-class Form:
-    """One way to run the policy.
-
-    Attributes:
-        run: To arrays.
-        size: Bytes of the weights that it reads.
-        scores: Of tokens [B, N, D] by its pruner; None where they are float32's.
-    """
-
-    run: PlanFn
-    size: int
-    scores: Callable | None = None
-
-
 def bench_export(args: BenchExportArgs) -> Path:
     """Measures and writes OUT/export.json.
 
     Raises:
-        UserError: The run has no VLA, or an extra is missing.
+        UserError: The VLA of the run is not known, or an extra is missing.
     """
-    source = read_source(args.run)
-    if source.vla is None:
+    source = read_source(args.run, args.vla, args.cameras)
+    if not source.whole:
         raise UserError(f"{args.run} cannot be timed as a policy: {source.why}")
-    found = check_frames(source.vla.cameras, source.vla.image_size, args.frames)
-    frames = found.images, found.speed, found.command
+    bucket = Bucket(args.keep_ratio, args.batch)
     with tempfile.TemporaryDirectory() as folder:
-        forms = make_forms(source, Bucket(args.keep_ratio, args.batch), Path(folder))
-        rows = _errors(source, forms, frames, args) + _times(forms, frames, args)
+        if source.checkpoint is None:
+            bench = driving_bench(source, bucket, args.frames, Path(folder))
+        else:
+            source = with_qwen(source, args.qwen, args.keep_ratio)
+            bench = qwen_bench(source, bucket, args.frames, Path(folder))
+        rows = [*_errors(source, bench, args), *_times(bench, args)]
     meta = {
         "run": str(args.run),
         "device": str(jax.devices()[0].device_kind),
@@ -115,83 +96,60 @@ def bench_export(args: BenchExportArgs) -> Path:
         "batch": args.batch,
         "versions": {name: _version(name) for name in ("jax", "qwix", "jax2onnx", "onnxruntime")},
     }
+    if source.qwen is not None:
+        meta |= {"dtype": source.qwen.dtype, "visual_tokens": source.qwen.visual_tokens}
     return write_rows(args.out / "export.json", rows, meta)
 
 
-def make_forms(source: Source, bucket: Bucket, folder: Path) -> dict[str, Form]:
-    """The forms by name; where ONNX is left out it is said why.
+def _errors(source: Source, bench: Bench, args: BenchExportArgs) -> Iterator[Row]:
+    """Answers and kept tokens against the training code's, and how the scores' order changes."""
+    want = in_batches(bench.forms[bench.plain].run, bench.inputs, args.batch)
+    compare = _waypoint_errors if source.qwen is None else _answer_errors
+    scored = _scored(source, bench.inputs[0]) if source.qwen is None else None
 
-    Args:
-        source: With a VLA.
-        bucket: Keep ratio and batch.
-        folder: For what must be written to be run.
-    """
-    policy, params = policy_of(source, bucket.keep_ratio), source.params
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    forms = {PLAIN: Form(of_plan(functools.partial(plan, policy), params), size)}
-    for name, (weights, activations) in EIGHT_BITS.items():
-        quantized = QuantizedPolicy(policy, source.pruner, weights, activations)
-        tensors = quantize_params(quantized, params)
-        forms[name] = Form(
-            of_plan(quantized_plan(quantized), tensors),
-            sum(leaf.nbytes for leaf in jax.tree.leaves(tensors)),
-            functools.partial(jax.jit(quantized_scores(quantized)), tensors),
-        )
-    platform = PLATFORMS[jax.default_backend()]
-    write_programs(folder / "stablehlo", driving_program(policy), params, (bucket,), (platform,))
-    program = read_program(folder / "stablehlo", PROGRAMS)
+    def row(name, metric, value, unit=""):
+        return Row(name, args.keep_ratio, metric, float(value), None, None, args.frames, None, unit)
 
-    def run(*inputs):
-        answer = program(*inputs)
-        return answer["waypoints"], answer["keep_indices"]
-
-    forms["stablehlo"] = Form(run, size)
-    if bucket.batch > 1 or importlib.util.find_spec("jax2onnx") is None:
-        why = "it takes one frame" if bucket.batch > 1 else "jax2onnx is not installed"
-        print(f"bench-export: onnx is left out, since {why}")
-        return forms
-    write_onnx(folder / "onnx", source.pruner, params, math.prod(source.vla.token_grid), policy)
-    forms["onnx"] = Form(read_onnx(folder / "onnx", POLICY), size)
-    return forms
-
-
-def _errors(source: Source, forms: dict[str, Form], frames, args) -> list[Row]:
-    """Waypoints and kept tokens against float32's, and how the scores' order changes."""
-    want = in_batches(forms[PLAIN].run, frames, args.batch)
-    model = DrivingVLA(source.vla)
-    encode = jax.jit(functools.partial(model.apply, method="encode"))
-    tokens = np.concatenate(
-        [
-            np.asarray(encode({"params": source.params["vla"]}, frames[0][at : at + 20]))
-            for at in range(0, args.frames, 20)
-        ]
-    )
-    # Picture by picture, as the policy scores them.
-    tokens = tokens.reshape(-1, math.prod(source.vla.token_grid), tokens.shape[-1])
-    score = jax.jit(ReconPruner(source.pruner).apply)
-    scores = np.asarray(score({"params": source.params["pruner"]}, tokens))
-    rows = []
-
-    def add(name, metric, value, unit=""):
-        ratio, count = args.keep_ratio, args.frames
-        rows.append(Row(name, ratio, metric, float(value), None, None, count, None, unit))
-
-    for name, form in forms.items():
-        have = in_batches(form.run, frames, args.batch)
-        far = np.linalg.norm(have[0] - want[0], axis=-1)
-        same = [len(np.intersect1d(*both)) for both in zip(have[1], want[1], strict=True)]
-        add(name, "weights", form.size / 2**20, "MiB")
-        add(name, "waypoint_distance_mean", far.mean(), "m")
-        add(name, "waypoint_distance_max", far.max(), "m")
-        add(name, "frames_with_another_plan", (far.max(axis=1) > 1e-3).mean())
-        add(name, "kept_tokens_same", np.mean(same) / want[1].shape[1])
+    for name, form in bench.forms.items():
+        have = in_batches(form.run, bench.inputs, args.batch)
+        yield row(name, "weights", form.size / 2**20, "MiB")
+        for metric, value, unit in compare(want[0], have[0]):
+            yield row(name, metric, value, unit)
+        yield row(name, "kept_tokens_same", same_share(want[1], have[1]))
         if form.scores is not None:
+            tokens, scores = scored
             ranks = [
                 _rank_correlation(*both) for both in zip(scores, form.scores(tokens), strict=True)
             ]
-            add(name, "score_rank_correlation_mean", np.mean(ranks))
-            add(name, "score_rank_correlation_min", np.min(ranks))
-    return rows
+            yield row(name, "score_rank_correlation_mean", np.mean(ranks))
+            yield row(name, "score_rank_correlation_min", np.min(ranks))
+
+
+def _waypoint_errors(want: np.ndarray, have: np.ndarray) -> Iterator[tuple[str, float, str]]:
+    far = np.linalg.norm(have - want, axis=-1)
+    yield "waypoint_distance_mean", far.mean(), "m"
+    yield "waypoint_distance_max", far.max(), "m"
+    yield "frames_with_another_plan", (far.max(axis=1) > 1e-3).mean(), ""
+
+
+def _answer_errors(want: np.ndarray, have: np.ndarray) -> Iterator[tuple[str, float, str]]:
+    same = have == want
+    yield "frames_with_another_answer", (~same).any(axis=1).mean(), ""
+    # Behind the first other id an answer goes its own way.
+    yield "ids_before_another", np.cumprod(same, axis=1).sum(axis=1).mean(), ""
+
+
+def _scored(source: Source, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each picture and their scores in float32, picture by picture as policies score."""
+    model = DrivingVLA(source.vla)
+    encode = jax.jit(partial(model.apply, method="encode"))
+    variables = {"params": source.params["vla"]}
+    tokens = np.concatenate(
+        [np.asarray(encode(variables, images[at : at + 20])) for at in range(0, len(images), 20)]
+    )
+    tokens = tokens.reshape(-1, math.prod(source.vla.token_grid), tokens.shape[-1])
+    score = jax.jit(ReconPruner(source.pruner).apply)
+    return tokens, np.asarray(score({"params": source.params["pruner"]}, tokens))
 
 
 def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
@@ -200,29 +158,25 @@ def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def _times(forms: dict[str, Form], frames, args) -> list[Row]:
+def _times(bench: Bench, args: BenchExportArgs) -> Iterator[Row]:
     """Median milliseconds of a call with the middle half of them, and how many times as fast."""
     rows = np.arange(args.batch) % args.frames
-    inputs = tuple(array[rows] for array in frames)
-    spent: dict[str, list[float]] = {name: [] for name in forms}
-    rng, names = np.random.default_rng(0), list(forms)
-    for turn in range(args.repeats + 3):
+    inputs = tuple(array[rows] for array in bench.inputs)
+    spent: dict[str, list[float]] = {name: [] for name in bench.forms}
+    rng, names = np.random.default_rng(0), list(bench.forms)
+    for turn in range(args.repeats + WARM_UP):
         rng.shuffle(names)  # what ran before leaves caches and threads behind
         for name in names:
             times: dict[str, float] = {}
-            clock(times, name, forms[name].run, *inputs)
-            if turn >= 3:
+            clock(times, name, bench.forms[name].run, *inputs)
+            if turn >= WARM_UP:
                 spent[name].append(times[name])
-    found = []
     for name, values in spent.items():
         low, high = np.percentile(values, PERCENTILES)
         median, count = float(np.median(values)), args.repeats
-        found.append(Row(name, args.keep_ratio, "frame_ms", median, low, high, count, None, "ms"))
-        ratio = np.median(np.asarray(spent[PLAIN]) / np.asarray(values))
-        found.append(
-            Row(name, args.keep_ratio, "times_as_fast", float(ratio), None, None, count, None)
-        )
-    return found
+        yield Row(name, args.keep_ratio, "frame_ms", median, low, high, count, None, "ms")
+        ratio = float(np.median(np.asarray(spent[bench.plain]) / np.asarray(values)))
+        yield Row(name, args.keep_ratio, "times_as_fast", ratio, None, None, count, None)
 
 
 def _version(name: str) -> str | None:

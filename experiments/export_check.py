@@ -113,6 +113,16 @@ def of_plan(function: Callable, *first, answer: str = "waypoints") -> PlanFn:
     return call
 
 
+def of_program(program: Callable[..., dict], answer: str) -> PlanFn:
+    """An exported program as arrays: its `answer` and the kept tokens."""
+
+    def call(*inputs):
+        found = program(*inputs)
+        return found[answer], found["keep_indices"]
+
+    return call
+
+
 def training_plan(source: Source, keep_ratio: float) -> PlanFn:
     """What all else is compared with."""
     return of_plan(functools.partial(plan, policy_of(source, keep_ratio)), source.params)
@@ -152,13 +162,8 @@ def _planners(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
             policy, params = read_policy(out / "policy", form)
             yield f"policy, {form}", of_plan(functools.partial(plan, policy), params), METRES
     if "stablehlo" in forms and runs_here(out / "stablehlo"):
-        program = read_program(out / "stablehlo", PROGRAMS, bucket)
+        run = of_program(read_program(out / "stablehlo", PROGRAMS, bucket), "waypoints")
         name = f"stablehlo, {100 * bucket.keep_ratio:g}% kept, batch {bucket.batch}"
-
-        def run(*inputs):
-            answer = program(*inputs)
-            return answer["waypoints"], answer["keep_indices"]
-
         yield name, run, METRES
     if "int8" in forms and first:
         quantized, tensors = read_quantized(out / "int8")

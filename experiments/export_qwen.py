@@ -17,6 +17,7 @@ from experiments.export_check import (
     check_frames,
     in_batches,
     of_plan,
+    of_program,
     runs_here,
     same_share,
 )
@@ -132,11 +133,9 @@ def qwen_differences(
         buckets: Of its programs; the first is that of the other forms.
         frames: How many frames.
     """
-    images, params = check_pictures(source.qwen, frames), qwen_params(source)
-    prompt = read_processor(source.checkpoint).sample(PROMPT, list(images[0])).ids
+    given, params = check_inputs(source.qwen, source.checkpoint, frames), qwen_params(source)
     for number, bucket in enumerate(buckets):
         asked = replace(source.qwen, keep_ratio=bucket.keep_ratio)
-        given = images, *prompt_batch(asked, [prompt] * frames)
         wanted: dict[str, tuple] = {}
         for form, run, bound, kernels in _answerers(out, forms, bucket, first=number == 0):
             kernel = attention_kernel(asked.dtype, asked.vla.text.head_dim, kernels)
@@ -151,6 +150,19 @@ def qwen_differences(
 
 def _of_answer(asked: PrunedQwen, params: dict) -> PlanFn:
     return of_plan(partial(answer_pictures, asked), params, answer="ids")
+
+
+def check_inputs(
+    asked: PrunedQwen, checkpoint: Path, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, ids and lengths of one question about each of S frames of the synthetic world.
+
+    Raises:
+        UserError: See `check_pictures` and `prompt_batch`.
+    """
+    images = check_pictures(asked, count)
+    prompt = read_processor(checkpoint).sample(PROMPT, list(images[0])).ids
+    return images, *prompt_batch(asked, [prompt] * count)
 
 
 def check_pictures(asked: PrunedQwen, count: int) -> np.ndarray:
@@ -178,12 +190,7 @@ def _answerers(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]
             asked, params = read_pruned_qwen(out / "policy", form)
             yield f"policy, {form}", _of_answer(asked, params), 0, None
     if "stablehlo" in forms and runs_here(out / "stablehlo"):
-        program = read_program(out / "stablehlo", PROGRAMS, bucket)
-
-        def run(*inputs):
-            answer = program(*inputs)
-            return answer["ids"], answer["keep_indices"]
-
+        run = of_program(read_program(out / "stablehlo", PROGRAMS, bucket), "ids")
         name = f"stablehlo, {100 * bucket.keep_ratio:g}% kept, batch {bucket.batch}"
         yield name, run, 0, run_program.PLATFORMS[jax.default_backend()]
     if "int8" in forms and first:

@@ -4,11 +4,12 @@ import sys
 import pytest
 from tiny_policy import PRUNER, small_config, small_params
 
-from experiments import bench_export as module
+from experiments import export_forms
 from experiments.bench_export import BenchExportArgs, bench_export
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import read_rows, select
 from fastdrive_jax.export.driving import write_policy
+from fastdrive_jax.export.eight_bits import EightBits
 from fastdrive_jax.export.pruner import write_pruner
 
 pytestmark = pytest.mark.skipif(
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_errors_sizes_and_times_are_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "EIGHT_BITS", {"int8_weights": ("int8", None)})
+    monkeypatch.setattr(export_forms, "EIGHT_BITS", {"int8_weights": EightBits("int8")})
     monkeypatch.setitem(sys.modules, "jax2onnx", None)  # as if it were not installed
     config = small_config()
     bundle = write_policy(tmp_path / "bundle", small_params(config), config, PRUNER, 0.4)

@@ -11,6 +11,8 @@ import pytest
 from test_export_model import Position
 from tiny_checkpoint import CONFIG, write_checkpoint
 
+from experiments import export_forms
+from experiments.bench_export import BenchExportArgs, bench_export
 from experiments.cli import main
 from experiments.configs.pruner import TINY
 from experiments.encoders import load_encoder, qwen_digest
@@ -21,7 +23,9 @@ from experiments.export_source import read_source
 from experiments.train_pruner import RunIdentity
 from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.results import read_rows, select
 from fastdrive_jax.export.bundle import write_bundle
+from fastdrive_jax.export.eight_bits import EightBits
 from fastdrive_jax.export.pruned_qwen import PROCESSOR, read_pruned_qwen
 from fastdrive_jax.export.pruner import read_pruner
 from fastdrive_jax.inference.pruned_qwen import answer_pictures, prompt_batch
@@ -143,6 +147,28 @@ def test_pytorch_reads_the_pruner_of_either_folder(exported):
     config, params = read_pruner(exported / "policy")
     want = ReconPruner(config).apply({"params": params}, tokens)
     np.testing.assert_allclose(whole, want, atol=1e-5)
+
+
+@needs_extra
+def test_forms_are_timed_side_by_side(run, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_forms, "EIGHT_BITS", {"int8_weights": EightBits("int8")})
+    out = tmp_path / "bench"
+    args = BenchExportArgs(run, out, frames=3, repeats=2, vla=checkpoint, qwen=SHAPES)
+    rows, meta = read_rows(bench_export(args))
+    assert meta["visual_tokens"] == 16
+
+    def value(method, metric):
+        return select(rows, method=method, metric=metric)[0].value
+
+    assert {row.method for row in rows} == {"float32", "int8_weights", "stablehlo"}
+    for same in ("float32", "stablehlo"):
+        assert value(same, "frames_with_another_answer") == 0
+        assert value(same, "ids_before_another") == SHAPES.max_new_tokens
+        assert value(same, "kept_tokens_same") == 1
+    assert 0 <= value("int8_weights", "ids_before_another") <= SHAPES.max_new_tokens
+    assert value("int8_weights", "weights") < value("float32", "weights")
+    assert value("float32", "times_as_fast") == 1
+    assert value("stablehlo", "frame_ms") > 0
 
 
 def test_without_the_checkpoint_the_pruner_goes_alone(run, tmp_path, capsys):
