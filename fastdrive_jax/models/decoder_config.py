@@ -42,6 +42,8 @@ class DecoderConfig:
     head_size: int | None = None
 
     def __post_init__(self):
+        if self.activation not in ("silu", "gelu_tanh"):
+            raise UserError(f"activation={self.activation!r} must be silu or gelu_tanh.")
         whole = self.head_size is not None or self.hidden_size % self.num_heads == 0
         if not whole or self.num_heads % self.num_kv_heads:
             raise UserError(

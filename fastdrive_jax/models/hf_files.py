@@ -210,7 +210,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a checkpoint's folder.
+    """The tokenizer in a checkpoint's folder, which neither cuts nor fills up.
+
+    transformers writes the length that training cut and padded texts to into the file.
 
     Raises:
         UserError: There is none, or it is damaged.
@@ -219,6 +221,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not path.exists():
         raise UserError(f"{folder} holds no {TOKENIZER_FILE}; fetch the checkpoint's own.")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception
         raise UserError(f"{path} cannot be read: {error}.") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fastdrive_jax.errors import UserError
+
 BOS, VISION_START, VISION_END, PLAN = range(4)
 COMMANDS = 3
 
@@ -72,7 +74,15 @@ class DrivingVocabulary:
         """Token ids [B, 2 T] of waypoints in metres, x forward and y left of the ego vehicle.
 
         Each bin is chosen against the position decoded so far, so rounding does not add up.
+
+        Raises:
+            UserError: There are more or fewer waypoints than a plan has.
         """
+        if future.shape[1:] != (self.steps, 2):
+            raise UserError(
+                f"Waypoints of shape {future.shape} must be [B, {self.steps}, 2]: a plan has "
+                f"{self.steps}."
+            )
         ids, at = [], jnp.zeros((future.shape[0], 2))
         for step in range(self.steps):
             bins = (future[:, step] - at - self.displacement_low) / self.displacement_step

@@ -40,6 +40,11 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     if data == -1 and min(fsdp, tensor) > 0:
         data = len(devices) // (fsdp * tensor)
+        if 0 < data * fsdp * tensor < len(devices):
+            raise UserError(
+                f"{fsdp} x {tensor} devices (fsdp x tensor) do not divide the {len(devices)} that "
+                "there are: choose numbers that do, or say how many the data axis takes."
+            )
     shape = (data, fsdp, tensor)
     if min(shape) < 1 or math.prod(shape) > len(devices):
         raise UserError(

@@ -3,7 +3,8 @@
 A layer is split over the tensor axis so that it needs two sums (Megatron-LM, section 3): what leads
 into heads or hidden units is split by its outputs, what leads out of them by its inputs. The other
 side is split over the fsdp axis (ZeRO, stage 3), so that no device keeps a whole model. Gradients,
-optimizer state and averages of parameters lie as their parameters do.
+optimizer state and averages of parameters lie as their parameters do. Vision encoders need a gather
+besides: theirs is one matrix for q, k and v, whose parts a device has of other heads each.
 """
 
 from typing import Any
@@ -45,14 +46,16 @@ def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
         mesh: Of `make_mesh`.
     """
     axes: tuple[str | None, ...] = (None,) * len(shape)
-    if path[-1] == "embedding":
+    matrix = len(shape) == 2  # what a factored optimizer keeps of one is not
+    if matrix and path[-1] == "embedding":
         axes = (TENSOR_AXIS, FSDP_AXIS)
-    elif path[-1] == "kernel" and path[-2] in INTO:
-        axes = (FSDP_AXIS, TENSOR_AXIS)
-    elif path[-1] == "kernel" and path[-2] in OUT_OF:
-        axes = (TENSOR_AXIS, FSDP_AXIS)
-    elif path[-1] == "kernel" and len(shape) == 2:
-        axes = (FSDP_AXIS, None)
+    elif matrix and path[-1] == "kernel":
+        if path[-2] in INTO:
+            axes = (FSDP_AXIS, TENSOR_AXIS)
+        elif path[-2] in OUT_OF:
+            axes = (TENSOR_AXIS, FSDP_AXIS)
+        else:
+            axes = (FSDP_AXIS, None)
     return PartitionSpec(
         *(
             axis if axis and side % mesh.shape[axis] == 0 else None

@@ -16,7 +16,7 @@ class Best:
 
     Attributes:
         metric: its name.
-        mode: whether the least or the greatest is best; of equals, the later.
+        mode: whether the least or the greatest is best; of equals that were saved, the later.
     """
 
     metric: str

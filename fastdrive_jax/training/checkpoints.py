@@ -158,8 +158,9 @@ class RunCheckpoints:
     ) -> None:
         """Copy state and data position now, write them in the background.
 
-        A step that is already saved is left as it is, unless it is now measured to be the best: a
-        signal saves a step without waiting for its metrics. `state` may be donated afterwards.
+        A step that is already saved is left as it is, unless it is now measured to be the best, or
+        its equal: a signal saves a step without waiting for its metrics. `state` may be donated
+        afterwards.
 
         Args:
             step: number of updates made.
@@ -179,7 +180,7 @@ class RunCheckpoints:
             metrics = finite if measured else None
         better = bool(self._best and metrics and self.improves(metrics))
         there = step in self._manager.all_steps()
-        if there and not better:
+        if there and not (better or self._ties(step, metrics)):
             return
         with self._explained(step):
             self._manager.wait_until_finished()
@@ -246,6 +247,12 @@ class RunCheckpoints:
             self._manager.close()
             logging.getLogger("absl").removeFilter(self._log_filter)
 
+    def _ties(self, step: int, metrics: Mapping[str, float] | None) -> bool:
+        """Whether a step that is the best one's equal is there without having been measured."""
+        if not self._best or not metrics or self._best.value(metrics) != self._best_value:
+            return False
+        return self._manager.metrics(step) is None
+
     def _set_aside(self, step: int) -> None:
         """Makes room for a checkpoint anew, until which is whole the old one is kept."""
         if jax.process_index() == 0:
@@ -290,6 +297,7 @@ def save_params(folder: Path, params: Any, config: Any, *, overwrite: bool = Fal
     if folder.exists() and not overwrite:
         raise UserError(f"{folder} exists already: choose another name or ask to overwrite it.")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write_json(temporary / CONFIG_FILE, to_plain(config))
@@ -297,14 +305,18 @@ def save_params(folder: Path, params: Any, config: Any, *, overwrite: bool = Fal
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(temporary / "params", args=ocp.args.StandardSave(params))
         write_checksums(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, ValueError) as error:
         if any(text in str(error) for text in _NO_ROOM):
             raise UserError(f"No room on the disk for {folder}: free some.") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
 
 
 def load_params(folder: Path, abstract: Any = None) -> tuple[Any, Any]:
@@ -367,11 +379,17 @@ def _check_tree(folder: Path, stored: Any, abstract: Any) -> None:
         )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: Any) -> dict[str, str]:
+    """Shape and kind of numbers by name: other bits of one kind are converted, kinds are not."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        jax.tree_util.keystr(path, simple=True, separator="."): _shape(leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
+
+
+def _shape(leaf: Any) -> str:
+    fractions = jax.dtypes.issubdtype(leaf.dtype, np.inexact)
+    return f"{tuple(leaf.shape)}" + ("" if fractions else f" of {leaf.dtype}")
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -41,6 +41,13 @@ class EgoHistoryConfig:
     held_out: int = 5
     seed: int = 0
 
+    def __post_init__(self):
+        if self.held_out < 2 or self.steps < 1:
+            raise UserError(
+                f"held_out={self.held_out} must be at least 2, and steps={self.steps} at least 1: "
+                "of every 2 scenes one trains at least."
+            )
+
 
 class EgoSamples(flax.struct.PyTreeNode):
     """What the car knows of itself.
@@ -114,7 +121,14 @@ def fit_ego_history(
     params = model.init(jax.random.key(config.seed), ego)
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
-    weights = [jnp.asarray(np.asarray(valid) & rows[:, None], jnp.float32) for rows in (~out, out)]
+    known = [np.asarray(valid) & rows[:, None] for rows in (~out, out)]
+    if not all(rows.any() for rows in known):
+        raise UserError(
+            f"The ego-history control finds no known waypoint in the {out.sum()} samples that it "
+            f"holds out or in the {(~out).sum()} others; give it more drives, or leave it out."
+        )
+    weights = [jnp.asarray(rows, jnp.float32) for rows in known]
+    future = np.where(np.asarray(valid)[..., None], future, 0)  # NaN times a weight of 0 is NaN
 
     def error(params, weight):
         # Not the bare norm, whose slope is infinite at 0.

@@ -32,7 +32,10 @@ def verify_checksums(folder: Path) -> None:
     """
     if not (folder / CHECKSUM_FILE).exists():
         raise UserError(f"{folder} is not a whole checkpoint: it has no {CHECKSUM_FILE}.")
-    for name, expected in read_json(folder / CHECKSUM_FILE).items():
+    sums = read_json(folder / CHECKSUM_FILE)
+    if not isinstance(sums, dict):
+        raise UserError(f"The checkpoint {folder} is damaged: {CHECKSUM_FILE} holds no object.")
+    for name, expected in sums.items():
         path = folder / name
         try:
             found = _checksum(path)

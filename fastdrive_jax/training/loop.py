@@ -21,7 +21,7 @@ from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.checkpoints import Positioned, RunCheckpoints
 from fastdrive_jax.training.compilations import OneCompilation
 from fastdrive_jax.training.meter import Meter
-from fastdrive_jax.training.metrics_log import MetricsLog, Record
+from fastdrive_jax.training.metrics_log import MetricsLog, Record, metrics_of
 from fastdrive_jax.training.prefetch import DevicePrefetch
 from fastdrive_jax.training.signals import SharedStop, stop_on_signals
 from fastdrive_jax.training.speed import program_flops
@@ -156,16 +156,20 @@ def fit(
             stop = SharedStop(request, mesh)
             listeners = [watcher.record] + ([on_log] if on_log else [])
             meter = Meter(log, log_every, total_steps, bar, listeners, watch.peak_flops)
-            evaluated = {record["step"] for record in log.history if record["kind"] == "eval"}
+            recorded = {
+                record["step"]: record for record in log.history if record["kind"] == "eval"
+            }
             for step in range(first, total_steps + 1):
                 last = step == total_steps
                 measured = None
                 # Who asked to stop does not wait for an evaluation: it is made up for on resume.
-                due = _due(step, evaluate_every, last) and step not in evaluated
-                if evaluate and due and not stop.signal:
-                    with meter.paused("evaluate_s"):
-                        measured = evaluate(state)
-                    meter.record(step, "eval", measured, {})
+                if evaluate and _due(step, evaluate_every, last) and not stop.signal:
+                    # In the log already: but the checkpoint that it is the best of may be lost.
+                    measured = metrics_of(recorded[step]) if step in recorded else None
+                    if measured is None:
+                        with meter.paused("evaluate_s"):
+                            measured = evaluate(state)
+                        meter.record(step, "eval", measured, {})
                 better = best and measured is not None and checkpoints.improves(measured)
                 if stop.signal or last or better or (step and step % checkpoint_every == 0):
                     # Pausing first reads the metrics: what is not finite is never saved.
@@ -201,7 +205,7 @@ def fit(
         if step == total_steps:
             return FitResult(state, history, step, state)
         checkpoints.wait()
-        return FitResult(state, history, step, checkpoints.restore(abstract, batches, step))
+        return FitResult(state, history, step, checkpoints.restore(abstract, step=step))
 
 
 def _due(step: int, every: int, last: bool) -> bool:

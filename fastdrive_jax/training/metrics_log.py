@@ -95,6 +95,12 @@ def read_log(path: Path) -> list[Record]:
     return records
 
 
+def metrics_of(record: Record) -> dict[str, float]:
+    """The metrics of a record; what was not finite is NaN."""
+    own = {name: value for name, value in record.items() if name not in ("step", "kind", "time")}
+    return {name: math.nan if value is None else value for name, value in own.items()}
+
+
 def _line(record: Record) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 

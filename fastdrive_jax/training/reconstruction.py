@@ -102,8 +102,20 @@ class ReconConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1].")
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be positive.")
-        if self.scorer_init not in ("lecun", "zero"):
-            raise UserError(f"scorer_init={self.scorer_init!r} must be lecun or zero.")
+        choices = {
+            "scorer_init": ("lecun", "zero"),
+            "fill": ("zero", "mean"),
+            "mask_mode": ("sign", "top_k"),
+            "surrogate": ("identity", "sigmoid"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}={getattr(self, name)!r} must be {' or '.join(known)}.")
+        if self.scorer_init == "zero" and self.mask_mode == "top_k":
+            raise UserError(
+                "scorer_init='zero' gives all tokens one score, of which mask_mode='top_k' can "
+                "draw no order; take 'sign' or 'lecun'."
+            )
         if self.remat not in ("none", *_POLICIES):
             raise UserError(f"remat={self.remat!r} must be one of none, {', '.join(_POLICIES)}.")
         for name in ("pixel_weight", "budget_weight", "mask_weight"):
@@ -201,9 +213,13 @@ def training_mask(
         ratio = jax.random.uniform(key, (scores.shape[0], 1), minval=low, maxval=high)
         below = jnp.floor((1 - ratio) * scores.shape[1]).astype(jnp.int32)  # tokens left out
         below = jnp.clip(below, 1, scores.shape[1] - 1)
-        threshold = jnp.take_along_axis(jnp.sort(scores, axis=1), below - 1, axis=1)
+        order = jnp.argsort(scores, axis=1, descending=True)  # of equals the first, as `top_k`
+        rank = jnp.argsort(order, axis=1)
+        last = jnp.take_along_axis(order, scores.shape[1] - below, axis=1)
+        threshold = jnp.take_along_axis(scores, last, axis=1)  # the best of those left out
     threshold = jax.lax.stop_gradient(threshold)
-    mask = (scores > threshold).astype(scores.dtype)
+    kept = scores > threshold if config.mask_mode == "sign" else rank < scores.shape[1] - below
+    mask = kept.astype(scores.dtype)
     if config.surrogate == "sigmoid":
         spread = jax.lax.stop_gradient(scores.std(axis=1, keepdims=True)) + 1e-6
         scores = jax.nn.sigmoid((scores - threshold) / (config.temperature * spread))

@@ -7,7 +7,7 @@ The published intervals are uneven in one way: 256 edges in [-1, 1] make 255 int
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,8 @@ from fastdrive_jax.models.hf_files import CONFIG_FILE, read_json
 from fastdrive_jax.models.openvla.config import OpenVLAConfig
 
 STATISTICS_FILE = "dataset_statistics.json"  # of fine-tuned models; it goes before config.json's
+Ends = Literal["percentiles", "extremes"]
+_ENDS = {"percentiles": ("q01", "q99"), "extremes": ("min", "max")}
 _EPS = 1e-8  # added to the range of a number, as in training
 
 
@@ -106,33 +108,44 @@ def _arrays(bounds: Bounds) -> tuple[Float[Array, " A"], Float[Array, " A"], Boo
     return low, high, jnp.asarray(bounds.mask)
 
 
-def read_statistics(checkpoint_dir: Path, key: str | None = None) -> ActionStatistics:
+def read_statistics(
+    checkpoint_dir: Path, key: str | None = None, ends: Ends = "percentiles"
+) -> ActionStatistics:
     """The statistics of one of the data sets that a checkpoint was trained on.
 
     Args:
         checkpoint_dir: Holds `dataset_statistics.json` or, under `norm_stats`, `config.json`.
         key: Of the data set; None takes the only one.
+        ends: What became -1 and 1 in training, which no file says: first and last percentile, or
+            least and greatest, as in OFT's models for ALOHA.
 
     Raises:
-        UserError: There are none, or none of that key, or it has no percentiles.
+        UserError: There are none, or none of that key, or it lacks its ends.
     """
     folder = Path(checkpoint_dir)
-    path = folder / STATISTICS_FILE
-    if path.exists():
-        found = read_json(path)
-    else:
-        path = folder / CONFIG_FILE
-        found = read_json(path).get("norm_stats") if path.exists() else None
+    found, path = stored_statistics(folder)
     if not isinstance(found, Mapping) or not found:
         raise UserError(
             f"{folder} holds no action statistics; it needs {STATISTICS_FILE}, or norm_stats in "
             f"{CONFIG_FILE}."
         )
-    return statistics_of(found, key, path)
+    return statistics_of(found, key, path, ends)
+
+
+def stored_statistics(folder: Path) -> tuple[Any, Path]:
+    """What a checkpoint holds of all its data sets, None if nothing, and the file it is in."""
+    path = folder / STATISTICS_FILE
+    if path.exists():
+        return read_json(path), path
+    path = folder / CONFIG_FILE
+    return read_json(path).get("norm_stats") if path.exists() else None, path
 
 
 def statistics_of(
-    found: Mapping[str, Any], key: str | None, path: Path | str = STATISTICS_FILE
+    found: Mapping[str, Any],
+    key: str | None,
+    path: Path | str = STATISTICS_FILE,
+    ends: Ends = "percentiles",
 ) -> ActionStatistics:
     """The statistics under a key of a parsed file; see `read_statistics`."""
     if key is None and len(found) == 1:
@@ -144,22 +157,26 @@ def statistics_of(
             f"{', '.join(sorted(found))}."
         )
     one = found[key]
-    action = _bounds(one.get("action"), f"{key}.action", path)
+    action = _bounds(one.get("action"), f"{key}.action", path, ends)
     if action is None:
         raise UserError(f"{path} holds no action statistics under {key}.")
-    return ActionStatistics(action, _bounds(one.get("proprio"), f"{key}.proprio", path))
+    return ActionStatistics(action, _bounds(one.get("proprio"), f"{key}.proprio", path, ends))
 
 
-def _bounds(entry: Mapping[str, Any] | None, name: str, path: Path | str) -> Bounds | None:
+def _bounds(
+    entry: Mapping[str, Any] | None, name: str, path: Path | str, ends: Ends
+) -> Bounds | None:
     if entry is None:
         return None
     try:
-        low, high = (tuple(map(float, entry[part])) for part in ("q01", "q99"))
+        low, high = (tuple(map(float, entry[part])) for part in _ENDS[ends])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} holds no percentiles q01 and q99 under {name}.") from error
+        raise UserError(
+            f"{path} holds no {ends} {' and '.join(_ENDS[ends])} under {name}."
+        ) from error
     mask = tuple(map(bool, entry.get("mask", [True] * len(low))))
-    ends = entry.get("min", [0] * len(low)), entry.get("max", [1] * len(low))
-    unused = tuple(least == most for least, most in zip(*ends, strict=False))
+    range_ = entry.get("min", [0] * len(low)), entry.get("max", [1] * len(low))
+    unused = tuple(least == most for least, most in zip(*range_, strict=False))
     if not len(low) == len(high) == len(mask) == len(unused):
         raise UserError(f"{path} holds lists of different lengths under {name}.")
     return Bounds(low, high, mask, unused)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.hf_files import CONFIG_FILE, read_json
+from fastdrive_jax.models.openvla.actions import stored_statistics
 from fastdrive_jax.models.openvla.config import (
     DINOV2_LARGE_REGISTERS,
     LLAMA_2_7B,
@@ -39,13 +40,19 @@ def read_config(checkpoint_dir: Path) -> OpenVLAConfig:
     """The sizes of the checkpoint in a folder, without OFT's parts.
 
     Args:
-        checkpoint_dir: Holds `config.json`.
+        checkpoint_dir: Holds `config.json` and perhaps `dataset_statistics.json`, whose actions go
+            before those of the first.
 
     Raises:
         UserError: There is no such file, or it is of a model that is not built here.
     """
-    path = Path(checkpoint_dir) / CONFIG_FILE
-    return config_from_hf(read_json(path), path)
+    folder = Path(checkpoint_dir)
+    path = folder / CONFIG_FILE
+    content = read_json(path)
+    found, place = stored_statistics(folder)
+    if place != path:  # a fine-tuned model's actions may be of another size than the base model's
+        content = content | {"norm_stats": found}
+    return config_from_hf(content, path)
 
 
 def config_from_hf(content: Mapping[str, Any], path: Path | str = CONFIG_FILE) -> OpenVLAConfig:

@@ -10,6 +10,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.openvla.config import OpenVLAConfig
 from fastdrive_jax.models.openvla.oft import ActionHead, ProprioProjector
@@ -80,8 +81,18 @@ class OpenVLA(nn.Module):
             self.action_head = ActionHead(size, config.action_dim)
 
     def encode(self, images: UInt8[Array, "B V H W 3"]) -> Float[Array, "B N D"]:
-        """Visual tokens [B, N, D] of RGB pictures, view after view, each in raster order."""
+        """Visual tokens [B, N, D] of RGB pictures, view after view, each in raster order.
+
+        Raises:
+            UserError: Their number or size is not the model's.
+        """
         batch, views, *picture = images.shape
+        size = self.config.encoders[0].image_size
+        if (views, *picture) != (self.config.views, size, size, 3):
+            raise UserError(
+                f"A sample must be {self.config.views} RGB pictures of {size} x {size} pixels, not "
+                f"{' x '.join(map(str, images.shape[1:]))}."
+            )
         images = images.reshape(batch * views, *picture)
         patches = [
             encoder(normalise_pictures(images, sizes).astype(self.dtype))[:, sizes.prefix :]

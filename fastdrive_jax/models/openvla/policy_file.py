@@ -72,7 +72,13 @@ def load_policy(path: Path) -> tuple[OpenVLA, dict, PolicySpec]:
         raise UserError(f"The policy {path} can't be read ({error}).") from error
     if kept is None:
         raise UserError(f"{path} is no robot policy; `fastdrive robot train` writes one.")
-    spec = from_plain(PolicySpec, json.loads(kept))
+    try:
+        stored = json.loads(kept)
+    except ValueError as error:
+        raise UserError(
+            f"The policy {path} is damaged: its sizes are no JSON ({error})."
+        ) from error
+    spec = from_plain(PolicySpec, stored)
     model = OpenVLA(spec.model)
     wanted = traverse_util.flatten_dict(abstract_params(model), sep="/")
     odd = sorted(

@@ -65,7 +65,6 @@ def read_prompts(
         UserError: There is no tokenizer, or it does not put the model's BOS in front.
     """
     tokenizer = read_tokenizer(Path(checkpoint_dir))
-    tokenizer.no_padding()
     if tokenizer.encode("In:").ids[:1] != [config.bos_id]:
         raise UserError(
             f"The tokenizer in {checkpoint_dir} does not begin a text with id {config.bos_id}; "

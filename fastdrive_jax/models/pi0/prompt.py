@@ -72,8 +72,6 @@ def read_prompts(folder: Path, config: Pi0Config, length: int = PROMPT_TOKENS) -
             "Hub: copy it there."
         )
     tokenizer = read_tokenizer(Path(folder))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     bos, end = tokenizer.token_to_id(_BOS), _ids(tokenizer, "\n")
     most = config.prefix.vocab_size + _ADDED
     if bos is None or len(end) != 1 or tokenizer.get_vocab_size() > most:

@@ -89,6 +89,9 @@ def _read_template(folder: Path) -> str:
         if path.suffix == ".jinja":
             return path.read_text(encoding="utf-8")
         template = read_json(path).get("chat_template")
+        if isinstance(template, list):  # several, by name
+            named = {one.get("name"): one.get("template") for one in template}
+            template = named.get("default")
         if isinstance(template, str):
             return template
     raise UserError(

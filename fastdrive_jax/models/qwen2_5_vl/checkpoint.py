@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fastdrive_jax.errors import UserError
@@ -141,8 +142,10 @@ def save(
             partial.rename(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{out} cannot be written: {getattr(error, 'strerror', None) or error}."
+        ) from error
     return out
 
 

@@ -36,6 +36,13 @@ class VisionConfig:
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     rope_theta: float = 10_000.0
 
+    def __post_init__(self):
+        if self.window_size % self.token_pixels:
+            raise UserError(
+                f"window_size={self.window_size} must be a multiple of the {self.token_pixels} "
+                "pixels of a token."
+            )
+
     @property
     def token_pixels(self) -> int:
         """Edge in pixels of the square that one visual token covers."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.config import (
@@ -113,8 +114,17 @@ class DrivingVLA(nn.Module):
         self.language_model = Decoder(self.config.text)
 
     def encode(self, images: Shaped[Array, "B C H W 3"]) -> Float[Array, "B N D"]:
-        """Visual tokens [B, N, D] of uint8 pictures [B, C, H, W, 3], camera after camera."""
-        batch, cameras = images.shape[:2]
+        """Visual tokens [B, N, D] of uint8 pictures [B, C, H, W, 3], camera after camera.
+
+        Raises:
+            UserError: Their size is not the model's.
+        """
+        batch, cameras, *picture = images.shape
+        if tuple(picture) != (*self.config.image_size, 3):
+            raise UserError(
+                f"A picture must be RGB of {' x '.join(map(str, self.config.image_size))} pixels, "
+                f"not {' x '.join(map(str, picture))}."
+            )
         tokens = self.visual(images.reshape(batch * cameras, *images.shape[2:]))
         return tokens.reshape(batch, -1, tokens.shape[-1])
 

@@ -127,6 +127,8 @@ def parse_answer(text: str) -> tuple[Float[np.ndarray, "6 2"], int]:
     brackets = [match for match in re.findall(r"\[([^\]]+)\]", inside) if match != "x, y"]
     try:
         points = [tuple(map(float, match.split(",")))[:2] for match in brackets][:FUTURE_STEPS]
+        if any(len(point) < 2 for point in points):
+            raise ValueError("a point of one number")
         found = np.array(points, np.float64).reshape(-1, 2)
     except ValueError:
         found = np.zeros((0, 2))

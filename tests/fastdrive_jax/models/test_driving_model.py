@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,3 +170,15 @@ def test_class_fractions_by_hand():
     labels[0, 4:, 4:8] = 255  # unknown counts for none
     got = class_fractions(jnp.asarray(labels), classes=3, edge=8)
     np.testing.assert_allclose(got, [[[0.5, 0.25, 0.0], [0.0, 0.0, 1.0]]])
+
+
+def test_pictures_of_another_size_are_refused():
+    encode = functools.partial(DrivingVLA(CONFIG).init, method="encode")
+    with pytest.raises(UserError, match=r"RGB of 56 x 84 pixels, not 84 x 56 x 3"):
+        jax.eval_shape(encode, jax.random.key(0), jnp.zeros((1, 2, 84, 56, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_plan_of_another_length_is_refused(steps):
+    with pytest.raises(UserError, match=rf"\(1, {steps}, 2\) must be \[B, 6, 2\]"):
+        VOCABULARY.encode(jnp.zeros((1, steps, 2)))

@@ -64,6 +64,7 @@ def test_short_answers_stand_still_at_their_last_point():
         "</PLANNING>[1, 2]<PLANNING>",
         "<PLANNING>[one, two]</PLANNING>",
         "<PLANNING>[1]</PLANNING>",
+        "<PLANNING>[1.0], [2.0], [3.0], [4.0]</PLANNING>",
         "<PLANNING>[nan, 1]</PLANNING>",
     ],
 )

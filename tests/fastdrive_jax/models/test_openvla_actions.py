@@ -128,3 +128,14 @@ def test_what_is_missing_is_said(tmp_path, content, key, said):
 def test_a_folder_without_files(tmp_path):
     with pytest.raises(UserError, match="holds no action statistics"):
         read_statistics(tmp_path)
+
+
+def test_extremes_instead_of_percentiles(tmp_path):
+    write(tmp_path, "config.json", {"norm_stats": {"aloha": {"action": PART, "proprio": PART}}})
+    statistics = read_statistics(tmp_path, ends="extremes")
+    assert statistics.action == Bounds((-3, 0), (3, 0), (True, False), (False, True))
+    assert statistics.proprio.high == (3, 0)
+    part = {name: PART[name] for name in ("q01", "q99")}
+    write(tmp_path, "config.json", {"norm_stats": {"aloha": {"action": part}}})
+    with pytest.raises(UserError, match=r"no extremes min and max under aloha\.action"):
+        read_statistics(tmp_path, ends="extremes")

@@ -332,3 +332,11 @@ def test_tensors_go_straight_to_their_shards(tmp_path):
     assert specs["encoders_1/blocks_0/fc2/kernel"] == ("tensor", "fsdp")
     assert specs["projector/fc1/kernel"] == ("fsdp", "tensor")
     assert specs["language_model/layers_1/mlp/down_proj/kernel"] == ("tensor", "fsdp")
+
+
+def test_a_fine_tuned_models_actions_go_before_the_base_models(tmp_path):
+    seven, two = ({"action": {"q01": [0] * n, "q99": [1] * n}} for n in (7, 2))
+    write(tmp_path, TINY | {"norm_stats": {"base": seven}})
+    assert read_config(tmp_path).action_dim == 7
+    (tmp_path / "dataset_statistics.json").write_text(json.dumps({"own": two}))
+    assert read_config(tmp_path).action_dim == 2

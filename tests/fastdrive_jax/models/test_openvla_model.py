@@ -206,3 +206,11 @@ def test_proprio_that_is_missing_or_not_wanted(either):
     sequence = functools.partial(OpenVLA(config).apply, method="sequence")
     with pytest.raises(ValueError, match="proprio_dim"):
         jax.eval_shape(sequence, variables, *given, **wrong)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 24, 3), (1, 48, 48, 3), (1, 24, 24, 1)])
+def test_pictures_that_are_not_the_models(shape):
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
+    encode = functools.partial(OpenVLA(TOKENS).apply, method="encode")
+    with pytest.raises(UserError, match="must be 1 RGB pictures of 24 x 24 pixels"):
+        jax.eval_shape(encode, program(TOKENS)[0], images)

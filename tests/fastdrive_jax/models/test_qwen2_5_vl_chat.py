@@ -93,3 +93,19 @@ def test_prompts_are_those_of_transformers_token_for_token(both, answer):
             talk, add_generation_prompt=answer, tokenize=False
         )
         assert chat.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
+
+
+def test_lengths_of_the_training_neither_cut_nor_fill_up(folder):
+    want = read_chat(folder).encode([user_message("See <image>.")])
+    tokenizer = read_chat(folder).tokenizer
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert read_chat(folder).encode([user_message("See <image>.")]) == want
+    assert len(want) > 3
+
+
+def test_of_named_templates_the_default_is_taken(folder):
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": named}))
+    assert read_chat(folder).template == TEMPLATE

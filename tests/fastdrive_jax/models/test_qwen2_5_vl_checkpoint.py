@@ -2,6 +2,7 @@ import ast
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -177,3 +178,26 @@ def test_the_host_never_holds_two_copies(tmp_path):
     grown, placed, largest = map(int, printed.split())
     assert placed > 200e6
     assert grown < placed + 1.5 * largest + 50e6
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_qwen2_5_vl_checkpoint import TINY, UserError, random_params, save
+params = random_params(TINY)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+try:
+    save(Path(sys.argv[1]) / "model", TINY, params)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    here = str(Path(__file__).parent)
+    words = [sys.executable, "-c", FULL, str(tmp_path), here]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{tmp_path / 'model'} cannot be written: ")
+    assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,9 @@ from fastdrive_jax.models.qwen2_5_vl.hf_config import config_from_hf, config_to_
 TINY = QwenVLConfig(TINY_VISION, TINY_DECODER, image_token_id=9, eos_token_ids=(1,), pad_token_id=0)
 
 
+VISION = config_to_hf(TINY)["vision_config"]
+
+
 def published(config: QwenVLConfig) -> dict:
     """The flat layout of the checkpoints on the hub."""
     nested = config_to_hf(config)
@@ -55,6 +58,7 @@ def test_width_of_the_tokens_must_be_the_decoders():
         ({"rope_scaling": None}, "mrope_section"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"vision_config": VISION | {"window_size": 98}}, "window_size=98 must be a multiple"),
         ({"rope_scaling": {"type": "yarn", "mrope_section": [4, 6, 6]}}, "yarn"),
     ],
 )

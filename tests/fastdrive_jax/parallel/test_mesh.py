@@ -103,3 +103,8 @@ def test_a_mesh_without_a_part_for_every_host_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="does not divide among 2 hosts"):
         shard_batch({"x": np.zeros((2, 3))}, mesh)
+
+
+def test_all_devices_means_all():
+    with pytest.raises(UserError, match=r"2 x 1 devices \(fsdp x tensor\) do not divide the 3"):
+        make_mesh(fsdp=2, devices=jax.devices()[:1] * 3)

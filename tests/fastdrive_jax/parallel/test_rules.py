@@ -96,3 +96,11 @@ def test_sides_that_do_not_divide_are_left_to_the_partitioner():
         )
         assert "?" in text.as_text()
     assert set(ACTIVATIONS) == {"batch", "token", "embed", "hidden"}
+
+
+def test_what_a_factored_optimizer_keeps_is_copied():
+    mesh = make_mesh(1, 4, 2)
+    state = optax.adafactor(min_dim_size_to_factor=8).init(params())
+    placed = tree_shardings(state, mesh)
+    for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
+        assert where.is_fully_replicated or leaf.ndim == 2

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import grain
 import jax
@@ -207,3 +208,37 @@ def test_damaged_or_absent_params_are_named(tmp_path):
     flip(largest_file(tmp_path / "p"))
     with pytest.raises(UserError, match="is damaged"):
         load_params(tmp_path / "p")
+
+
+def test_numbers_of_another_kind_are_refused(tmp_path):
+    save_params(tmp_path / "p", {"a": jnp.ones(2)}, {})
+    asked = {"a": jax.ShapeDtypeStruct((2,), jnp.int32)}
+    with pytest.raises(UserError, match=r"a is \(2,\) there and \(2,\) of int32 here"):
+        load_params(tmp_path / "p", asked)
+    half, _ = load_params(tmp_path / "p", {"a": jax.ShapeDtypeStruct((2,), jnp.bfloat16)})
+    assert half["a"].dtype == jnp.bfloat16
+
+
+def test_params_that_could_not_be_replaced_are_still_there(tmp_path, monkeypatch):
+    folder = tmp_path / "p"
+    save_params(folder, {"a": jnp.zeros(2)}, {})
+    moves = Path.rename
+
+    def rename(self, target):
+        if self.suffix == ".tmp":
+            raise OSError("cut off")
+        return moves(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(OSError, match="cut off"):
+            save_params(folder, {"a": jnp.ones(2)}, {}, overwrite=True)
+    np.testing.assert_array_equal(load_params(folder)[0]["a"], 0.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_checksums_that_are_no_object_are_damage(tmp_path):
+    filled(tmp_path)
+    (tmp_path / "checkpoints/3/checksums.json").write_text("[]")
+    with pytest.raises(UserError, match=r"is damaged: checksums\.json holds no object"):
+        restore(tmp_path)

@@ -61,3 +61,24 @@ def test_one_drive_is_too_few():
     ego, future, _ = braking(8, 0)
     with pytest.raises(UserError, match="at least 2 training scenes, not 1"):
         fit_ego_history(QUICK, ego, future, np.ones((8, T), bool), np.zeros(8, int))
+
+
+def test_waypoints_that_are_not_known_may_be_anything():
+    ego, future, scene = braking(40, 0)
+    valid = np.ones((40, T), bool)
+    valid[3, 2] = False
+    odd = future.copy()
+    odd[3, 2] = np.nan
+    config = EgoHistoryConfig(hidden=16, steps=20)
+    params = [fit_ego_history(config, ego, x, valid, scene)[1] for x in (future, odd)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+
+
+def test_a_control_that_would_learn_nothing_is_refused():
+    for wrong in ({"held_out": 1}, {"held_out": 0}, {"steps": 0}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            EgoHistoryConfig(**wrong)
+    ego, future, scene = braking(40, 0)
+    valid = np.broadcast_to((scene % 5 != 0)[:, None], (40, T))
+    with pytest.raises(UserError, match="no known waypoint in the 8 samples that it holds out"):
+        fit_ego_history(QUICK, ego, future, valid, scene)

@@ -190,3 +190,51 @@ def test_the_best_step_is_the_best_though_the_stop_fell_on_it(tmp_path):
         run(tmp_path, 10, **options)
     resumed = True
     assert run(tmp_path, 10, **options).best_step == 5
+
+
+def stopped_at(folder, step, evaluate, **options):
+    """A run of 10 steps with its best that SIGTERM stops at a step which is due to be evaluated."""
+
+    def interrupt(record):
+        if record["step"] == step - 1 and record["kind"] == "train":
+            signal.raise_signal(signal.SIGTERM)
+
+    options = {
+        "evaluate": evaluate, "log_every": 1, "best": Best("recall", "max"),
+        "checkpoint_every": 100, **options,
+    }  # fmt: skip
+    with pytest.raises(StoppedBySignal):
+        run(folder, 10, on_log=interrupt, **options)
+    return options
+
+
+def test_the_best_step_is_the_best_though_its_save_was_cut_off(tmp_path, monkeypatch):
+    """Stopped before it was measured, then killed where what was measured is saved."""
+
+    def evaluate(state):
+        return {"recall": {0: 0.1, 5: 0.9, 10: 0.5}[int(state.step)]}
+
+    def save(self, step, state, iterator, metrics=None):
+        if step == 5 and metrics:
+            raise RuntimeError("killed")
+        saves(self, step, state, iterator, metrics)
+
+    options = stopped_at(tmp_path, 5, evaluate, evaluate_every=5)
+    saves = RunCheckpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoints, "save", save)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path, 10, **options)
+    result = run(tmp_path, 10, **options)
+    assert result.best_step == 5
+    assert [one["step"] for one in result.history if one["kind"] == "eval"] == [0, 5, 10]
+
+
+@pytest.mark.parametrize("every", [3, 100])
+def test_of_equal_steps_the_same_is_the_best_whether_it_was_stopped_or_not(tmp_path, every):
+    def evaluate(state):
+        return {"recall": float(0 < state.step < 10)}
+
+    options = stopped_at(tmp_path / "a", 3, evaluate, evaluate_every=1, checkpoint_every=every)
+    stopped = run(tmp_path / "a", 4, **options).best_step
+    assert stopped == run(tmp_path / "b", 4, **options).best_step

@@ -245,3 +245,28 @@ def test_the_scorer_may_start_at_zero_in_the_same_tree():
     gradient = jax.grad(lambda p: recon_loss(p, batch(), jax.random.key(1), config=zero)[0])
     grads = jax.jit(gradient)(params)
     assert optax.tree.norm(grads["pruner"]["scorer"]) > 1e-8  # it leaves zero
+
+
+def test_a_drawn_budget_is_kept_to_though_scores_are_equal():
+    config = replace(CONFIG, mask_mode="top_k", keep_range=(0.5, 0.5))
+    scores = jnp.array([[1.0, 3, 3, 3, 3, 0, 0, 0], [0.0] * 8, [8.0, 7, 6, 5, 4, 3, 2, 1]])
+    mask = training_mask(scores, jax.random.key(0), config)
+    want = [[0, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(mask, want)
+    rounded = jax.random.normal(jax.random.key(1), (4, 3249)).astype(jnp.bfloat16)
+    kept = training_mask(rounded, jax.random.key(0), config) > 0.5  # in bfloat16 not quite 1
+    np.testing.assert_array_equal(kept.sum(axis=1), 3249 - 3249 // 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mask_mode": "topk"},
+        {"fill": "avg"},
+        {"surrogate": "sigmod"},
+        {"scorer_init": "zero", "mask_mode": "top_k"},
+    ],
+)
+def test_unknown_words_and_scores_that_have_no_order_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        replace(CONFIG, **wrong)
