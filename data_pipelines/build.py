@@ -17,7 +17,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import shutil
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,12 +31,14 @@ from tqdm import tqdm
 from data_pipelines.disk import check_space, disk_errors, locked, read_json, write_json
 from data_pipelines.duplicates import without_duplicates
 from data_pipelines.pictures import check_bad, check_picture
-from data_pipelines.schema import Record, Source, tfds_features
+from data_pipelines.schema import Classes, Record, Source, tfds_features
 from data_pipelines.shard_files import (
     NOTES,
     check_new,
+    give_name,
     remove_strangers,
     run_jobs,
+    take_notes_back,
     write_shard_file,
     write_tfds_metadata,
 )
@@ -44,6 +46,7 @@ from data_pipelines.shards import DATASET, FORMAT, MANIFEST, VERSION, Shards, op
 from fastdrive_jax.errors import UserError
 
 RECORDS_PER_SHARD = 512
+_SPLIT = re.compile(r"[\w-]+")
 _VERSIONED = ("array-record", "tensorflow-datasets", "numpy", "opencv-python-headless", "pillow")
 
 
@@ -58,6 +61,7 @@ class ShardJob:
         load: See `Source`.
         files: See `Source`.
         cameras: See `Source`.
+        classes: See `Source`.
         skip_bad: How many bad samples are left out; one more stops the job.
     """
 
@@ -67,11 +71,13 @@ class ShardJob:
     load: Callable[[Any], tuple[Record, ...]]
     files: Callable[[Any], tuple[tuple[Path, ...], tuple[Path, ...]]]
     cameras: tuple[str, ...]
+    classes: Classes
     skip_bad: int
 
     def identity(self) -> str:
         """Digest of what the shard is made of, as far as it is known without reading pictures."""
-        digest = hashlib.sha256(repr((FORMAT, self.name, self.split, self.cameras)).encode())
+        about = FORMAT, self.name, self.split, self.cameras, asdict(self.classes)
+        digest = hashlib.sha256(repr(about).encode())
         for ref in self.refs:
             digest.update(json.dumps(asdict(ref), default=_plain).encode())
             for path in itertools.chain(*self.files(ref)):
@@ -125,23 +131,33 @@ def build_shards(
         UserError: `out_dir` exists, a picture of the source is unusable, or the disk is full.
     """
     out_dir = Path(out_dir)
-    check_new(out_dir)
-    for name, value, least in (("workers", workers, 1), ("skip_bad", skip_bad, 0)):
+    place = check_new(out_dir)
+    numbers = ("workers", workers, 1), ("skip_bad", skip_bad, 0)
+    for name, value, least in (*numbers, ("records_per_shard", records_per_shard, 1)):
         if value < least:
             raise UserError(f"{name}={value} must be at least {least}.")
     if not source.samples or not all(source.samples.values()):
         empty = [name for name, refs in source.samples.items() if not refs]
         raise UserError(f"{source.name} has no samples ({', '.join(empty)}); add pictures.")
+    if wrong := [name for name in source.samples if not _SPLIT.fullmatch(name)]:
+        raise UserError(
+            f"Split {wrong[0]!r} of {source.name} is no name that TFDS takes; use letters, digits, "
+            "_ and - only."
+        )
+    digest = source_digest(source)
     source, dropped = without_duplicates(source)
-    building = out_dir.with_name(out_dir.name + ".building")
+    building = place.with_name(place.name + ".building")
     with disk_errors(out_dir), contextlib.ExitStack() as stack:
         building.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(building))
+        take_notes_back(building)
         jobs = plan_jobs(source, records_per_shard, skip_bad)
         notes = finished_notes(building, jobs)
         check_space(source.size * (len(jobs) - len(notes)) // len(jobs), building)
         remove_strangers(building, notes)
         waiting = [job for job in jobs if job.name not in notes]
+        bad = [sentence for note in notes.values() for sentence in note.bad]
+        _say_bad(bad, bad, skip_bad)
         bar = stack.enter_context(
             tqdm(
                 total=sum(len(job.refs) for job in jobs) * len(source.cameras),
@@ -155,15 +171,38 @@ def build_shards(
         for note in found:
             notes[note.name] = note
             bar.update(note.records)
-            for sentence in note.bad:
-                tqdm.write(f"left out: {sentence}", file=sys.stderr)
-            check_bad([sentence for note in notes.values() for sentence in note.bad], skip_bad)
+            bad += note.bad
+            _say_bad(note.bad, bad, skip_bad)
         ordered = [notes[job.name] for job in jobs]
-        _finish(building, source, ordered, dropped)
-        shutil.rmtree(building / NOTES)
-        (building / ".lock").unlink()
-        building.rename(out_dir)
+        _finish(building, source, ordered, dropped, digest)
+        give_name(building, place)
     return open_shards(out_dir)
+
+
+def _say_bad(new: Sequence[str], all_bad: Sequence[str], skip_bad: int) -> None:
+    for sentence in new:
+        tqdm.write(f"left out: {sentence}", file=sys.stderr)
+    check_bad(all_bad, skip_bad)
+
+
+def source_digest(source: Source) -> str:
+    """Of what shards of a source would hold, as far as it is known without reading pictures.
+
+    Files count by name and size, so that a copy in another place is the same source.
+    """
+    about = FORMAT, source.cameras, asdict(source.classes), list(source.samples)
+    digest = hashlib.sha256(repr(about).encode())
+    for ref in itertools.chain.from_iterable(source.samples.values()):
+        content = json.dumps(asdict(ref), default=_without_folder)
+        digest.update(content.encode("utf-8", "surrogateescape"))
+        for path in itertools.chain(*source.files(ref)):
+            with contextlib.suppress(OSError):
+                digest.update(repr(path.stat().st_size).encode())
+    return digest.hexdigest()
+
+
+def _without_folder(value: Any) -> Any:
+    return value.name if isinstance(value, Path) else _plain(value)
 
 
 def plan_jobs(source: Source, records_per_shard: int, skip_bad: int = 0) -> list[ShardJob]:
@@ -174,10 +213,9 @@ def plan_jobs(source: Source, records_per_shard: int, skip_bad: int = 0) -> list
         parts = [refs[start : start + step] for start in range(0, len(refs), step)]
         for k, part in enumerate(parts):
             name = f"{DATASET}-{split}.array_record-{k:05d}-of-{len(parts):05d}"
+            files, cameras, classes = source.files, source.cameras, source.classes
             jobs.append(
-                ShardJob(
-                    name, split, tuple(part), source.load, source.files, source.cameras, skip_bad
-                )
+                ShardJob(name, split, tuple(part), source.load, files, cameras, classes, skip_bad)
             )
     return jobs
 
@@ -260,7 +298,9 @@ def finished_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardN
     return notes
 
 
-def _finish(building: Path, source: Source, notes: Sequence[ShardNote], dropped: dict) -> None:
+def _finish(
+    building: Path, source: Source, notes: Sequence[ShardNote], dropped: dict, digest: str
+) -> None:
     """TFDS's metadata and the manifest."""
     for split in source.samples:
         if not sum(note.samples for note in notes if note.split == split):
@@ -273,6 +313,7 @@ def _finish(building: Path, source: Source, notes: Sequence[ShardNote], dropped:
         {
             "format": FORMAT,
             "source": source.name,
+            "source_digest": digest,
             "samples": {
                 split: sum(note.samples for note in part) for split, part in splits.items()
             },

@@ -14,8 +14,9 @@ from data_pipelines.schema import TOKEN_PIXELS, UNKNOWN_LABEL, Classes
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.resize import resize_bicubic
 
-# An EXIF rotation would turn the picture but not its mask, so it is ignored.
+# An EXIF rotation would turn the picture but not its mask, or the other way, so it is ignored.
 _COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+_GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 def check_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -72,14 +73,14 @@ def decode_image(
 
 def decode_mask(data: bytes, size: tuple[int, int]) -> np.ndarray:
     """Foreground uint8 {0, 1} [H, W] at `size`, by nearest neighbour."""
-    return (_resize_nearest(_decode(data, cv2.IMREAD_GRAYSCALE), size) > 0).astype(np.uint8)
+    return (_resize_nearest(_decode(data, _GREY), size) > 0).astype(np.uint8)
 
 
 def decode_labels(data: bytes, size: tuple[int, int], classes: Classes) -> np.ndarray:
     """Class ids uint8 [H, W] at `size`, 255 where ignored; all 255 where there are none."""
     if not data:
         return np.full(size, UNKNOWN_LABEL, np.uint8)
-    labels = _resize_nearest(_decode(data, cv2.IMREAD_GRAYSCALE), size)
+    labels = _resize_nearest(_decode(data, _GREY), size)
     table = np.arange(256, dtype=np.uint8)
     table[list(classes.ignore)] = UNKNOWN_LABEL
     return table[labels]

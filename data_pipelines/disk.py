@@ -66,6 +66,19 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
+def own_place(folder: Path) -> Path:
+    """Where a new folder really is, links followed, if another can be renamed to it.
+
+    Raises:
+        UserError: It is the working folder, or a disk is mounted on it.
+    """
+    place = Path(folder).resolve()
+    if place == Path.cwd() or os.path.ismount(place):
+        what = "the working folder" if place == Path.cwd() else "where a disk is mounted"
+        raise UserError(f"{folder} is {what}; name a folder in it.")
+    return place
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a folder for this process; the system lets go of it when the process dies.

@@ -8,6 +8,7 @@ stopped; the folder gets its real name when all is in it.
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 from data_pipelines.decode import check_size, nearest_size
-from data_pipelines.disk import check_space, disk_errors, write_json
+from data_pipelines.disk import check_space, disk_errors, locked, write_json
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.schema import TOKEN_PIXELS
 from data_pipelines.shards import Shards
@@ -146,10 +147,15 @@ def cache_features(
         partial = Path(out_dir) / f"{key}.partial"
         with disk_errors(final):
             partial.mkdir(parents=True, exist_ok=True)
-            _fill(partial, shards, encoder, identity, batch_size, progress)
-            write_json(partial / MANIFEST, identity)
-            (partial / _PROGRESS).unlink()
-            partial.rename(final)
+            with locked(partial):
+                if final.is_dir():  # another process has made it since
+                    shutil.rmtree(partial)
+                    return open_features(final)
+                _fill(partial, shards, encoder, identity, batch_size, progress)
+                write_json(partial / MANIFEST, identity)
+                partial.rename(final)
+                for name in (_PROGRESS, ".lock"):
+                    (final / name).unlink()
     return open_features(final)
 
 

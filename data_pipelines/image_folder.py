@@ -149,6 +149,8 @@ def _pairs(folder: Path, split: str) -> list[PictureRef]:
     pictures: dict[str, Path] = {}
     for path in sorted(images.iterdir()):
         if path.suffix.lower() in PICTURE_SUFFIXES:
+            if any("\ud800" <= letter <= "\udfff" for letter in path.name):
+                raise UserError(f"{images} holds {path.name!r}, which is not UTF-8; rename it.")
             if path.stem in pictures:
                 raise UserError(f"{path} and {pictures[path.stem].name} share a stem; rename one.")
             pictures[path.stem] = path
@@ -196,8 +198,8 @@ def _classes(root: Path, has_labels: bool, foreground, objects, ignore) -> Class
     base = read_classes(path) if path.is_file() else None
     if base is None and not given.get("foreground"):
         raise UserError(
-            f"{root} has label maps, so say which class ids are foreground: by the foreground "
-            f"argument or in {path}."
+            f"{root} has label maps, so say which class ids are foreground: by --foreground or in "
+            f"{path}."
         )
     # Replacing the foreground alone may leave file objects outside it; say nothing of them then.
     if base and "foreground" in given and "objects" not in given:

@@ -28,6 +28,7 @@ from data_pipelines.examples import (
 from data_pipelines.schema import CAMERAS
 from data_pipelines.shards import Shards, record_source
 from data_pipelines.token_cache import TokenCache
+from data_pipelines.worker_process import start_worker
 from fastdrive_jax.errors import UserError
 
 
@@ -175,6 +176,10 @@ def make_loader(
             hosts cannot have, flips with cameras that cannot be mirrored, or tokens of other
             pictures than the config makes.
     """
+    if not 0 <= process_index < process_count:
+        raise UserError(
+            f"process_index={process_index} must be from 0 to below process_count={process_count}."
+        )
     if tokens is not None:
         _check_tokens(tokens, shards, split, config)
     cameras = _chosen_cameras(shards, config)
@@ -332,7 +337,7 @@ def read_batches(
 
 def _start_worker(index: int, count: int) -> None:
     del index, count
-    single_threaded()
+    start_worker()
 
 
 class _Items:

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data_pipelines.schema import TOKEN_PIXELS, Classes
 from fastdrive_jax.errors import UserError
 
+# What Pillow raises of a file that is none, is damaged, or has more pixels than it takes for safe.
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a picture, for a sentence that names it."""
+    return "it is none" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -75,9 +82,9 @@ def check_picture(data: bytes, path: Path) -> tuple[int, int]:
             # An eighth of the size still reads the whole entropy-coded stream of a JPEG.
             picture.draft("L", (max(1, width // 8), max(1, height // 8)))
             picture.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except BROKEN as error:
         raise UserError(
-            f"{path} cannot be decoded as JPEG or PNG ({error}); replace it or take it out."
+            f"{path} cannot be decoded as JPEG or PNG ({reason(error)}); replace it or take it out."
         ) from error
     if min(height, width) < TOKEN_PIXELS:
         raise UserError(
@@ -97,8 +104,10 @@ def decode_map(data: bytes, path: Path, size: tuple[int, int]) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
             mode = picture.mode
             array = stored_values(np.asarray(picture), data)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} cannot be decoded as PNG ({error}); write it again.") from error
+    except BROKEN as error:
+        raise UserError(
+            f"{path} cannot be decoded as PNG ({reason(error)}); write it again."
+        ) from error
     if mode not in ("1", "L", "P"):
         raise UserError(
             f"{path} has pixel format {mode}; masks and label maps must be one-channel PNGs of at "

@@ -19,7 +19,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from data_pipelines.disk import disk_errors
+from data_pipelines.disk import disk_errors, own_place
+from data_pipelines.worker_process import start_worker
 from fastdrive_jax.errors import UserError
 
 NOTES = "notes"  # folder of the finished shards' notes, gone when the set is whole
@@ -81,7 +82,8 @@ def run_jobs(
         return
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(min(workers, len(jobs)), context) as pool:
+        count = min(workers, len(jobs))
+        with ProcessPoolExecutor(count, context, initializer=start_worker) as pool:
             futures = [pool.submit(write, job, folder) for job in jobs]
             try:
                 for future in as_completed(futures):
@@ -96,10 +98,35 @@ def run_jobs(
         ) from error
 
 
-def check_new(folder: Path) -> None:
-    """Raises `UserError` if there is something in the folder of a set that is to be written."""
+def check_new(folder: Path) -> Path:
+    """Where the folder of a set that is to be written really is; see `own_place`.
+
+    Raises:
+        UserError: There is something in it, or it cannot be renamed to.
+    """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} already exists; choose another folder or delete it.")
+    return own_place(folder)
+
+
+def give_name(building: Path, folder: Path) -> None:
+    """Renames a whole set without the notes, which stay beside it until that has succeeded."""
+    aside = _aside(building)
+    (building / NOTES).rename(aside)
+    (building / ".lock").unlink()
+    building.rename(folder)
+    shutil.rmtree(aside)
+
+
+def take_notes_back(building: Path) -> None:
+    """Undoes the first half of a `give_name` that did not come to its end."""
+    if (aside := _aside(building)).is_dir():
+        shutil.rmtree(building / NOTES, ignore_errors=True)
+        aside.rename(building / NOTES)
+
+
+def _aside(building: Path) -> Path:
+    return building.with_name(f"{building.name}.notes")
 
 
 def remove_strangers(building: Path, finished: Collection[str]) -> None:

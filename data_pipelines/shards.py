@@ -115,6 +115,8 @@ def _read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if not path.is_dir():
+            again = "name the folder that `fastdrive data build` wrote"
         raise UserError(
             f"{path} has no {MANIFEST}, so it is no whole data set; {again}."
         ) from error
@@ -212,6 +214,11 @@ class RecordSource:
 
     def __init__(self, shards: Shards, split: str):
         self._names = tuple(shards.lengths[split])
+        if not self._names:
+            raise UserError(
+                f"Split {split!r} of {shards.path} has no shard that is whole; build the shards "
+                "again, or use another split."
+            )
         self._path = shards.path
         self._source = ArrayRecordDataSource([str(shards.path / name) for name in self._names])
         self._features = tfds_features()

@@ -27,6 +27,7 @@ from PIL import Image
 
 from data_pipelines.build import build_shards
 from data_pipelines.decode import check_size, decode_image, decode_mask
+from data_pipelines.duplicates import without_duplicates
 from data_pipelines.image_folder import PictureRef, read_image_folder
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.pictures import encode_mask, read_bytes
@@ -89,7 +90,7 @@ def bench_data(args: BenchDataArgs) -> Path:
         _write_pictures(Path(folder) / "pictures", args.pictures)
         source = read_image_folder(Path(folder) / "pictures")
         shards = build_shards(source, Path(folder) / "shards", progress=False)
-        refs = source.samples["train"]
+        refs = without_duplicates(source)[0].samples["train"]  # as the shards have them
         size = int(np.mean([ref.picture.stat().st_size for ref in refs]))
         print(f"{len(refs)} pictures of {size / 1e3:.0f} kB, {shards.image_size}")
         for target in args.sizes:

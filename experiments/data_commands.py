@@ -167,6 +167,13 @@ class BuildArgs:
             raise UserError("Give either --nuscenes or --images.")
         if self.beam_options and not self.beam:
             raise UserError("--beam-options need --beam.")
+        given = {"foreground": self.foreground}
+        if self.images is not None:
+            given = {"masks": self.masks, "version": self.version, "split": self.split}
+        for name, value in given.items():
+            if value is not None:
+                source = "nuscenes" if self.nuscenes else "images"
+                raise UserError(f"--{name} means nothing with --{source}; leave it out.")
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,7 @@ class VerifyArgs:
 
 def mask(args: MaskArgs) -> None:
     """Runs a masker; see `MaskArgs`."""
-    frames = folder_frames(args.images) if args.images else nuscenes_frames(args)
+    frames = folder_frames(args.images, args.out) if args.images else nuscenes_frames(args)
     masker = make_masker(args)
     mine = len(frames[args.part[0] :: args.part[1]])
     with tqdm(total=mine, desc=masker.name, unit="picture") as bar:

@@ -106,6 +106,7 @@ class DriveArgs:
 def drive_closed_loop(args: DriveArgs) -> Path:
     """Drives, judges and writes; returns the path of the rows."""
     config = args.quickstart
+    log_files(args)  # what is missing is said before minutes of work
     world = prepare(config, lambda stage, text: None if config.quiet else print(text, flush=True))
     claim(args, world)
     courses = courses_of(args)

@@ -30,7 +30,12 @@ from experiments.report_planning import write_results
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.protocols import PROTOCOLS
 from fastdrive_jax.pruning import PRUNERS
-from fastdrive_jax.training.run_config import claim_run_folder, read_json, write_json
+from fastdrive_jax.training.run_config import (
+    check_run_folder,
+    claim_run_folder,
+    read_json,
+    write_json,
+)
 
 RATIOS = (0.75, 0.5, 0.25)
 READY = "ready.json"
@@ -106,8 +111,10 @@ def prepare(args: EvalPlanningArgs, part: Part) -> Case:
     """The case; one process makes what is not there yet, and the others wait for it."""
     if args.qwen.checkpoint is not None:
         same = ("batch_size", "fsdp", "tensor", "pruners")  # more of these may come
-        claim_run_folder(args.out, args.qwen, ignore=same)
-        return checkpoint_case(args.qwen, args.methods, args.ratios, args.draws, args.quiet)
+        check_run_folder(args.out, args.qwen, ignore=same)
+        case = checkpoint_case(args.qwen, args.methods, args.ratios, args.draws, args.quiet)
+        claim_run_folder(args.out, args.qwen, ignore=same)  # not before all was found
+        return case
     ready = args.out / READY
     if part.index == 0:
         claim_run_folder(args.out, args.benchmark, ignore=("seeds",))

@@ -59,6 +59,10 @@ class ImagesConfig:
     seeds: tuple[int, ...] = (0,)
     quiet: bool = False
 
+    def __post_init__(self):
+        if not self.seeds:
+            raise UserError("seeds must name at least one.")
+
 
 def own_images(config: ImagesConfig) -> Path:
     """Runs all stages and returns the path of report.html."""

@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from data_pipelines.build import build_shards
+from data_pipelines.build import build_shards, source_digest
+from data_pipelines.disk import read_json
 from data_pipelines.features import SplitFeatures, cache_features
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.schema import CAMERAS, Classes, Source
@@ -85,6 +86,8 @@ class QuickstartConfig:
             raise UserError(f"planning_scenes={self.planning_scenes} must be at least 1.")
         if self.vla_weights and self.train_vla:
             raise UserError("vla_weights names a VLA and train_vla asks for a new one; give one.")
+        if self.vla_weights and not self.vla_weights.is_file():
+            raise UserError(f"{self.vla_weights} can't be read: there is no such file of weights.")
         if "CAM_FRONT" not in self.world.cameras:
             raise UserError("The driving VLA looks through CAM_FRONT; add it to world.cameras.")
         if self.vla.model.cameras != ("CAM_FRONT",):
@@ -240,9 +243,19 @@ def _planning_world(config: QuickstartConfig) -> WorldConfig:
 
 
 def shards_of(source: Source, folder: Path, quiet: bool) -> Shards:
-    """The shards in `folder`, built if they are not there."""
+    """The shards in `folder`, built if they are not there.
+
+    Raises:
+        UserError: Those that are there are of something else.
+    """
     if (folder / "manifest.json").exists():
-        return open_shards(folder)
+        shards = open_shards(folder)
+        if read_json(folder / "manifest.json").get("source_digest") != source_digest(source):
+            raise UserError(
+                f"{folder} holds shards of other files than {source.name} now has; delete that "
+                "folder, and whatever was made from it, or choose another one."
+            )
+        return shards
     return build_shards(source, folder, progress=not quiet)
 
 

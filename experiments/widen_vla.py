@@ -22,6 +22,7 @@ from data_pipelines.synthetic.config import WorldConfig
 from experiments.encoders import frozen_vla
 from experiments.planning import PlanningSplit, plan_split, planning_split
 from experiments.train_vla import prepare_data
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla, save_vla
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
 from fastdrive_jax.parallel.mesh import make_mesh
@@ -71,6 +72,10 @@ class WidenVLAConfig:
     batch_size: int = 16
     seed: int = 0
     quiet: bool = False
+
+    def __post_init__(self):
+        if odd := sorted(set(self.cameras) - set(self.world.cameras)):
+            raise UserError(f"The world has no camera {odd[0]}; it has {self.world.cameras}.")
 
 
 def widen_vla(config: WidenVLAConfig) -> Path:

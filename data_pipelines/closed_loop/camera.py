@@ -11,9 +11,9 @@ from data_pipelines.closed_loop.route import Route
 from data_pipelines.schema import TOKEN_PIXELS
 from data_pipelines.synthetic.camera import make_camera
 from data_pipelines.synthetic.config import FOREGROUND_IDS
-from data_pipelines.synthetic.generate import start_worker
 from data_pipelines.synthetic.planner import EgoState
 from data_pipelines.synthetic.render import Picture, Stage, prepare, render
+from data_pipelines.worker_process import start_worker
 from fastdrive_jax.evaluation.foreground import token_fractions
 
 Job = tuple[int, EgoState, float, int]  # route, state, seconds, number of the frame

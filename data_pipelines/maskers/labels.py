@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_pipelines.maskers.interface import BACKGROUND, CLASSES, Frame
 from data_pipelines.maskers.label_tables import INSTANCES, SEGMENTS, LabelTable
-from data_pipelines.pictures import check_picture, read_bytes, stored_values
+from data_pipelines.pictures import BROKEN, check_picture, read_bytes, reason, stored_values
 from fastdrive_jax.errors import UserError
 
 _VOID_SEGMENT = 0  # black pixels of COCO's panoptic PNGs belong to nothing
@@ -133,8 +133,10 @@ def _pixels(path: Path, size: tuple[int, int], encoding: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
             mode, array = picture.mode, stored_values(np.asarray(picture), data)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} cannot be decoded as PNG ({error}); write it again.") from error
+    except BROKEN as error:
+        raise UserError(
+            f"{path} cannot be decoded as PNG ({reason(error)}); write it again."
+        ) from error
     wanted = ("RGB",) if encoding == SEGMENTS else ("1", "L", "P", "I", "I;16", "I;16B")
     if mode not in wanted:
         raise UserError(

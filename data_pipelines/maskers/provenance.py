@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from data_pipelines.maskers.interface import Masker
+from data_pipelines.pictures import BROKEN
+from fastdrive_jax.errors import UserError
 
 KEY = "fastdrive:masker"
 _HEADER_END = 33  # signature 8 bytes, IHDR chunk 25 bytes
@@ -34,10 +38,33 @@ def stamp_of(path: Path) -> str | None:
 
     Reads the chunks before the pixels only.
     """
+    return _stamp(path)
+
+
+def check_stamp(png: bytes, path: Path, masker: Mapping[str, Any]) -> None:
+    """Refuses a PNG of another masker, or of other settings; one that says nothing passes.
+
+    Args:
+        png: Its bytes.
+        path: Named in the error.
+        masker: What `masker.json` holds; empty where there is none.
+
+    Raises:
+        UserError: It is of another.
+    """
+    found = _stamp(io.BytesIO(png)) if masker else None
+    if found is not None and json.loads(found) != masker:
+        raise UserError(
+            f"{path} was made by another masker, or with other settings, than masker.json beside "
+            "it says; run `fastdrive data mask` to its end, or take the file out."
+        )
+
+
+def _stamp(file: Path | io.BytesIO) -> str | None:
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
+        with Image.open(file, formats=("PNG",)) as picture:
             return picture.info.get(KEY)
-    except (OSError, SyntaxError, ValueError):
+    except BROKEN:
         return None
 
 

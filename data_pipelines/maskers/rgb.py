@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.maskers.interface import Frame
-from data_pipelines.pictures import read_bytes
+from data_pipelines.pictures import BROKEN, read_bytes, reason
 from fastdrive_jax.errors import UserError
 
 _In, _Out = TypeVar("_In"), TypeVar("_Out")
@@ -28,10 +28,13 @@ def read_rgb(path: Path) -> np.ndarray:
     data = read_bytes(path)
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
+            if picture.mode.startswith("I;16"):  # Pillow would cut it off at 255
+                grey = (np.asarray(picture) >> 8).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=-1)
             return np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except BROKEN as error:
         raise UserError(
-            f"{path} cannot be decoded as JPEG or PNG ({error}); replace it or take it out."
+            f"{path} cannot be decoded as JPEG or PNG ({reason(error)}); replace it or take it out."
         ) from error
 
 

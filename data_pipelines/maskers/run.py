@@ -29,6 +29,7 @@ from data_pipelines.schema import CLASSES_FILE, write_classes
 from fastdrive_jax.errors import UserError
 
 MASKER_FILE = "masker.json"
+KINDS = ("masks", "labels")
 _THREADS = 4  # PNG encoding and header reading release the interpreter lock
 
 
@@ -101,6 +102,10 @@ def make_masks(
             f"{bad[0][1]} Mend it, or allow more with skip_bad."
         )
     left_out = {name for name, _ in bad}
+    for frame in todo:
+        if frame.name in left_out:  # what another masker made of it is not this one's
+            for path in _paths(out_dir, frame):
+                path.unlink(missing_ok=True)
     remade = sum(
         state == "other" and frame.name not in left_out
         for frame, state in zip(mine, found, strict=True)
@@ -108,8 +113,12 @@ def make_masks(
     return MaskReport(len(todo) - len(bad), remade, kept, tuple(bad))
 
 
-def folder_frames(images_dir: Path) -> list[Frame]:
+def folder_frames(images_dir: Path, out_dir: Path | None = None) -> list[Frame]:
     """Every picture below a folder, sorted; its name is its path there without suffix.
+
+    Args:
+        images_dir: The folder.
+        out_dir: Where `make_masks` writes; what it writes is none of the pictures.
 
     Raises:
         UserError: No such folder, no picture in it, or two pictures that differ in suffix only.
@@ -118,6 +127,9 @@ def folder_frames(images_dir: Path) -> list[Frame]:
     if not images_dir.is_dir():
         raise UserError(f"{images_dir} is not a folder; give one that holds pictures.")
     paths = sorted(p for p in images_dir.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+    if out_dir is not None:
+        ours = [(Path(out_dir) / kind).resolve() for kind in KINDS]
+        paths = [p for p in paths if not any(p.resolve().is_relative_to(at) for at in ours)]
     if not paths:
         raise UserError(f"{images_dir} holds no picture ({', '.join(PICTURE_SUFFIXES)}).")
     frames = [Frame(p, p.relative_to(images_dir).with_suffix("").as_posix()) for p in paths]
@@ -163,7 +175,7 @@ def _check_names(frames: Sequence[Frame]) -> None:
 
 
 def _paths(out_dir: Path, frame: Frame) -> tuple[Path, Path]:
-    return tuple(out_dir / kind / f"{frame.name}.png" for kind in ("masks", "labels"))
+    return tuple(out_dir / kind / f"{frame.name}.png" for kind in KINDS)
 
 
 def _state(out_dir: Path, frame: Frame, text: str) -> str:

@@ -8,6 +8,7 @@ their own. A `ROOT/planning.json` is preferred to plans from the ego poses.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from data_pipelines.disk import read_json
 from data_pipelines.ego import Plan
+from data_pipelines.maskers.provenance import check_stamp
 from data_pipelines.nuscenes.driving import Moment, scene_moments
 from data_pipelines.nuscenes.tables import NuScenes, open_nuscenes
 from data_pipelines.pictures import (
@@ -94,17 +96,18 @@ def read_nuscenes(
                 refs.append(_reference(nuscenes, moment, plan, masks, has_labels))
         samples[name] = tuple(refs)
     made_by = masks / "masker.json"
+    masker = read_json(made_by) if made_by.is_file() else {}
     size = _check_files([ref for refs in samples.values() for ref in refs], skip_bad)
     return Source(
         name=f"nuscenes:{root.resolve().name}",
         cameras=nuscenes.cameras,
         classes=classes,
         samples=samples,
-        load=functools.partial(load_sample, classes=classes),
+        load=functools.partial(load_sample, classes=classes, masker=masker),
         files=sample_files,
         size=size,
         absent=nuscenes.absent,
-        masker=read_json(made_by) if made_by.is_file() else {},
+        masker=masker,
     )
 
 
@@ -114,23 +117,26 @@ def sample_files(ref: SampleRef) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     return tuple(paths[0] for paths in ref.files), others
 
 
-def load_sample(ref: SampleRef, classes: Classes) -> tuple[Record, ...]:
+def load_sample(ref: SampleRef, classes: Classes, masker: Mapping[str, Any]) -> tuple[Record, ...]:
     """The records of a reference, one for each camera.
 
     Raises:
-        UserError: A file is missing or damaged, or a mask is not of its picture's size.
+        UserError: A file is missing or damaged, or a mask is not of its picture's size or was made
+            in another way than `masker` says.
     """
     records = []
     for (picture, mask, labels), own in zip(ref.files, ref.cameras, strict=True):
         image = read_bytes(picture)
         size = check_picture(image, picture)
+        found = read_bytes(mask)
+        check_stamp(found, mask, masker)
         named = b""
         if labels is not None:
             named = labels_png(read_bytes(labels), labels, size, classes)[0]
         records.append(
             Record(
                 image=image,
-                mask=mask_png(read_bytes(mask), mask, size),
+                mask=mask_png(found, mask, size),
                 labels=named,
                 sample_token=ref.token,
                 scene=ref.scene,

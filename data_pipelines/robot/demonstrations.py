@@ -10,7 +10,6 @@ import functools
 import hashlib
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,8 +40,10 @@ from data_pipelines.robot.tasks import TASKS
 from data_pipelines.shard_files import (
     NOTES,
     check_new,
+    give_name,
     remove_strangers,
     run_jobs,
+    take_notes_back,
     write_shard_file,
     write_tfds_metadata,
 )
@@ -115,16 +116,17 @@ def record_demonstrations(
         UserError: `out_dir` exists, MuJoCo or the policy is missing, or the disk is full.
     """
     out_dir = Path(out_dir)
-    check_new(out_dir)
+    place = check_new(out_dir)
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1.")
     if config.policy_share and make_policy is None:
         raise UserError(f"policy_share={config.policy_share} needs a policy that moves.")
     Tabletop(config.image_size).close()  # what is missing is said before anything is written
-    building = out_dir.with_name(out_dir.name + ".building")
+    building = place.with_name(place.name + ".building")
     with disk_errors(out_dir), contextlib.ExitStack() as stack:
         building.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(building))
+        take_notes_back(building)
         jobs = plan_jobs(config, make_policy)
         notes = finished_notes(building, jobs)
         remove_strangers(building, notes)
@@ -142,9 +144,7 @@ def record_demonstrations(
             notes[note.name] = note
             bar.update(len(note.episodes))
         _finish(building, config, [notes[job.name] for job in jobs])
-        shutil.rmtree(building / NOTES)
-        (building / ".lock").unlink()
-        building.rename(out_dir)
+        give_name(building, place)
     return open_episodes(out_dir)
 
 

@@ -10,10 +10,8 @@ import errno
 import functools
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +22,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.disk import locked
+from data_pipelines.disk import locked, own_place
 from data_pipelines.synthetic import tables
 from data_pipelines.synthetic.config import (
     CLASS_NAMES,
@@ -36,6 +34,7 @@ from data_pipelines.synthetic.config import (
 from data_pipelines.synthetic.expansion import expansion
 from data_pipelines.synthetic.record import write_scene
 from data_pipelines.synthetic.sampler import TILE, TILES
+from data_pipelines.worker_process import start_worker
 from fastdrive_jax.errors import UserError
 
 CONFIG_FILE = "generator.json"
@@ -64,7 +63,8 @@ def generate(root: Path, config: WorldConfig, progress: bool = True) -> Path:
             "choose another folder or delete it."
         )
     with _disk_errors(root):
-        partial = root.with_name(root.name + ".partial")
+        place = own_place(root)
+        partial = place.with_name(place.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial):
             _prepare_folders(partial, config)
@@ -73,9 +73,7 @@ def generate(root: Path, config: WorldConfig, progress: bool = True) -> Path:
             for name in ("records", ".lock"):
                 path = partial / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if root.is_dir():
-                root.rmdir()
-            partial.rename(root)
+            partial.rename(place)
     return root
 
 
@@ -164,19 +162,6 @@ def _write_scenes(partial: Path, config: WorldConfig, progress: bool) -> list[di
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
     return [json.loads(_record_path(partial, *job).read_text()) for job in jobs]
-
-
-def start_worker():
-    """One thread of OpenCV for each process, which ends with its parent."""
-    cv2.setNumThreads(1)
-    parent = multiprocessing.parent_process()
-
-    def leave_with_parent():
-        # The pool's queue never closes by itself when the parent is killed.
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _scene_job(partial: Path, config: WorldConfig, job: tuple[str, int]):

@@ -120,7 +120,7 @@ def load(folder: Path) -> Manifest:
     """
     path = folder / NAME
     if not folder.is_dir():
-        raise UserError(f"no bundle at {folder}: there is no such folder")
+        raise UserError(f"no bundle at {folder}: there is no such folder; name that of an export")
     try:
         content = json.loads(path.read_text("utf-8"))
     except OSError as error:

@@ -41,14 +41,21 @@ def claim_run_folder(folder: Path, config: Any, ignore: Collection[str] = ()) ->
     Raises:
         UserError: the folder belongs to a run of another config, is unreadable, or is no run's.
     """
+    check_run_folder(folder, config, ignore)
     path = folder / CONFIG_FILE
-    # Through JSON and back, so that what is compared is what would be read.
-    asked = json.loads(json.dumps(to_plain(config)))
+    if not path.exists():
+        write_json(path, to_plain(config))
+
+
+def check_run_folder(folder: Path, config: Any, ignore: Collection[str] = ()) -> None:
+    """The check of `claim_run_folder` without writing: what else is read may yet be refused."""
+    path = folder / CONFIG_FILE
     if not path.exists():
         if folder.is_dir() and (folder / "checkpoints").exists():
             raise UserError(f"{folder} holds checkpoints but no {CONFIG_FILE}: use a new folder.")
-        write_json(path, asked)
         return
+    # Through JSON and back, so that what is compared is what would be read.
+    asked = json.loads(json.dumps(to_plain(config)))
     found = differences(_completed(read_json(path), config), asked, ignore)
     if found:
         raise UserError(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.decode import decode_image
+from data_pipelines.decode import decode_image, decode_labels, decode_mask
+from data_pipelines.schema import Classes
 from data_pipelines.token_mask import mask_fractions
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.foreground import token_fractions
@@ -107,3 +108,13 @@ def test_every_count_of_pixels_gives_the_share_of_the_measure():
 def test_what_is_no_mask_is_refused(mask):
     with pytest.raises(ValueError, match="mask"):
         mask_fractions(mask)
+
+
+def test_an_exif_rotation_turns_neither_mask_nor_labels():
+    half = np.zeros((28, 56), np.uint8)
+    half[:14] = 1
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    png = encoded(Image.fromarray(half), "PNG", exif=exif.tobytes())
+    np.testing.assert_array_equal(decode_labels(png, (28, 56), Classes()), half)
+    np.testing.assert_array_equal(decode_mask(png, (28, 56)), half)

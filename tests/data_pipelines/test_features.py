@@ -226,3 +226,20 @@ def test_labels_of_other_ignored_classes_are_not_taken_for_these(shards, tmp_pat
     assert found.path != cache(shards, tmp_path).path
     assert gone not in np.unique(found.splits["val"].labels)
     assert gone in np.unique(cache(shards, tmp_path).splits["val"].labels)
+
+
+def test_two_processes_do_not_fill_one_cache(shards, tmp_path):
+    """The second is refused, and nothing of what the first has written is lost."""
+
+    def encode(images):
+        if not seen:
+            seen.append(len(images))
+            with pytest.raises(UserError, match="is being written by another process"):
+                cache(shards, tmp_path / "a")
+        return toy_encode(images)
+
+    seen = []
+    got = cache(shards, tmp_path / "a", replace(ENCODER, encode=encode))
+    assert seen
+    assert arrays_of(got) == arrays_of(cache(shards, tmp_path / "b"))
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [got.path.name]

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.decode import decode_image
 from data_pipelines.maskers import run
 from data_pipelines.maskers.interface import BACKGROUND, CLASSES, ROAD, VEHICLE, Frame
-from data_pipelines.maskers.provenance import KEY, read_provenance, stamp_of
+from data_pipelines.maskers.provenance import KEY, check_stamp, read_provenance, stamp_of
+from data_pipelines.maskers.rgb import read_rgb
 from data_pipelines.maskers.run import MaskReport, folder_frames, make_masks
-from data_pipelines.pictures import decode_map, labels_png, mask_png
+from data_pipelines.pictures import check_picture, decode_map, labels_png, mask_png
 from data_pipelines.schema import read_classes
 from fastdrive_jax.errors import UserError
 
@@ -289,3 +291,47 @@ def test_batches_have_the_given_size(images, out):
     make_masks(folder_frames(images), masker, out, 3)
     assert [len(call) for call in masker.calls] == [3, 3, 1]
     assert run.MASKER_FILE == "masker.json"
+
+
+def test_a_picture_that_is_refused_loses_another_maskers_mask(images, out):
+    frames = folder_frames(images)
+    make_masks(frames, Bright(), out)
+    frames[0].picture.write_bytes(b"no picture")
+    report = make_masks(frames, Bright(5), out, skip_bad=1)
+    assert [name for name, _ in report.bad] == [frames[0].name]
+    assert len(files(out)) == 12
+    assert not (out / "masks" / f"{frames[0].name}.png").exists()
+
+
+def test_masks_beside_the_pictures_are_no_pictures(images):
+    assert make_masks(folder_frames(images, images), Bright(), images).made == 7
+    assert make_masks(folder_frames(images, images), Bright(), images) == MaskReport(0, 0, 7, ())
+
+
+def test_a_mask_of_other_settings_than_the_folder_says_is_refused(images, out):
+    make_masks(folder_frames(images), Bright(), out)
+    masker = json.loads((out / "masker.json").read_text())
+    path = out / "masks" / "CAM_A" / "000.png"
+    check_stamp(path.read_bytes(), path, masker)
+    make_masks(folder_frames(images)[:1], Bright(5), out)
+    with pytest.raises(UserError, match=r"CAM_A/000\.png was made by another masker"):
+        check_stamp(path.read_bytes(), path, masker)
+    Image.open(path).save(path)  # corrected by hand
+    check_stamp(path.read_bytes(), path, masker)
+
+
+def test_grey_of_sixteen_bits_is_seen_as_the_model_sees_it(tmp_path):
+    grey = np.linspace(0, 65_535, 40 * 56).reshape(SIZE).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    want = decode_image((tmp_path / "deep.png").read_bytes(), SIZE)
+    found = read_rgb(tmp_path / "deep.png").astype(int)
+    assert np.abs(found - want).max() <= 1
+
+
+def test_a_picture_of_too_many_pixels_is_one_sentence(tmp_path, monkeypatch):
+    Image.new("L", SIZE).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    data = (tmp_path / "large.png").read_bytes()
+    for read in (lambda path: check_picture(data, path), read_rgb):
+        with pytest.raises(UserError, match=r"large\.png cannot be decoded.*exceeds limit"):
+            read(tmp_path / "large.png")

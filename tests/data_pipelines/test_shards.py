@@ -16,7 +16,7 @@ import pytest
 from nuscenes_fixture import write_image, write_nuscenes
 
 from data_pipelines.beam import beam_runner
-from data_pipelines.build import build_shards
+from data_pipelines.build import build_shards, write_shard
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.pictures import mask_png
 from data_pipelines.shards import open_shards, record_source
@@ -393,3 +393,134 @@ def test_opening_is_quick(built):
     start = time.perf_counter()
     open_shards(built)
     assert time.perf_counter() - start < 1
+
+
+def stopped_after(count):
+    """Runs that many jobs, then gives up."""
+
+    def run(jobs, folder):
+        for job in jobs[:count]:
+            yield write_shard(job, folder)
+        raise KeyboardInterrupt
+
+    return run
+
+
+def counted(done):
+    """Runs all jobs and notes their names."""
+
+    def run(jobs, folder):
+        for job in jobs:
+            done.append(job.name)
+            yield write_shard(job, folder)
+
+    return run
+
+
+def test_a_build_does_not_go_on_with_masks_of_other_classes(source, tmp_path):
+    """The pictures and label maps are the same files; what counts as foreground is not."""
+    options, done = {"progress": False, "records_per_shard": 8}, []
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(source, tmp_path / "set", run=stopped_after(2), **options)
+    classes = replace(source.classes, foreground=(2,))
+    other = replace(source, classes=classes)
+    build_shards(other, tmp_path / "set", run=counted(done), **options)
+    assert len(done) == 6
+
+
+def test_too_many_bad_samples_stay_too_many(tmp_path, capfd):
+    root = write_nuscenes(tmp_path / "nu")
+    pictures = sorted((root / "samples" / "CAM_FRONT").iterdir())
+    for path in pictures[:3]:
+        path.write_bytes(b"no picture")
+    source = read_nuscenes(root)
+    for _ in range(5):  # each run writes one shard more before it sees
+        with pytest.raises(UserError, match="3 samples are bad, more than skip_bad=2"):
+            build_shards(source, tmp_path / "s", progress=False, records_per_shard=2, skip_bad=2)
+    assert str(pictures[0]) in capfd.readouterr().err
+
+
+def test_links_are_followed_and_what_cannot_be_named_is_refused_first(
+    source, tmp_path, monkeypatch
+):
+    (tmp_path / "disk" / "place").mkdir(parents=True)
+    (tmp_path / "set").symlink_to(tmp_path / "disk" / "place")
+    build_shards(source, tmp_path / "set", progress=False)
+    assert open_shards(tmp_path / "disk" / "place").samples == {"train": 9, "val": 9}
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["place"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the working folder; name a folder in it"):
+        build_shards(source, Path(), progress=False)
+
+
+def test_what_could_not_be_renamed_is_gone_on_with(source, tmp_path, monkeypatch):
+    out, done = tmp_path / "set", []
+
+    def rename(self, target):
+        if Path(target).name == "set":
+            raise OSError("no")
+        return moves(self, target)
+
+    moves = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(UserError, match="Cannot write"):
+            build_shards(source, out, progress=False, run=counted(done))
+    build_shards(source, out, progress=False, run=counted(done))
+    assert len(done) == len(set(done)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("name", ["my val", "val.2", "train/val", "val[0]"])
+def test_a_name_that_tfds_does_not_take_is_refused_first(source, tmp_path, name):
+    odd = replace(source, samples={"train": source.samples["train"], name: source.samples["val"]})
+    with pytest.raises(UserError, match="is no name that TFDS takes"):
+        build_shards(odd, tmp_path / "set", progress=False)
+    assert not (tmp_path / "set.building").exists()
+
+
+def test_a_split_of_lost_shards_says_so(spoiled):
+    for path in spoiled.glob("*val.array_record*"):
+        path.unlink()
+    shards = open_shards(spoiled, skip_bad=9)
+    with pytest.raises(UserError, match=r"'val' of .* has no shard that is whole"):
+        record_source(shards, "val")
+
+
+SLOW = """
+    import os, sys, time
+    from pathlib import Path
+    from data_pipelines.shard_files import run_jobs
+
+    def slow(job, folder):
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+
+    if __name__ == "__main__":
+        print(list(run_jobs([1, 2], slow, Path(sys.argv[1]), 2)))
+"""
+
+
+def test_workers_end_with_a_killed_build(tmp_path):
+    """Else they would go on writing where the next run builds."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(SLOW))
+    words = [sys.executable, program, tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while any(is_alive(pid) for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from data_pipelines.image_folder import read_image_folder
 from experiments.cli import main
 from experiments.own_images import ImagesConfig, own_images
+from experiments.quickstart import shards_of
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export.bundle import read_bundle_orbax, read_bundle_safetensors
 
@@ -394,3 +396,15 @@ def test_a_full_disk_is_one_sentence(command, pictures, small_disk, size):
     refused(done.returncode, done.stderr, str(out))
     assert not (out / "report.html").exists()
     assert not (out / "export").exists()
+
+
+def test_shards_of_other_pictures_are_not_taken(tmp_path):
+    pictures, other = (
+        write_pictures(tmp_path / name, count) for name, count in (("a", 4), ("b", 5))
+    )
+    shards = shards_of(read_image_folder(pictures), tmp_path / "shards", quiet=True)
+    copied = pictures.rename(tmp_path / "moved")
+    again = shards_of(read_image_folder(copied), tmp_path / "shards", quiet=True)
+    assert again.digest == shards.digest
+    with pytest.raises(UserError, match="shards holds shards of other files than images:b now has"):
+        shards_of(read_image_folder(other), tmp_path / "shards", quiet=True)

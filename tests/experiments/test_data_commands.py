@@ -201,6 +201,9 @@ def test_build_leaves_out_what_mask_left_out_of_a_folder(root, tmp_path, capfd):
         (("build", "--out", "o"), "either --nuscenes or --images"),
         (("build", "--nuscenes", "nowhere", "--out", "o"), "no v1.0-"),
         (("build", "--nuscenes", "n", "--out", "o", "--beam-options=--x"), "need --beam"),
+        (("build", "--images", "i", "--out", "o", "--masks", "m"), "--masks means nothing with"),
+        (("build", "--images", "i", "--out", "o", "--split", "m"), "--split means nothing with"),
+        (("build", "--nuscenes", "n", "--out", "o", "--foreground", "3"), "--foreground means"),
         (("verify", "--shards", "nowhere"), "no manifest.json"),
     ],
 )

@@ -9,14 +9,21 @@ import pytest
 
 from data_pipelines.build import build_shards
 from data_pipelines.nuscenes.source import read_nuscenes
+from data_pipelines.pictures import check_picture
+from data_pipelines.shards import open_shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.bench_frame import BenchFrameArgs, bench_frame
 from experiments.configs.pruner import TINY
+from experiments.drive_closed_loop import DriveArgs, drive_closed_loop
+from experiments.eval_planning import EvalPlanningArgs, eval_planning
+from experiments.plan_checkpoint import CheckpointConfig
 from experiments.quickstart import QuickstartConfig, driving_vla
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig
+from experiments.widen_vla import WidenVLAConfig
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.export import manifest as manifests
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla, save_vla
 from fastdrive_jax.models.qwen2_5_vl.config import TINY_DECODER
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
@@ -113,3 +120,32 @@ def test_bench_frame_checks_its_arguments_first(tmp_path):
     with pytest.raises(UserError, match="repeats=0"):
         BenchFrameArgs(image=path, repeats=0)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda at: QuickstartConfig(vla_weights=at / "no.safetensors"), "no such file of weights"),
+        (lambda at: WidenVLAConfig(cameras=("CAM_FOO",)), "no camera CAM_FOO"),
+        (lambda at: drive_closed_loop(DriveArgs(out=at / "o", logs=at)), "There is no log"),
+        (lambda at: open_shards(at / "s"), r"s has no manifest\.json.*; name the folder that"),
+        (lambda at: manifests.load(at / "b"), "no such folder; name that of an export"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_work(tmp_path, make, said):
+    with pytest.raises(UserError, match=said):
+        make(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_picture_is_named_without_its_buffer(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"a\.jpg cannot be decoded as JPEG or PNG \(it is none\)"):
+        check_picture(b"no picture", tmp_path / "a.jpg")
+
+
+def test_a_folder_is_not_taken_by_a_checkpoint_that_is_not_there(tmp_path):
+    qwen = CheckpointConfig(checkpoint=tmp_path / "no", shards=tmp_path / "no")
+    with pytest.raises(UserError):
+        eval_planning(EvalPlanningArgs(out=tmp_path / "out", qwen=qwen))
+    assert list(tmp_path.iterdir()) == []
