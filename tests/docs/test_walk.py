@@ -58,6 +58,8 @@ SMALL = {
         --workers 1 --pictures 1 --log-seconds 2""",
     "bench-efficiency --out runs/3b_predicted": "",
     "bench-efficiency": "--config tiny --height 112 --width 112 --repeats 1",
+    "bench-export --run runs/3b": """--frames 2 --repeats 1 --qwen.prompt-ids 200
+        --qwen.max-new-tokens 2""",
     "bench-export": "--frames 4 --repeats 1",
     "export --run runs/3b": """--check-frames 1 --platforms cpu --qwen.prompt-ids 200
         --qwen.max-new-tokens 2""",
@@ -79,6 +81,8 @@ SMALL = {
 # Their words ask for what a reader's machine need not have; a test runs the command without.
 ELSEWHERE = {
     "quickstart --images": "tests/e2e/test_images.py",  # a data set of eleven classes
+    "data build --images": "tests/experiments/test_data_commands.py",
+    "train-pruner --shards SHARDS --out runs/own": "tests/e2e/test_images.py",  # weights of DINOv2
     "train-pruner --shards SHARDS --weights CHECKPOINT --out runs/3b --hosts":
         "tests/experiments/test_train_pruner_hosts.py",
     "data mask": "tests/data_pipelines/test_maskers_run.py",  # weights of Grounded SAM
