@@ -79,21 +79,13 @@ def ssim(
     return similarity.mean(axis=(0, 2))
 
 
-def mse(prediction: Float[Array, "B *S"], target: Float[Array, "B *S"]) -> Float[Array, " B"]:
-    """Mean squared error of each item: `[B, ...]` twice to `[B]`, float32."""
-    if prediction.shape != target.shape:
-        raise ValueError(f"mse needs equal shapes, got {prediction.shape} and {target.shape}")
-    error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
-    return error.reshape(error.shape[0], -1).mean(axis=1)
-
-
 def reconstruction_loss(
     prediction: Float[Array, "B H W C"],
     target: Float[Array, "B H W C"],
     ssim_weight: float = 0.2,
     config: SsimConfig = SsimConfig(),
-) -> Float[Array, ""]:
-    """`w * (1 - SSIM) + (1 - w) * MSE`, averaged over the batch.
+) -> dict[str, Float[Array, ""]]:
+    """`w * (1 - SSIM) + (1 - w) * MSE`, averaged over the batch, and its parts.
 
     This is one of the two halves (foreground or background) of the FastDriveVLA loss, whose
     weight lambda is 0.2.
@@ -105,12 +97,19 @@ def reconstruction_loss(
         config: of the SSIM.
 
     Returns:
-        A float32 scalar.
+        Float32 scalars: "loss", "mse" and, where it is computed, "ssim".
+
+    Raises:
+        ValueError: the shapes differ, or see `ssim`.
     """
-    loss = (1 - ssim_weight) * mse(prediction, target).mean()
-    if ssim_weight:
-        loss = loss + ssim_weight * (1 - ssim(prediction, target, config).mean())
-    return loss
+    if prediction.shape != target.shape:
+        raise ValueError(f"the loss needs equal shapes, got {prediction.shape} and {target.shape}")
+    error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)).mean()
+    if not ssim_weight:
+        return {"loss": error, "mse": error}
+    similarity = ssim(prediction, target, config).mean()
+    loss = ssim_weight * (1 - similarity) + (1 - ssim_weight) * error
+    return {"loss": loss, "mse": error, "ssim": similarity}
 
 
 def _rows(pictures: Float[Array, "B H W C"]) -> Float[Array, "H B WC"]:

@@ -19,7 +19,7 @@ from fastdrive_jax.models.decoder import DecoderLayer, mrope_angles
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.layers import RMSNorm
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
-from fastdrive_jax.training.losses import SsimConfig, ssim
+from fastdrive_jax.training.losses import SsimConfig, reconstruction_loss
 
 TOKEN = 28  # pixels a side of a visual token
 _POLICIES = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -111,6 +111,8 @@ class ReconConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)!r} must be {' or '.join(known)}.")
+        if self.ssim_weight and (self.ssim_window < 1 or self.ssim_window % 2 == 0):
+            raise UserError(f"ssim_window={self.ssim_window} must be odd and positive.")
         if self.scorer_init == "zero" and self.mask_mode == "top_k":
             raise UserError(
                 "scorer_init='zero' gives all tokens one score, of which mask_mode='top_k' can "
@@ -312,8 +314,9 @@ def recon_loss(
     if config.pixel_weight:
         targets = masked_targets(batch["image"], batch["mask"], config)
         pictures = reconstruct(params, tokens, keep, grid, config)
-        fore = _half(pictures[0], targets[0], config)
-        back = _half(pictures[1], targets[1], config)
+        weights = config.ssim_weight, SsimConfig(window=config.ssim_window)
+        fore = reconstruction_loss(pictures[0], targets[0], *weights)
+        back = reconstruction_loss(pictures[1], targets[1], *weights)
         loss = config.alpha * fore["loss"] + (1 - config.alpha) * back["loss"]
         loss = config.pixel_weight * loss
         metrics = {f"{name}_fore": value for name, value in fore.items()}
@@ -354,15 +357,6 @@ def mask_shares(mask: UInt8[Array, "B H W"]) -> Float[Array, "B N"]:
     batch, height, width = mask.shape
     squares = mask.astype(jnp.float32).reshape(batch, height // TOKEN, TOKEN, width // TOKEN, TOKEN)
     return squares.mean((2, 4)).reshape(batch, -1)
-
-
-def _half(prediction, target, config: ReconConfig) -> dict[str, Array]:
-    error = jnp.square(prediction - target).mean()
-    if not config.ssim_weight:
-        return {"loss": error, "mse": error}
-    similarity = ssim(prediction, target, SsimConfig(window=config.ssim_window)).mean()
-    loss = config.ssim_weight * (1 - similarity) + (1 - config.ssim_weight) * error
-    return {"loss": loss, "mse": error, "ssim": similarity}
 
 
 def _decoder(config: ReconConfig) -> ReconDecoder:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from skimage.metrics import structural_similarity
 
-from fastdrive_jax.training.losses import SsimConfig, mse, reconstruction_loss, ssim
+from fastdrive_jax.training.losses import SsimConfig, reconstruction_loss, ssim
 
 
 def pictures(seed=0, batch=3, height=47, width=62, noise=0.2):
@@ -67,25 +67,27 @@ def test_ssim_gradient_equals_finite_differences():
 
 def test_gradient_is_finite_where_both_pictures_are_blank():
     blank = jnp.zeros((1, 16, 16, 3))
-    assert np.isfinite(jax.grad(lambda x: reconstruction_loss(x, blank))(blank)).all()
+    assert np.isfinite(jax.grad(lambda x: reconstruction_loss(x, blank)["loss"])(blank)).all()
 
 
 def test_reconstruction_loss_is_the_published_mixture():
     prediction, target = pictures()
     similarity, error = ssim(prediction, target).mean(), np.square(prediction - target).mean()
-    np.testing.assert_allclose(
-        reconstruction_loss(prediction, target), 0.2 * (1 - similarity) + 0.8 * error, rtol=1e-6
-    )
-    np.testing.assert_allclose(reconstruction_loss(prediction, target, 0.0), error, rtol=1e-6)
-    np.testing.assert_allclose(
-        reconstruction_loss(prediction, target, 1.0), 1 - similarity, rtol=1e-6
-    )
+    mixed = reconstruction_loss(prediction, target)
+    np.testing.assert_allclose(mixed["loss"], 0.2 * (1 - similarity) + 0.8 * error, rtol=1e-6)
+    np.testing.assert_allclose(mixed["ssim"], similarity, rtol=1e-6)
+    np.testing.assert_allclose(mixed["mse"], error, rtol=1e-6)
+    alone = reconstruction_loss(prediction, target, 0.0)
+    assert alone.keys() == {"loss", "mse"}
+    np.testing.assert_allclose(alone["loss"], error, rtol=1e-6)
+    pure = reconstruction_loss(prediction, target, 1.0)
+    np.testing.assert_allclose(pure["loss"], 1 - similarity, rtol=1e-6)
 
 
 def test_losses_are_float32_from_bfloat16():
     prediction, target = (jnp.asarray(x, jnp.bfloat16) for x in pictures())
     assert ssim(prediction, target).dtype == jnp.float32
-    assert mse(prediction, target).dtype == jnp.float32
+    assert {x.dtype for x in reconstruction_loss(prediction, target).values()} == {np.dtype("float32")}
 
 
 def test_wrong_shapes_and_windows_are_refused():
@@ -97,4 +99,4 @@ def test_wrong_shapes_and_windows_are_refused():
     with pytest.raises(ValueError, match="odd"):
         SsimConfig(window=10)
     with pytest.raises(ValueError, match="equal shapes"):
-        mse(x, x[..., :1])
+        reconstruction_loss(x, x[..., :1])

@@ -264,6 +264,7 @@ def test_a_drawn_budget_is_kept_to_though_scores_are_equal():
         {"mask_mode": "topk"},
         {"fill": "avg"},
         {"surrogate": "sigmod"},
+        {"ssim_window": 10},
         {"scorer_init": "zero", "mask_mode": "top_k"},
     ],
 )
