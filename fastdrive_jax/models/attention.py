@@ -2,8 +2,8 @@
 
 | device | type | kernel |
 | --- | --- | --- |
-| NVIDIA | half precision | "cudnn", flash attention |
-| NVIDIA | else, short | "xla": a loop over heads would launch more kernels than there is work |
+| NVIDIA since Ampere | half precision | "cudnn", flash attention |
+| GPU | else, short | "xla": a loop over heads would launch more kernels than there is work |
 | TPU | any | "splash", Pallas |
 | all else | any | "blockwise", below: a few query rows against all keys at a time |
 
@@ -65,13 +65,24 @@ def attention_kernel(dtype: jnp.dtype, head_dim: int, platform: str | None = Non
         head_dim: d.
         platform: See `kernels_of`; None takes what that says, or asks jax.
     """
-    platform = platform or _platform.get() or jax.default_backend()
+    asked = platform or _platform.get()
+    platform = asked or jax.default_backend()
     if platform == "any":
         return "xla"
+    if platform == "gpu" and not asked and not has_cudnn(jax.devices()[0]):
+        return "blockwise"
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
     return "splash" if platform == "tpu" else "blockwise"
+
+
+def has_cudnn(device: jax.Device) -> bool:
+    """Whether a GPU can run cuDNN's flash attention: NVIDIA's since Ampere, and no other's."""
+    try:
+        return float(getattr(device, "compute_capability", "none")) >= 8.0
+    except ValueError:  # AMD's are words
+        return False
 
 
 def attention(

@@ -1,6 +1,7 @@
 """Every kernel against JAX's own attention that holds all scores."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,17 @@ def test_causal_attention_of_other_keys_is_refused():
     query, key, value, _ = drawn(5, 11)
     with pytest.raises(ValueError, match="as many queries as keys"):
         attention(query, key, value, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel"),
+    [("9.0", "cudnn"), ("12.0", "cudnn"), ("7.5", "blockwise"), ("gfx942", "blockwise")],
+)
+def test_flash_attention_is_for_gpus_that_have_it(monkeypatch, capability, kernel):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert attention_kernel(jnp.bfloat16, 64) == kernel
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU with cuDNN")

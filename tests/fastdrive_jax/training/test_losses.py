@@ -87,7 +87,9 @@ def test_reconstruction_loss_is_the_published_mixture():
 def test_losses_are_float32_from_bfloat16():
     prediction, target = (jnp.asarray(x, jnp.bfloat16) for x in pictures())
     assert ssim(prediction, target).dtype == jnp.float32
-    assert {x.dtype for x in reconstruction_loss(prediction, target).values()} == {np.dtype("float32")}
+    assert {x.dtype for x in reconstruction_loss(prediction, target).values()} == {
+        np.dtype("float32")
+    }
 
 
 def test_wrong_shapes_and_windows_are_refused():
