@@ -20,9 +20,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # 5% of the time, and nobody reads them
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small ones are the most
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    # XLA's newer way to compile fused loops takes twice the time for programs that run once. A flag
-    # that it does not know ends a process, and some releases do not know these.
-    lean = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    # XLA's newer way to compile fused loops takes twice the time for programs that run once, and
+    # its own exponentials a tenth more. A flag that it does not know ends a process, and some
+    # releases do not know these.
+    lean = (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+        "--xla_cpu_enable_platform_dependent_math=false"
+    )
     ask = [sys.executable, "-c", "import jax; jax.devices()"]
     asked = os.environ | {"XLA_FLAGS": lean, "JAX_PLATFORMS": "cpu"}
     if "XLA_FLAGS" not in os.environ:

@@ -383,3 +383,9 @@ def test_a_checkpoint_of_two_hosts_goes_on_with_three(shards, tmp_path):
         np.testing.assert_array_equal(restored["weight"], state["weight"])
         rest.append(column(list(resumed), "index"))
     np.testing.assert_array_equal(together(rest, 2), whole[12:])
+
+
+@pytest.mark.parametrize(("index", "count"), [(2, 2), (5, 2), (-1, 2), (0, 0)])
+def test_a_process_that_is_none_of_them_is_refused(shards, index, count):
+    with pytest.raises(UserError, match=f"process_index={index} must be from 0 to below"):
+        make_loader(shards, "train", PLAIN, index, count)
