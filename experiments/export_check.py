@@ -21,7 +21,7 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.export import manifest as manifests
 from fastdrive_jax.export import run_program
 from fastdrive_jax.export.driving import PROGRAMS, read_policy
-from fastdrive_jax.export.onnx_programs import POLICY, PRUNER, read_onnx
+from fastdrive_jax.export.onnx_programs import PRUNER, policy_file, read_onnx
 from fastdrive_jax.export.programs import Bucket, read_program
 from fastdrive_jax.export.pruner import read_pruner
 from fastdrive_jax.export.quantized import quantized_plan, read_quantized
@@ -31,8 +31,6 @@ from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, recon_pruner
 
 METRES, SCORES = 1e-5, 1e-5  # of forms that hold the same numbers; scores relative to the largest
-
-ONNX = "policy, onnx"  # of one frame a call
 
 PlanFn = Callable[..., tuple[np.ndarray, np.ndarray]]  # images and more to plan or answer, kept
 
@@ -148,14 +146,15 @@ def differences(
     seen = found.images, found.speed, found.command
     for number, bucket in enumerate(buckets):
         want = in_batches(training_plan(source, bucket.keep_ratio), seen, bucket.batch)
-        for form, run, bound in _planners(out, forms, bucket, first=number == 0):
-            have = in_batches(run, seen, 1 if form == ONNX else bucket.batch)
+        converted = bucket.keep_ratio == buckets[0].keep_ratio
+        for form, run, bound in _planners(out, forms, bucket, number == 0, converted):
+            have = in_batches(run, seen, bucket.batch)
             largest = float(np.abs(want[0] - have[0]).max())
             kept = same_share(want[1], have[1])
             yield Difference(form, "waypoints, m", largest, bound, kept, frames)
 
 
-def _planners(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
+def _planners(out: Path, forms, bucket: Bucket, first: bool, converted: bool) -> Iterator[tuple]:
     """(name, program, bound) of each form that has the bucket."""
     if "policy" in forms and first:
         for form in ("safetensors", "orbax"):
@@ -168,8 +167,9 @@ def _planners(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
     if "int8" in forms and first:
         quantized, tensors = read_quantized(out / "int8")
         yield "int8 weights", of_plan(quantized_plan(quantized), tensors), None
-    if "onnx" in forms and first:
-        yield ONNX, read_onnx(out / "onnx", POLICY), METRES
+    if "onnx" in forms and converted:
+        name = "policy, onnx" if bucket.batch == 1 else f"policy, onnx, batch {bucket.batch}"
+        yield name, read_onnx(out / "onnx", policy_file(bucket.batch)), METRES
 
 
 def runs_here(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from experiments.export_qwen import check_inputs, qwen_params
 from experiments.export_source import Source
 from fastdrive_jax.export.driving import PROGRAMS, driving_program
 from fastdrive_jax.export.eight_bits import EightBits, round_params
-from fastdrive_jax.export.onnx_programs import POLICY, read_onnx, write_onnx
+from fastdrive_jax.export.onnx_programs import policy_file, read_onnx, write_onnx
 from fastdrive_jax.export.programs import Bucket, read_program, write_programs
 from fastdrive_jax.export.pruned_qwen import PROGRAMS as QWEN_PROGRAMS
 from fastdrive_jax.export.pruned_qwen import parts, quantized_answer, qwen_program
@@ -92,13 +92,12 @@ def driving_bench(source: Source, bucket: Bucket, frames: int, folder: Path) -> 
     write_programs(folder / "stablehlo", driving_program(policy), params, (bucket,), (platform,))
     program = read_program(folder / "stablehlo", PROGRAMS)
     forms["stablehlo"] = Form(of_program(program, "waypoints"), size)
-    if bucket.batch > 1 or importlib.util.find_spec("jax2onnx") is None:
-        why = "it takes one frame" if bucket.batch > 1 else "jax2onnx is not installed"
-        print(f"bench-export: onnx is left out, since {why}")
+    if importlib.util.find_spec("jax2onnx") is None:
+        print("bench-export: onnx is left out, since jax2onnx is not installed")
     else:
-        tokens = math.prod(source.vla.token_grid)
-        write_onnx(folder / "onnx", source.pruner, params, tokens, policy)
-        forms["onnx"] = Form(read_onnx(folder / "onnx", POLICY), size)
+        tokens, batch = math.prod(source.vla.token_grid), bucket.batch
+        write_onnx(folder / "onnx", source.pruner, params, tokens, policy, (batch,))
+        forms["onnx"] = Form(read_onnx(folder / "onnx", policy_file(batch)), size)
     return Bench((found.images, found.speed, found.command), forms, plain)
 
 

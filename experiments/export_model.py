@@ -54,7 +54,7 @@ class ExportArgs:
             VLA has the first.
         keep_ratio: Of the policy, in (0, 1]; several make a program each. None takes the bundle's,
             or 0.5.
-        batch: Frames of a call of the programs; several make one each. ONNX takes one frame.
+        batch: Frames of a call of the programs, and of ONNX; several make one each.
         platforms: Of the programs.
         vla: Of the VLA that the pruner was trained on, where it is not the packaged: weights of a
             tiny one, or the folder of a Qwen2.5-VL checkpoint.
@@ -170,4 +170,4 @@ def _write(form: Form, args: ExportArgs, source: Source, buckets: tuple[Bucket, 
     else:
         rows, columns = token_grid(source)
         # One picture's: the policy scores each by itself.
-        write_onnx(folder, source.pruner, source.params, rows * columns, policy)
+        write_onnx(folder, source.pruner, source.params, rows * columns, policy, args.batch)

@@ -11,6 +11,7 @@ import jinja2
 from experiments.export_check import Difference
 from experiments.export_source import Facts, Source
 from fastdrive_jax.evaluation.results import Row, select
+from fastdrive_jax.export.onnx_programs import PRUNER, policy_file
 from fastdrive_jax.export.programs import Bucket
 
 METHODS = ("reconpruner", "random", "uniform", "prior", "ground_truth", "oracle")
@@ -188,6 +189,7 @@ see `onnx/config.json`.
 ```python
 import onnxruntime
 session = onnxruntime.InferenceSession("onnx/{model}")
+{outputs} = session.run(None, dict({inputs}))
 ```
 """,
 }
@@ -236,6 +238,18 @@ found = jax.jit(quantized_answer(asked, bits))(tensors, images, ids, lengths)
 }
 
 
+def _onnx(source: Source, batch: int) -> dict[str, str]:
+    """File, inputs and outputs of what the card shows."""
+    if source.vla is None:
+        places = ["position_ids"] * source.pruner.rope
+        inputs, outputs, model = ["tokens", *places], "(scores,)", PRUNER
+    else:
+        inputs, outputs = ["images", "speed", "command"], "waypoints, keep_indices"
+        model = policy_file(batch)
+    given = ", ".join(f"{name}={name}" for name in inputs)
+    return {"model": model, "inputs": given, "outputs": outputs}
+
+
 def model_card(
     source: Source,
     forms: Sequence[str],
@@ -264,7 +278,7 @@ def model_card(
         "ratio": buckets[0].keep_ratio,
         "batch": buckets[0].batch,
         "opset": opset,
-        "model": "pruner.onnx" if source.vla is None else "policy.onnx",
+        **_onnx(source, buckets[0].batch),
     }
     fill = ("stablehlo", "onnx")  # the others have braces of their own at times
     texts = LOADING if source.qwen is None else QWEN_LOADING

@@ -2,7 +2,8 @@
 
     OUT/config.json    inputs and outputs, the SHA-256 of every file
     OUT/pruner.onnx    tokens [1, n, D] of a picture (with rope, position_ids [3, 1, n]) to scores
-    OUT/policy.onnx    images, speed and command to waypoints and kept tokens
+    OUT/policy.onnx    images, speed and command of one frame to waypoints and kept tokens
+    OUT/policy_b4.onnx the same of four frames a call
 
 Weights are inside, shapes are static, and attention is in plain operations. Where the converter
 fails it fails here; where it is wrong the check of `fastdrive export` says so.
@@ -11,7 +12,7 @@ fails it fails here; where it is wrong the check of `fastdrive export` says so.
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +38,33 @@ def write_onnx(
     params: dict,
     tokens: int,
     policy: DrivingPolicy | None = None,
+    batches: Sequence[int] = (1,),
 ) -> Path:
-    """Converts the pruner, for one picture a call, and the policy, if there is one, for one frame.
-
-    Of more frames jax2onnx 0.17.1 declares the shapes within the decoding loop wrongly.
+    """Converts the pruner, for one picture a call, and the policy, if there is one.
 
     Args:
         folder: To make; see `write_folder`.
         pruner: Sizes.
         params: {"pruner": ...}, and "vla" for a policy.
         tokens: n, of a picture.
-        policy: Whose keep ratio the program has.
+        policy: Whose keep ratio the programs have.
+        batches: Frames of a call; each makes a file.
 
     Raises:
         UserError: jax2onnx is not installed, or the folder cannot be written.
     """
     _need("jax2onnx")
-    size = (1 + (policy is not None)) * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    fill = functools.partial(_fill, pruner=pruner, params=params, tokens=tokens, policy=policy)
+    files = 1 + len(batches) * (policy is not None)
+    size = files * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    fill = functools.partial(
+        _fill, pruner=pruner, params=params, tokens=tokens, policy=policy, batches=batches
+    )
     return write_folder(folder, size, fill)
+
+
+def policy_file(batch: int) -> str:
+    """Name of the policy's file for so many frames a call."""
+    return POLICY if batch == 1 else POLICY.replace(".", f"_b{batch}.")
 
 
 def need_converter() -> None:
@@ -76,7 +85,7 @@ def _need(*packages: str) -> None:
         )
 
 
-def _fill(folder, pruner, params, tokens, policy):
+def _fill(folder, pruner, params, tokens, policy, batches):
     inputs = {"tokens": jax.ShapeDtypeStruct((1, tokens, pruner.layer.hidden_size), "float32")}
     if pruner.rope:
         inputs["position_ids"] = jax.ShapeDtypeStruct((3, 1, tokens), "int32")
@@ -87,25 +96,28 @@ def _fill(folder, pruner, params, tokens, policy):
 
     _convert(folder / PRUNER, score, inputs, ("scores",))
     described = {PRUNER: _shapes(inputs)}
-    if policy is not None:
-        config = policy.model.config
-        inputs = {
-            "images": jax.ShapeDtypeStruct(
-                (1, len(config.cameras), *config.image_size, 3), "uint8"
-            ),
-            "speed": jax.ShapeDtypeStruct((1,), "float32"),
-            "command": jax.ShapeDtypeStruct((1,), "int32"),
-        }
 
-        def run(*inputs):
-            planned = plan(policy, params, *inputs)
-            return planned.waypoints, planned.keep_indices
+    def run(*inputs):
+        planned = plan(policy, params, *inputs)
+        return planned.waypoints, planned.keep_indices
 
-        _convert(folder / POLICY, run, inputs, ("waypoints", "keep_indices"))
-        described[POLICY] = _shapes(inputs)
+    for batch in batches if policy is not None else ():
+        inputs, name = _frames(policy, batch), policy_file(batch)
+        _convert(folder / name, run, inputs, ("waypoints", "keep_indices"))
+        described[name] = _shapes(inputs)
     config = {"kind": KIND, "opset": OPSET, "inputs": described, "pruner": to_plain(pruner)}
     packages = ("fastdrive-jax", "jax", "jax2onnx", "onnx")
     manifests.seal(folder, config, {}, packages)
+
+
+def _frames(policy: DrivingPolicy, batch: int) -> dict[str, Any]:
+    config = policy.model.config
+    pictures = batch, len(config.cameras), *config.image_size, 3
+    return {
+        "images": jax.ShapeDtypeStruct(pictures, "uint8"),
+        "speed": jax.ShapeDtypeStruct((batch,), "float32"),
+        "command": jax.ShapeDtypeStruct((batch,), "int32"),
+    }
 
 
 def _convert(path: Path, function: Callable, inputs: dict[str, Any], outputs: tuple) -> None:
@@ -137,7 +149,7 @@ def read_onnx(folder: Path, name: str) -> Callable[..., list[np.ndarray]]:
 
     Args:
         folder: Of `write_onnx`.
-        name: `PRUNER` or `POLICY`.
+        name: `PRUNER` or a `policy_file`.
 
     Raises:
         UserError: The folder is no such export, or the file is missing or damaged.

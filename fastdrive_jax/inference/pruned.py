@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.inference import reuse, segments
 from fastdrive_jax.inference.live import Live, first_inputs, keep_live
+from fastdrive_jax.models.attention import plain_operations
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.pruning.budgets import split_pictures
@@ -165,9 +166,23 @@ def decode_tokens(
         return (following, parts), (following, row)
 
     ids = choose(prefilled.logits)
-    _, (rest, rows) = jax.lax.scan(step, (ids, prefilled.segments), length=count - 1)
+    start = ids, prefilled.segments
+    if plain_operations() and len(ids) > 1:
+        # jax2onnx 0.17 declares the shapes within a loop over several samples wrongly.
+        _, (rest, rows) = _unrolled(step, start, count - 1)
+    else:
+        _, (rest, rows) = jax.lax.scan(step, start, length=count - 1)
     action = (prefilled.action + rows.sum(axis=0)) / count if observe else None
     return Decoded(jnp.concatenate([ids[:, None], rest.T], axis=1), action)
+
+
+def _unrolled(step: Callable, carry: Any, length: int) -> tuple[Any, Any]:
+    """What `jax.lax.scan` gives, without a loop in the program."""
+    outs = []
+    for _ in range(length):
+        carry, out = step(carry, None)
+        outs.append(out)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
 
 
 def start_memory(

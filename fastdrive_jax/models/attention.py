@@ -57,6 +57,11 @@ def kernels_of(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
+def plain_operations() -> bool:
+    """Whether a program is made for a converter, see `kernels_of`."""
+    return _platform.get() == "any"
+
+
 def attention_kernel(dtype: jnp.dtype, head_dim: int, platform: str | None = None) -> str:
     """Name of the kernel that `attention` takes for queries of this type.
 

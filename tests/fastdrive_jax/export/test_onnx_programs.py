@@ -1,15 +1,23 @@
 import importlib.util
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.export.onnx_programs import POLICY, PRUNER, read_onnx, write_onnx
+from fastdrive_jax.export.onnx_programs import (
+    POLICY,
+    PRUNER,
+    policy_file,
+    read_onnx,
+    write_onnx,
+)
 from fastdrive_jax.export.pruner import write_pruner
 from fastdrive_jax.inference.policy import DrivingPolicy, plan
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
+from fastdrive_jax.models.trajectory_tokens import DrivingVocabulary
 from fastdrive_jax.pruning import make_pruner
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
 
@@ -46,6 +54,23 @@ def test_the_policy_plans_the_same(folder, policy):
         np.testing.assert_array_equal(have[1], want.keep_indices)
         seen.add(have[1].tobytes())
     assert len(seen) > 1  # it looks at the picture
+
+
+@needs_converter
+def test_several_frames_a_call(policy, small_pruner, tmp_path):
+    """With a plan of one waypoint: each of its tokens is converted by itself."""
+    static, params = policy
+    short = replace(static.model.config, vocabulary=DrivingVocabulary(steps=1))
+    static = replace(static, model=DrivingVLA(short))
+    write_onnx(tmp_path / "onnx", small_pruner, params, 10, static, batches=(3,))
+    assert not (tmp_path / "onnx" / POLICY).exists()
+    images = np.random.default_rng(1).integers(0, 256, (3, 1, *short.image_size, 3), np.uint8)
+    inputs = images, np.array([2, 9, 0], np.float32), np.array([0, 2, 1], np.int32)
+    have = read_onnx(tmp_path / "onnx", policy_file(3))(*inputs)
+    want = jax.jit(plan, static_argnums=0)(static, params, *inputs)
+    np.testing.assert_allclose(have[0], want.waypoints, atol=1e-5)
+    np.testing.assert_array_equal(have[1], want.keep_indices)
+    assert len(np.unique(have[0], axis=0)) > 1
 
 
 @needs_converter
