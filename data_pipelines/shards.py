@@ -3,8 +3,10 @@
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -86,7 +88,6 @@ def open_shards(path: Path, verify: bool = False, skip_bad: int = 0) -> Shards:
             split: {name: n for name, n in shards.items() if name not in bad.unreadable}
             for split, shards in lengths.items()
         }
-        sums = "".join(shard["sha256"] for _, shard in sorted(manifest["shards"].items()))
         left_out = json.dumps([sorted(bad.unreadable), *map(sorted, bad.places.values())])
         return Shards(
             path=path,
@@ -99,7 +100,7 @@ def open_shards(path: Path, verify: bool = False, skip_bad: int = 0) -> Shards:
                 for split, shards in readable.items()
             },
             image_size=tuple(manifest["image_size"]),
-            digest=hashlib.sha256((sums + left_out * bool(wrong)).encode()).hexdigest(),
+            digest=shards_digest(manifest["shards"], left_out * bool(wrong)),
             lengths=readable,
             bad=bad.places,
         )
@@ -107,6 +108,17 @@ def open_shards(path: Path, verify: bool = False, skip_bad: int = 0) -> Shards:
         raise UserError(
             f"{path / MANIFEST} is incomplete ({error!r}); build the shards again."
         ) from error
+
+
+def shards_digest(shards: Mapping[str, Mapping[str, Any]], left_out: str = "") -> str:
+    """`Shards.digest` of what a manifest says of its shards.
+
+    Args:
+        shards: By file name.
+        left_out: What is not read of them, as JSON; "" if all is.
+    """
+    sums = "".join(shard["sha256"] for _, shard in sorted(shards.items()))
+    return hashlib.sha256((sums + left_out).encode()).hexdigest()
 
 
 def _read_manifest(path: Path) -> dict:

@@ -29,6 +29,7 @@ from experiments.frame_stages import clock
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.export.programs import Bucket
+from fastdrive_jax.inference.pictures import layout_inputs
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
 from fastdrive_jax.pruning.select import num_keep
@@ -117,10 +118,9 @@ def _errors(source: Source, bench: Bench, args: BenchExportArgs) -> Iterator[Row
             yield row(name, metric, value, unit)
         yield row(name, "kept_tokens_same", same_share(want[1], have[1]))
         if form.scores is not None:
-            tokens, scores = scored
-            ranks = [
-                _rank_correlation(*both) for both in zip(scores, form.scores(tokens), strict=True)
-            ]
+            given, scores = scored
+            found = form.scores(*given)
+            ranks = [_rank_correlation(*both) for both in zip(scores, found, strict=True)]
             yield row(name, "score_rank_correlation_mean", np.mean(ranks))
             yield row(name, "score_rank_correlation_min", np.min(ranks))
 
@@ -139,8 +139,11 @@ def _answer_errors(want: np.ndarray, have: np.ndarray) -> Iterator[tuple[str, fl
     yield "ids_before_another", np.cumprod(same, axis=1).sum(axis=1).mean(), ""
 
 
-def _scored(source: Source, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each picture and their scores in float32, picture by picture as policies score."""
+def _scored(source: Source, images: np.ndarray) -> tuple[tuple, np.ndarray]:
+    """What the pruner takes of each picture, and its scores in float32.
+
+    Picture by picture, as policies score.
+    """
     model = DrivingVLA(source.vla)
     encode = jax.jit(partial(model.apply, method="encode"))
     variables = {"params": source.params["vla"]}
@@ -148,8 +151,11 @@ def _scored(source: Source, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         [np.asarray(encode(variables, images[at : at + 20])) for at in range(0, len(images), 20)]
     )
     tokens = tokens.reshape(-1, math.prod(source.vla.token_grid), tokens.shape[-1])
+    given = (tokens,)
+    if source.pruner.rope:
+        given = tokens, layout_inputs(tokens, source.vla.token_grid).position_ids
     score = jax.jit(ReconPruner(source.pruner).apply)
-    return tokens, np.asarray(score({"params": source.params["pruner"]}, tokens))
+    return given, np.asarray(score({"params": source.params["pruner"]}, *given))
 
 
 def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:

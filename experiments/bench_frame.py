@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.pictures import check_picture, read_bytes
+from experiments.configs.pruner import TINY
 from experiments.frame_stages import (
     STAGES,
     Given,
@@ -32,8 +33,10 @@ from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.inference.policy import DrivingPolicy, start_state
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
-from fastdrive_jax.pruning import Pruner, make_pruner
+from fastdrive_jax.pruning import Pruner
+from fastdrive_jax.pruning.recon_pruner import recon_pruner
 from fastdrive_jax.pruning.select import num_keep
+from fastdrive_jax.training.reconstruction import init_params
 
 
 def frame_times(
@@ -116,7 +119,7 @@ def timing_rows(
 
 @dataclass(frozen=True)
 class BenchFrameArgs:
-    """Time the bundled VLA's frame.
+    """Time the bundled VLA's frame with a ReconPruner of random weights.
 
     Attributes:
         image: A JPEG to plan from.
@@ -138,12 +141,14 @@ class BenchFrameArgs:
 
 
 def bench_frame(args: BenchFrameArgs) -> Path:
-    """Times an untrained uniform choice: what a pruner's scores are does not change the time."""
+    """Times a ReconPruner of random weights: what its scores are does not change the time."""
     jpeg = read_bytes(args.image)
     check_picture(jpeg, args.image)
     model, params = load_vla()
-    pruner = make_pruner("uniform")
-    times = frame_times(model, params, pruner, None, jpeg, args.ratios, args.repeats)
+    config = TINY.recon
+    weights = init_params(config, jax.random.key(0))["pruner"]
+    pruner = recon_pruner(config.pruner)
+    times = frame_times(model, params, pruner, weights, jpeg, args.ratios, args.repeats)
     path = args.out / "frame.json"
     write_rows(path, timing_rows(*times, args.repeats), {"device": str(jax.devices()[0])})
     return path

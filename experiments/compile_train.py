@@ -76,6 +76,9 @@ class CompileTrainArgs:
         for name in ("devices", "fsdp", "tensor", "per_device"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("link", "used"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be positive.")
         if self.devices % (self.fsdp * self.tensor):
             raise UserError(
                 f"devices={self.devices} must be a multiple of fsdp x tensor = "

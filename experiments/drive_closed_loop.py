@@ -58,7 +58,7 @@ class DriveArgs:
         logs: Folder of ScenarioNet logs scene-*.json.gz; by default the one under
             FASTDRIVE_SHARED, if it is there.
         log_seconds: Duration of a log.
-        latency: Seconds from a picture to its plan.
+        latency: Seconds from a picture to its plan; not with `target_ms`, which says it.
         latency_scale: If above 0, the latency is this times the measured seconds of a frame.
         target_ms: Drive each method at one ratio alone, the largest of `ratios` with which a frame
             is planned within this; its plans arrive when that has passed.
@@ -95,10 +95,9 @@ class DriveArgs:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative.")
         if self.target_ms is not None:
             check_target(self.target_ms)
-            if self.latency_scale:
-                raise UserError(
-                    "target_ms and latency_scale both say how late plans are; give one."
-                )
+            if self.latency_scale or self.latency != DriveArgs.latency:
+                name = "latency_scale" if self.latency_scale else "latency"
+                raise UserError(f"target_ms and {name} both say how late plans are; give one.")
         for seconds in (self.seconds, self.log_seconds):
             LoopConfig(seconds=seconds, latency=self.latency)
 
@@ -130,7 +129,7 @@ def drive_closed_loop(args: DriveArgs) -> Path:
         "device": str(jax.devices()[0]),
         "routes": {kind: len(routes) for kind, routes in courses.items()},
         "seconds": {"world": args.seconds, "log": args.log_seconds},
-        "latency": args.latency,
+        "latency": args.latency if args.target_ms is None else None,
         "latency_scale": args.latency_scale,
         "target_ms": args.target_ms,
         "batch": args.batch,

@@ -87,13 +87,16 @@ def check_methods(methods: Sequence[str], ratios: Sequence[float]) -> None:
     """Refuses what no command can prune by.
 
     Raises:
-        UserError: There is no such method, two have one name, or a ratio is outside (0, 1].
+        UserError: There is no such method, two have one name, or a ratio is outside (0, 1] or is
+            named twice.
     """
     check_labels(methods)
     for name in methods:
         builds_on_recon(name)  # says what there is
     for ratio in ratios:
         num_keep(1000, ratio)
+    if len(set(ratios)) < len(ratios):
+        raise UserError(f"ratios={ratios} must name none twice.")
 
 
 def check_labels(names: Sequence[str]) -> None:

@@ -117,7 +117,7 @@ def export_model(args: ExportArgs) -> Path:
             found.append(one)
         refuse_differences(found)
     device = str(jax.devices()[0].device_kind)
-    card = model_card(source, forms, buckets, args.platforms, found, OPSET, device)
+    card = model_card(source, forms, buckets, args.platforms, found, OPSET, device, args.check)
     path = write_text(args.out / CARD, card)
     print(f"export: {path}", flush=True)
     return path
@@ -143,6 +143,9 @@ def _claim(out: Path, forms: tuple[Form, ...]) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another folder.")
     ours = {*forms, CARD, TORCH_MODULE.name}
+    for form in forms:  # what an export that was killed left
+        for part in (*out.glob(f".{form}.part-*"), *out.glob(f".{form}.old-*")):
+            shutil.rmtree(part)
     if out.is_dir() and (other := sorted({path.name for path in out.iterdir()} - ours)):
         raise UserError(
             f"{out} holds {other[0]}, which this export would not write; choose another folder or "

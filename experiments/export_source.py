@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from data_pipelines.shards import shards_digest
 from experiments.configs.pruner import PrunerRun
 from experiments.encoders import frozen_vla, qwen_digest
 from fastdrive_jax.configs import from_plain
@@ -244,7 +245,9 @@ def _facts(run: Path) -> Facts:
             found |= {"results": run / name, "rows": rows, "step": meta.get("step")}
             shards = Path(meta["shards"]) if "shards" in meta else run / "shards"
             if (shards / "manifest.json").is_file():
-                found["data"] = {**read_json(shards / "manifest.json"), "path": str(shards)}
+                data, known = read_json(shards / "manifest.json"), found.get("data_digest")
+                if known in (None, shards_digest(data["shards"])):
+                    found["data"] = {**data, "path": str(shards)}
             break
     return Facts(**found)
 

@@ -112,7 +112,9 @@ def _comparisons(scores: Mapping[Key, Scores], scenes: np.ndarray) -> list[Row]:
         rows += [row for both in found for row in both]
         # One family of tests: all others against ours at this ratio.
         tests = [
-            p for _, p in found if p.method.startswith(f"{OURS} - ") and UNPRUNED not in p.method
+            p
+            for _, p in found
+            if p.method.startswith(f"{OURS} - ") and p.method != f"{OURS} - {UNPRUNED}"
         ]
         for row, p in zip(tests, holm([row.value for row in tests]), strict=True):
             rows.append(dataclasses.replace(row, metric=HEADLINE + HOLM, value=p))

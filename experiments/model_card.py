@@ -66,8 +66,11 @@ On {{ differences[0].n }} {{ frames }}, read back from this folder, beside the t
 | {{ one.form }} | {{ one.quantity }} | {{ "%.2g" | format(one.largest) }} | \
 {% if one.kept is not none %}{{ "%.2f%%" | format(100 * one.kept) }}{% endif %} |
 {% endfor %}
+{% if lowered %}
+Of the programs ({{ lowered }}) only those for this device were run.
+{% endif %}
 {% else -%}
-Not checked: it was exported with `--no-check`.
+Not checked: {{ unchecked }}
 
 {% endif -%}
 ## Training
@@ -103,7 +106,8 @@ SHA-256 of the shards:
 {% endfor -%}
 ```
 {%- elif facts.data_digest -%}
-Shards with the digest `{{ facts.data_digest }}`; where the run says they are, they are no more.
+Shards with the digest `{{ facts.data_digest }}`; where the run says they are, there are others or \
+none.
 {%- else -%}
 `{{ source.path }}` does not say what it was trained on.
 {%- endif %}
@@ -146,9 +150,11 @@ Without JAX, in PyTorch, by the one file `torch_pruner.py` beside this page (tor
 
 ```python
 from torch_pruner import keep, load_pruner
-scores = load_pruner("pruner")(tokens)            # [B, N, D] to [B, N]
-kept = keep(scores, k)                            # [B, K]
+scores = load_pruner("pruner")(tokens)            # [B * C, n, D] to [B * C, n]: each picture alone
+kept = keep(scores.reshape(B, -1), k)             # [B, K] of the C pictures of a sample together
 ```
+
+A pruner with positions (`rope`) takes `ids` [3, B * C, n] too: 0, row and column in the picture.
 """,
     "policy": """\
 `policy/`: the whole pruned policy, safetensors and Orbax.
@@ -258,6 +264,7 @@ def model_card(
     differences: Sequence[Difference],
     opset: int,
     device: str,
+    checked: bool,
 ) -> str:
     """The page in Markdown.
 
@@ -269,6 +276,7 @@ def model_card(
         differences: What the check found; empty without one.
         opset: Of ONNX.
         device: That the check ran on.
+        checked: Whether a check was asked for.
     """
     facts, whole = source.facts, source.vla is not None or source.qwen is not None
     described = ", ".join(f"{100 * b.keep_ratio:g}% kept at batch {b.batch}" for b in buckets)
@@ -298,6 +306,10 @@ def model_card(
         differences=differences,
         frames="frames of the synthetic world" if whole else "pictures of random tokens",
         device=device,
+        unchecked="none of these forms runs on this device."
+        if checked
+        else "it was exported with `--no-check`.",
+        lowered="stablehlo" in forms and ", ".join(platforms),
         parameters={name: _count(tree) for name, tree in source.params.items()},
         setting=json.dumps(facts.training, indent=1),
         foreground=_foreground(facts),

@@ -159,7 +159,7 @@ def checkpoint_case(
         view=lambda sample: np.stack(driver.pictures(sample)),
         cameras=cameras,
         grid=driver.grid,
-        weights=_digests(config),
+        weights=_digests(config) | {"shards": shards.digest},
         meta={"visual_tokens": driver.total, "shards": shards.digest, "dtype": config.dtype},
         notes=notes,
     )

@@ -38,7 +38,7 @@ from experiments.planned import Case, Planned, Setting
 from experiments.planning import PlanningSplit, plan_split, planning_split
 from experiments.pruner_data import train_prior
 from experiments.quickstart import shards_of
-from experiments.train_pruner import train_pruner
+from experiments.train_pruner import RunIdentity, train_pruner
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.truth import DrivingTruth
 from fastdrive_jax.inference.policy import DrivingPolicy
@@ -152,7 +152,8 @@ def prepare_benchmark(out: Path, config: BenchmarkConfig, quiet: bool) -> Benchm
     trained = []
     for seed in config.seeds:
         run = replace(config.pruner, seed=seed, loader=replace(config.pruner.loader, seed=seed))
-        found, _ = train_pruner(train, run, out / f"pruner_{seed}", quiet=quiet)
+        identity = RunIdentity(run, encoder.digest, train_shards.digest)
+        found, _ = train_pruner(train, run, out / f"pruner_{seed}", quiet, identity=identity)
         trained.append(Trained(run.recon.pruner, jax.device_get(found["pruner"]), prior))
     size = model.config.image_size
     data = planning_split(shards, "val", features.splits["val"], size, cameras)
@@ -203,7 +204,10 @@ def benchmark_case(
         view=lambda sample: np.asarray(data.images[sample]),
         cameras=config.cameras,
         grid=config.token_grid,
-        weights={name: params_digest(one) for name, one in {"vla": bench.params, **own}.items()},
+        weights={
+            **{name: params_digest(one) for name, one in {"vla": bench.params, **own}.items()},
+            "shards": bench.shards.digest,
+        },
         meta={
             "visual_tokens": config.visual_tokens,
             "layers": config.text.num_layers,

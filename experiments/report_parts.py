@@ -118,6 +118,7 @@ def kept_section(rows: Sequence[Row]) -> Section:
                         f"{metric.label.capitalize()}{intervals}.",
                     )
                     for metric in KEPT_METRICS[:2]
+                    if curves(rows, metric.name, METHODS)  # without object ids there are none
                 ),
                 360,
             ),

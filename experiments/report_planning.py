@@ -256,9 +256,10 @@ def _bars(results: Results, ratio: float) -> Figure | None:
     names = [row.method.removesuffix(end) for row in found]
     ends = [row.value for row in found], [row.low for row in found], [row.high for row in found]
     picture = interval_bars(
-        names, *ends, "L2 minus unpruned [m]", f"{ratio:.0%} of the tokens kept", (OURS,)
+        names, *ends, "L2 minus unpruned [m]", f"{100 * ratio:g}% of the tokens kept", (OURS,)
     )
-    return Figure(f"cost_{round(100 * ratio)}", picture, "Paired differences with 95% intervals.")
+    name = f"cost_{100 * ratio:g}".replace(".", "_")
+    return Figure(name, picture, "Paired differences with 95% intervals.")
 
 
 def _pictures(case: Case, results: Results, count: int):
@@ -266,8 +267,8 @@ def _pictures(case: Case, results: Results, count: int):
     least = min((r for m, r in results.plans if m == OURS and r is not None), default=None)
     shown = {"unpruned": (UNPRUNED, 1.0), "no image": ("no_image", None)}
     if least is not None:
-        shown[f"ReconPruner {least:.0%}"] = (OURS, least)
-        shown[f"random {least:.0%}"] = ("random", least)
+        shown[f"ReconPruner {100 * least:g}%"] = (OURS, least)
+        shown[f"random {100 * least:g}%"] = ("random", least)
     shown = {name: key for name, key in shown.items() if key in results.plans}
     for number, sample in enumerate(_telling(case, results, count)):
         plans = {name: results.plans[key].waypoints[sample] for name, key in shown.items()}
@@ -275,7 +276,7 @@ def _pictures(case: Case, results: Results, count: int):
         yield Figure(f"frame_{number}_above", from_above(case.truth, sample, plans, title), title)
         if least is not None:
             sheet = kept_sheet(case, sample, results.plans[OURS, least].kept[sample])
-            caption = f"What ReconPruner keeps of it at {least:.0%}."
+            caption = f"What ReconPruner keeps of it at {100 * least:g}%."
             yield Figure(f"frame_{number}_kept", sheet, caption, photo=True)
 
 

@@ -82,16 +82,16 @@ def quantized_plan(
     return rounded_run(_parts(quantized), quantized.bits, partial(plan, quantized.policy))
 
 
-def quantized_scores(quantized: QuantizedPolicy) -> Callable[[Tensors, jax.Array], jax.Array]:
-    """`(tensors, tokens [B, N, D])` to the pruner's scores [B, N]; of a pruner without rope.
+def quantized_scores(quantized: QuantizedPolicy) -> Callable[..., jax.Array]:
+    """`(tensors, tokens [B, N, D], position_ids [3, B, N])` to the pruner's scores [B, N].
 
     Raises:
         UserError: qwix is not installed.
     """
     module = ReconPruner(quantized.pruner)
 
-    def score(params, tokens):
-        return module.apply({"params": params["pruner"]}, tokens)
+    def score(params, tokens, position_ids=None):
+        return module.apply({"params": params["pruner"]}, tokens, position_ids)
 
     return rounded_run({"pruner": _parts(quantized)["pruner"]}, quantized.bits, score)
 

@@ -1,8 +1,11 @@
 """ReconPruner in PyTorch: one file to copy into another code base; needs torch and safetensors.
 
     pruner = load_pruner("export/pruner")      # the folder with config.json and model.safetensors
-    scores = pruner(tokens)                    # visual tokens [B, N, D] to scores [B, N]
+    scores = pruner(tokens)                    # tokens [B, N, D] of B pictures to scores [B, N]
     kept = keep(scores, k)                     # the K best [B, K], in raster order
+
+Each picture is scored by itself. Where several share one budget, their scores go side by side:
+`keep(scores.reshape(samples, -1), k)`.
 
 A pruner with `rope` also takes the tokens' row and column ids, `pruner(tokens, ids)` with
 ids [3, B, N] (0, row, column of each token in its picture).

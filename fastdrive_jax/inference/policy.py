@@ -12,6 +12,7 @@ from fastdrive_jax.inference import reuse
 from fastdrive_jax.inference.generate import decode, live_prompt, prefill
 from fastdrive_jax.inference.pictures import driving_inputs, picture_inputs, token_pixels
 from fastdrive_jax.inference.pruned import (
+    before_model,
     keep_before,
     next_memory,
     observed_layers,
@@ -26,7 +27,6 @@ from fastdrive_jax.models.qwen2_5_vl.driving import (
     positions,
     visual_positions,
 )
-from fastdrive_jax.pruning.cd_pruner import text_relevance
 from fastdrive_jax.pruning.interface import (
     Pruner,
     PrunerInputs,
@@ -155,10 +155,11 @@ def choose_inputs(
 ) -> Chosen:
     """First stage of `plan_tokens`: what a method that stands before the model does."""
     model, pruner = policy.model, policy.pruner
-    if "relevance" in pruner.needs and inputs.relevance is None:
+    relevance = "relevance" in pruner.needs and inputs.relevance is None
+    if stands_before(pruner) and (relevance or {"text", "embeddings"} & pruner.needs):
         variables = {"params": params["vla"]}
         text = model.apply(variables, prompt, method=lambda vla, ids: vla.language_model.embed(ids))
-        inputs = inputs.replace(relevance=text_relevance(inputs.tokens, text))
+        inputs = before_model(inputs, text, jnp.ones(prompt.shape, bool), relevance)
     batch, total = inputs.tokens.shape[:2]
     where = visual_positions(model.config, batch)
     if not stands_before(pruner):

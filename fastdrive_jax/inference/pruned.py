@@ -59,6 +59,26 @@ def stands_before(pruner: Pruner) -> bool:
     return pruner.cuts is None and not pruner.renumber
 
 
+def before_model(
+    inputs: PrunerInputs,
+    text: Float[Array, "B L D"],
+    text_valid: Bool[Array, "B L"],
+    relevance: bool,
+) -> PrunerInputs:
+    """The inputs with what the prompt tells a method that stands before the language model.
+
+    Args:
+        inputs: Of the pictures.
+        text: Embeddings of the prompt.
+        text_valid: Which are real.
+        relevance: Whether to fill that in.
+    """
+    given = {"text": text, "text_valid": text_valid, "embeddings": inputs.tokens}
+    if relevance:
+        given["relevance"] = text_relevance(inputs.tokens, text, text_valid)
+    return inputs.replace(**given)
+
+
 def keep_before(
     pruner: Pruner,
     params: Any,
@@ -129,10 +149,8 @@ def read_pruned(
         return Read(reused.read, reused.computed, reused)
     if stands_before(pruner):
         first = first_inputs(live, None)
-        inputs = inputs.replace(text=first.text, text_valid=first.text_valid)
-        if "relevance" in pruner.needs and inputs.relevance is None:
-            relevance = text_relevance(inputs.tokens, first.text, first.text_valid)
-            inputs = inputs.replace(relevance=relevance)
+        relevance = "relevance" in pruner.needs and inputs.relevance is None
+        inputs = before_model(inputs, first.text, first.text_valid, relevance)
         live = keep_live(live, keep_before(pruner, pruner_params, inputs, keep_ratio, key))
         given, within = (decoder, params, live, next_position, room), ()
     read = segments.prefill(*given, *within, observe=observe, acting=acting, total=total)

@@ -90,6 +90,16 @@ def split_pictures(inputs: PrunerInputs) -> PrunerInputs:
     for name in ("text", "text_valid"):
         if (value := getattr(inputs, name)) is not None:
             parts[name] = jnp.repeat(value, pictures, axis=0)
+    if inputs.state is not None:
+        of_tokens = inputs.tokens.shape[:2]
+        parts["state"] = jax.tree.map(
+            lambda x: (
+                x.reshape(-1, n, *x.shape[2:])
+                if x.shape[:2] == of_tokens
+                else jnp.repeat(x, pictures, axis=0)
+            ),
+            inputs.state,
+        )
     return inputs.replace(**parts)
 
 

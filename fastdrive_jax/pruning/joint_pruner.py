@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fastdrive_jax.pruning.budgets import split_pictures
+from fastdrive_jax.pruning.budgets import pictures_of, split_pictures
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, Seen, Temporal, real_tokens
 from fastdrive_jax.pruning.max_min import farthest_first, pairwise_distances, unit_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig, recon_pruner
@@ -63,8 +63,10 @@ def joint_pruner(
 
     def choose(params, inputs: PrunerInputs, key, k: int) -> Int[Array, "B K"]:
         valid = real_tokens(inputs)
-        pictures = inputs.replace(state=None, count=None)
-        scores = scorer.score(params, split_pictures(pictures), key).reshape(valid.shape)
+        pictures = inputs.replace(state=None)
+        if pictures_of(inputs) > 1:
+            pictures = split_pictures(pictures.replace(count=None))
+        scores = scorer.score(params, pictures, key).reshape(valid.shape)
         relevance = share_below(scores, valid)
         acted, trust = inputs.state["action"], inputs.state["trust"]
         if inputs.ids is not None:  # the state is of all tokens, the inputs may be of some

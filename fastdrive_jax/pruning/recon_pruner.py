@@ -48,12 +48,14 @@ class ReconPruner(nn.Module):
         self,
         tokens: Float[Array, "B N D"],
         position_ids: Int[Array, "3 B N"] | None = None,
+        count: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B N"]:
         """Scores S [B, N]; positive means foreground in the faithful training mode.
 
         Args:
             tokens: Visual tokens V.
             position_ids: Needed with `config.rope`; the query stands at 0, 0, 0.
+            count: Real tokens, which come first; None means all.
         """
         config = self.config
         batch, _, dim = tokens.shape
@@ -71,7 +73,8 @@ class ReconPruner(nn.Module):
             # In front, as in the paper; without a causal mask its place in the row is no position.
             angles = mrope_angles(config.layer, jnp.pad(position_ids, ((0, 0), (0, 0), (1, 0))))
         layer = DecoderLayer(config.layer, causal=False, name="layer")
-        mixed, _ = layer(jnp.concatenate([query, tokens], axis=1), angles)
+        lengths = None if count is None else count + 1
+        mixed, _ = layer(jnp.concatenate([query, tokens], axis=1), angles, lengths=lengths)
         products = mixed[:, 1:] * mixed[:, :1]
         return nn.Dense(1, use_bias=False, name="scorer")(products)[..., 0]
 
@@ -87,7 +90,7 @@ def recon_pruner(config: ReconPrunerConfig) -> Pruner:
     return Pruner(
         name="reconpruner",
         score=lambda params, inputs, key: module.apply(
-            {"params": params}, inputs.tokens, inputs.position_ids
+            {"params": params}, inputs.tokens, inputs.position_ids, inputs.count
         ),
         needs=frozenset(needs),
     )

@@ -74,6 +74,13 @@ def top_k(
     return jnp.sort(indices, axis=-1)
 
 
+def real_first(values: Float[Array, " N"], valid: Bool[Array, " N"]) -> Int[Array, " N"]:
+    """Tokens by falling value, of equals the first; NaN comes last, and padding behind it."""
+    falling = -values.astype(jnp.float32)
+    falling = jnp.where(jnp.isnan(falling), jnp.finfo(jnp.float32).max, falling)
+    return jnp.argsort(jnp.where(valid, falling, jnp.inf))
+
+
 def gather_tokens(
     tokens: Num[Array, "B N D"], keep_indices: Int[Array, "B K"]
 ) -> Num[Array, "B K D"]:

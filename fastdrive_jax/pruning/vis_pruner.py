@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fastdrive_jax.pruning.halves import NO_MATCH, next_order
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, real_tokens
 from fastdrive_jax.pruning.max_min import pairwise_cosines, unit_tokens
+from fastdrive_jax.pruning.select import real_first
 
 
 def num_rounds(live: int, k: int, per_round: int) -> int:
@@ -72,7 +73,7 @@ def _choose(
     important: int,
     per_round: int,
 ) -> Int[Array, " K"]:
-    falling = jnp.argsort(jnp.where(valid, -received.astype(jnp.float32), jnp.inf))
+    falling = real_first(received, valid)
     rest = falling[important:]
     cosines = pairwise_cosines(unit_tokens(tokens, valid)[rest])
     live = jnp.maximum(jnp.sum(valid) - important, 0)

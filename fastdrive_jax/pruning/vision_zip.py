@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, real_tokens
 from fastdrive_jax.pruning.max_min import unit_tokens
+from fastdrive_jax.pruning.select import real_first
 
 _EXACT = jax.lax.Precision.HIGHEST  # at the default, GPUs round products to TF32
 
@@ -63,7 +64,7 @@ def _merge(
     contextual: int,
     add: bool,
 ) -> tuple[Int[Array, " K"], Float[Array, "K D"]]:
-    falling = jnp.argsort(jnp.where(valid, -received.astype(jnp.float32), jnp.inf))
+    falling = real_first(received, valid)
     dominant, rest = falling[: k - contextual], jnp.sort(falling[k - contextual :])
     if not contextual:
         return dominant, tokens[dominant]

@@ -175,7 +175,8 @@ async def _received(
 ) -> tuple[PlanRequest, dict[str, bytes]]:
     """What is asked, and the pictures' files by camera."""
     body.check_announced(request.headers.get("content-length"))
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "multipart/form-data":
         raise Refusal(
             415,
             "multipart",
@@ -190,9 +191,11 @@ async def _received(
         text = form.get("request")
         if text is None:
             raise Refusal(422, "request", "The part 'request' with the JSON is missing.")
-        asked = parse_request(
-            await text.read() if isinstance(text, UploadFile) else text, service.config.ratios
-        )
+        if isinstance(text, UploadFile):  # of which the form has no bound
+            text = await text.read(_MOST_JSON + 1)
+        if len(text) > _MOST_JSON:
+            raise Refusal(413, "request", f"The part 'request' has over {_MOST_JSON} bytes.")
+        asked = parse_request(text, service.config.ratios)
         check_cameras([name for name, _ in files], service.model.cameras)
         return asked, {
             name: await value.read() if isinstance(value, UploadFile) else value.encode()
@@ -222,10 +225,12 @@ async def _planned(
     images = await _decoded(service, encoded)
     del encoded  # much larger than what waits
     queued = time.perf_counter()
-    waiting = service.worker.submit(Job(asked, images, begun, queued))
+    job = Job(asked, images, begun, queued)
+    waiting = service.worker.submit(job)
     try:
         answer = await asyncio.wait_for(asyncio.wrap_future(waiting), limits.answer_seconds)
     except TimeoutError as error:
+        job.given_up.set()
         raise Refusal(
             504, "answer_slow", f"No plan within {limits.answer_seconds:g} s; the frame is dropped."
         ) from error

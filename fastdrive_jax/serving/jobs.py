@@ -1,5 +1,6 @@
 """Frames that wait, and which of them run together."""
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ class Job:
         arrived: `perf_counter` when the request began.
         queued: The same when it joined the queue.
         answer: Where its `Answer` goes.
+        given_up: Set once nobody waits for it any more: the drive then does not count it.
     """
 
     asked: PlanRequest
@@ -28,6 +30,7 @@ class Job:
     arrived: float
     queued: float
     answer: Future = field(default_factory=Future)
+    given_up: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True)

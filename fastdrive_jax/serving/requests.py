@@ -15,6 +15,7 @@ COMMANDS = ("left", "straight", "right")
 _DRIVE = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _FIELDS = ("speed", "command", "drive", "frame", "keep_ratio", "target_ms")
 _MOST_FRAMES = 2**31
+_MOST_SHOWN = 80  # letters of a value that is refused
 _MOST_DIGITS = 20  # of whole numbers
 
 
@@ -57,10 +58,10 @@ def parse_request(text: str | bytes, ratios: Sequence[float]) -> PlanRequest:
         raise _wrong('The part \'request\' must be an object such as {"speed": 5, "command": ...}')
     unknown = sorted(set(given) - set(_FIELDS))
     if unknown:
-        raise _wrong(f"The request has unknown {', '.join(unknown)}; it may have {_FIELDS}")
+        raise _wrong(f"The request has unknown {_cut(', '.join(unknown))}; it may have {_FIELDS}")
     command = given.get("command")
     if command not in COMMANDS:
-        raise _wrong(f"command={command!r} must be one of {', '.join(COMMANDS)}")
+        raise _wrong(f"command={_short(command)} must be one of {', '.join(COMMANDS)}")
     drive = given.get("drive")
     if drive is not None and not (isinstance(drive, str) and _DRIVE.fullmatch(drive)):
         raise _wrong("drive must be 1 to 64 letters, digits or _ . : -")
@@ -68,7 +69,7 @@ def parse_request(text: str | bytes, ratios: Sequence[float]) -> PlanRequest:
     if frame is not None and drive is None:
         raise _wrong("frame is a number within a drive: name the drive too")
     if frame is not None and not (type(frame) is int and 0 <= frame < _MOST_FRAMES):
-        raise _wrong(f"frame={frame!r} must be a whole number from 0 to {_MOST_FRAMES - 1}")
+        raise _wrong(f"frame={_short(frame)} must be a whole number from 0 to {_MOST_FRAMES - 1}")
     return PlanRequest(
         speed=_speed(given),
         command=COMMANDS.index(command),
@@ -110,7 +111,7 @@ def check_cameras(names: Sequence[str], cameras: Sequence[str]) -> None:
 def _speed(given: Mapping[str, Any]) -> float:
     speed = _number(given, "speed")
     if speed is None or not 0 <= speed <= 100:
-        raise _wrong(f"speed={given.get('speed')!r} must be 0 to 100 metres per second")
+        raise _wrong(f"speed={_short(given.get('speed'))} must be 0 to 100 metres per second")
     return speed
 
 
@@ -140,8 +141,17 @@ def _number(given: Mapping[str, Any], name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _wrong(f"{name}={value!r} must be a finite number")
+        raise _wrong(f"{name}={_short(value)} must be a finite number")
     return float(value)
+
+
+def _short(value: Any) -> str:
+    """A value as a sentence can show it."""
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _wrong(sentence: str) -> Refusal:

@@ -239,7 +239,7 @@ class Worker:
         self._batches = (self._batches + 1) % 2**32
         self._learn(ready, ratio, len(live), spent)
         for (job, budget, known), plan in zip(live, planned, strict=True):
-            if known is not None:
+            if known is not None and not job.given_up.is_set():
                 self._drives.remember(job.asked.drive, known.frame, plan.memory, time.monotonic())
             self._metrics.kept.observe(len(plan.kept) / ready.programs.total)
             self._metrics.missed.inc(budget.met is False)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny_policy import PRUNER, small_config, small_params
 
+from data_pipelines.shards import shards_digest
 from experiments.cli import main
 from experiments.configs.pruner import TINY
 from experiments.encoders import frozen_vla
@@ -53,6 +54,8 @@ needs_converter = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("jax2onnx", "onnxruntime")),
     reason="jax2onnx and onnxruntime are not installed (docs/export.md)",
 )
+SHARDS = {"part-0": {"sha256": "ab" * 32}}
+DIGEST = shards_digest(SHARDS)
 RUN = replace(
     TINY,
     recon=replace(TINY.recon, pruner=PRUNER, decoder=PRUNER.layer),
@@ -193,7 +196,7 @@ class Position:
 def run(tmp_path_factory):
     """A run that was stopped: step 2 is its best, step 3 its newest."""
     folder = tmp_path_factory.mktemp("run") / "pruner"
-    identity = RunIdentity(RUN, frozen_vla(*load_vla()).digest, "digest-of-shards")
+    identity = RunIdentity(RUN, frozen_vla(*load_vla()).digest, DIGEST)
     optimizer = make_optimizer(RUN.optimizer)
 
     @jax.jit
@@ -216,7 +219,7 @@ def test_the_best_checkpoint_of_a_run_is_read(run):
     before = sorted(path for path in folder.rglob("*"))
     source = read_source(folder)
     assert source.facts.step == 2
-    assert source.facts.data_digest == "digest-of-shards"
+    assert source.facts.data_digest == DIGEST
     assert source.pruner == RUN.recon.pruner
     jax.tree.map(np.testing.assert_array_equal, source.params["pruner"], states[2])
     assert sorted(path for path in folder.rglob("*")) == before  # it may still be training
@@ -339,7 +342,7 @@ def test_the_card_says_what_the_run_holds(run, tmp_path):
         "cameras": ["CAM_FRONT"],
         "image_size": [224, 392],
         "classes": {"names": ["sky", "car"], "foreground": [1], "objects": [1], "ignore": []},
-        "shards": {"part-0": {"sha256": "ab" * 32}},
+        "shards": SHARDS,
     }
     shards.mkdir()
     (shards / "manifest.json").write_text(json.dumps(manifest))
@@ -354,9 +357,36 @@ def test_the_card_says_what_the_run_holds(run, tmp_path):
     card = (tmp_path / "x" / "README.md").read_text()
     assert "| object_recall | 25% | 0.625 (0.580 to 0.680) | 0.300 (mean of 2 seeds) | 7 |" in card
     assert "prefill_ms" not in card
-    assert "made from pictures:somewhere, digest `digest-of-shards`" in card
+    assert f"made from pictures:somewhere, digest `{DIGEST}`" in card
     assert "| train | 31 | CAM_FRONT |" in card
     assert f"{'ab' * 32}  part-0" in card
     assert "Foreground: car." in card
     assert "step 2" in card
     assert '"learning_rate": 0.001' in card
+    manifest["shards"] = {"part-0": {"sha256": "cd" * 32}}  # built anew since
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    export_model(ExportArgs(out, tmp_path / "y", forms=("pruner",), check=False))
+    card = (tmp_path / "y" / "README.md").read_text()
+    assert (
+        f"Shards with the digest `{DIGEST}`; where the run says they are, there are others" in card
+    )
+    assert "cdcd" not in card
+
+
+def test_what_a_killed_export_left_is_no_strange_file(run, tmp_path):
+    folder, _ = run
+    out = tmp_path / "out"
+    (out / ".pruner.part-abcd").mkdir(parents=True)
+    export_model(ExportArgs(folder, out, forms=("pruner",), check=False))
+    assert {path.name for path in out.iterdir()} == {"pruner", "torch_pruner.py", "README.md"}
+
+
+def test_the_card_says_why_nothing_was_checked(two_cameras, tmp_path):
+    said = {}
+    for check in (True, False):
+        args = ExportArgs(
+            two_cameras, tmp_path / str(check), ("stablehlo",), platforms=("tpu",), check=check
+        )
+        said[check] = export_model(args).read_text()
+    assert "Not checked: none of these forms runs on this device." in said[True]
+    assert "Not checked: it was exported with `--no-check`." in said[False]

@@ -14,15 +14,18 @@ from data_pipelines.shards import open_shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.bench_frame import BenchFrameArgs, bench_frame
+from experiments.compile_train import CompileTrainArgs
 from experiments.configs.pruner import TINY
 from experiments.drive_closed_loop import DriveArgs, drive_closed_loop
 from experiments.eval_planning import EvalPlanningArgs, eval_planning
 from experiments.plan_checkpoint import CheckpointConfig
 from experiments.quickstart import QuickstartConfig, driving_vla
+from experiments.report_parts import kept_section
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig
 from experiments.widen_vla import WidenVLAConfig
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.results import Row
 from fastdrive_jax.export import manifest as manifests
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla, save_vla
 from fastdrive_jax.models.qwen2_5_vl.config import TINY_DECODER
@@ -149,3 +152,32 @@ def test_a_folder_is_not_taken_by_a_checkpoint_that_is_not_there(tmp_path):
     with pytest.raises(UserError):
         eval_planning(EvalPlanningArgs(out=tmp_path / "out", qwen=qwen))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: EvalPlanningArgs(ratios=(0.5, 0.5)),
+            r"ratios=\(0\.5, 0\.5\) must name none twice",
+        ),
+        (lambda: DriveArgs(target_ms=50, latency=0.4), "target_ms and latency both say"),
+        (lambda: CompileTrainArgs(link=0), "link=0 must be positive"),
+        (lambda: CompileTrainArgs(used=0), "used=0 must be positive"),
+    ],
+)
+def test_values_that_would_do_nothing_or_harm(make, said):
+    with pytest.raises(UserError, match=said):
+        make()
+
+
+def test_a_page_without_objects_has_no_empty_figure():
+    """Masks alone tell no objects apart."""
+    rows = [
+        Row(name, ratio, metric, 0.5, 0.4, 0.6, 9, None)
+        for name in ("reconpruner", "random")
+        for ratio in (0.5, 0.25)
+        for metric in ("foreground_recall", "foreground_precision")
+    ]
+    gallery = kept_section(rows).blocks[1]
+    assert [figure.name for figure in gallery.figures] == ["foreground_recall"]

@@ -10,7 +10,7 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.generate import decode, generate, prefill
 from fastdrive_jax.inference.policy import DrivingPolicy, choose_tokens, plan
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, positions, visual_positions
-from fastdrive_jax.pruning import PrunerInputs, keep_indices, make_pruner
+from fastdrive_jax.pruning import Pruner, PrunerInputs, keep_indices, make_pruner
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
 
 N = 10  # tokens of a 56 x 140 picture
@@ -225,3 +225,20 @@ def test_decoding_gives_displacement_ids_only(one_camera):
     first = vocabulary.first_displacement
     assert ids.shape == (2, 12)
     assert ((ids >= first) & (ids < first + vocabulary.displacement_bins)).all()
+
+
+def test_a_method_before_the_model_may_ask_for_the_prompt(one_camera):
+    """Whatever the page on methods lists is given."""
+    config, params = one_camera
+    seen = {}
+
+    def score(_, inputs, key):
+        del key
+        seen.update(text=inputs.text, valid=inputs.text_valid, embeddings=inputs.embeddings)
+        return inputs.tokens.mean(axis=-1)
+
+    needs = frozenset({"tokens", "text", "embeddings"})
+    policy = DrivingPolicy(DrivingVLA(config), Pruner("words", score=score, needs=needs), 0.5)
+    jax.eval_shape(partial(plan, policy), params, *inputs(2))
+    assert seen["text"].shape == (2, 3, seen["embeddings"].shape[-1])
+    assert seen["valid"].shape == (2, 3)

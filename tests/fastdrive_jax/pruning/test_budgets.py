@@ -168,3 +168,11 @@ def test_what_makes_no_sense_is_refused():
         pictures_of(drawn().replace(grid=(4, 4)))
     with pytest.raises(ValueError, match="padding"):
         split_pictures(drawn().replace(count=jnp.full(BATCH, 30)))
+
+
+def test_memory_of_tokens_goes_with_their_picture():
+    inputs = drawn()
+    state = {"tokens": inputs.tokens[..., 0], "sample": jnp.arange(BATCH)}
+    split = split_pictures(inputs.replace(state=state))
+    np.testing.assert_array_equal(split.state["tokens"], split.tokens[..., 0])
+    np.testing.assert_array_equal(split.state["sample"], np.repeat(np.arange(BATCH), CAMERAS))

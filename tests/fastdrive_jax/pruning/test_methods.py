@@ -129,3 +129,22 @@ def test_a_strange_name_gets_the_list():
         UserError, match="choose from reconpruner, jointpruner, random, uniform, prior"
     ):
         make_pruner("zzz")
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_padding_changes_no_score(rope):
+    config = ReconPrunerConfig(layer=SMALL, rope=rope)
+    given = inputs(batch=2)
+    ids = jnp.broadcast_to(jnp.arange(15), (3, 2, 15))
+    given = given.replace(position_ids=ids, foreground=None)
+    params = ReconPruner(config).init(jax.random.key(1), given.tokens, ids)["params"]
+    pruner = make_pruner("reconpruner", config=config)
+    want = pruner_scores(pruner, params, given)
+    for fill in (0.0, 7.0):
+        padded = given.replace(
+            tokens=jnp.pad(given.tokens, ((0, 0), (0, 6), (0, 0)), constant_values=fill),
+            position_ids=jnp.pad(ids, ((0, 0), (0, 0), (0, 6))),
+            count=jnp.full(2, 15),
+        )
+        scores = pruner_scores(pruner, params, padded)[:, :15]
+        np.testing.assert_allclose(scores, want, atol=1e-5)

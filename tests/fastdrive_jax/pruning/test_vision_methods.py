@@ -271,3 +271,14 @@ def test_a_method_gets_what_it_needs():
 def test_settings_that_make_no_sense_are_refused(name, settings):
     with pytest.raises(ValueError, match="must be"):
         make_pruner(name, **settings)
+
+
+@pytest.mark.parametrize("name", ["vispruner", "visionzip"])
+def test_a_token_without_a_number_goes_before_padding(name):
+    tokens = jax.random.normal(jax.random.key(0), (1, 8, 4))
+    received = jnp.arange(8.0)[None].at[0, 2].set(jnp.nan)
+    given = PrunerInputs(
+        tokens=tokens, vision_received=received, vision_keys=tokens, count=jnp.array([6])
+    )
+    kept = keep_tokens(make_pruner(name), None, given, 6)
+    np.testing.assert_array_equal(kept.indices[0], np.arange(6))

@@ -381,3 +381,51 @@ def test_pictures_of_other_sizes_are_resized(address):
     data = cv2.imencode(".png", large[..., ::-1])[1].tobytes()
     same, other = ask(address, 3), ask(address, files=[("CAM_FRONT", ("a.png", data))])
     assert same.json()["waypoints"] == other.json()["waypoints"]
+
+
+def test_a_frame_that_was_given_up_may_be_asked_for_again(ready, monkeypatch):
+    """Its batch runs to its end, but the drive does not count it."""
+    release = threading.Event()
+    release.set()
+
+    def slow(*given):
+        planned = run_batch(*given)
+        assert release.wait(20)
+        return planned
+
+    monkeypatch.setattr(worker_module, "run_batch", slow)
+    limits = replace(CONFIG.limits, answer_seconds=0.5)
+    with running(service_of(ready, replace(CONFIG, limits=limits))) as address:
+        until(lambda: ask(address, drive="a", frame=0).status_code == 200)
+        release.clear()
+        assert ask(address, 1, drive="a", frame=1).status_code == 504
+        release.set()
+        until(lambda: ask(address).status_code == 200)
+        again = ask(address, 1, drive="a", frame=1)
+        assert again.status_code == 200
+        assert (again.json()["frame"], again.json()["memory"]) == (1, "kept")
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_request_that_is_much_too_long_is_not_read(address, as_file):
+    text = json.dumps({"speed": 5, "command": [0] * 200_000})
+    part = ("request.json", text) if as_file else (None, text)
+    files = [("request", part), ("CAM_FRONT", ("a.png", png(0)))]
+    answer = requests.post(f"{address}/v1/plan", files=files, timeout=30)
+    assert answer.status_code in (400, 413)
+    assert len(answer.content) < 1000
+
+
+def test_what_is_refused_is_not_sent_back_whole(address):
+    for asked in ({"command": "x" * 50_000}, {"y" * 50_000: 1}, {"speed": "z" * 50_000}):
+        answer = ask(address, **asked)
+        assert answer.status_code == 422
+        assert len(answer.content) < 500
+
+
+def test_the_kind_of_a_body_is_read_as_http_has_it(address):
+    body = b'--B\r\nContent-Disposition: form-data; name="x"\r\n\r\n1\r\n--B--\r\n'
+    for kind, status in (("Multipart/Form-Data", 422), ("multipart/form-datax", 415)):
+        headers = {"Content-Type": f"{kind}; boundary=B"}
+        sent = requests.post(f"{address}/v1/plan", data=body, headers=headers, timeout=30)
+        assert sent.status_code == status
