@@ -103,9 +103,10 @@ def make_masks(
         )
     left_out = {name for name, _ in bad}
     for frame in todo:
-        if frame.name in left_out:  # what another masker made of it is not this one's
+        if frame.name in left_out:
             for path in _paths(out_dir, frame):
-                path.unlink(missing_ok=True)
+                if stamp_of(path) is not None:  # what another masker made of it is not this one's
+                    path.unlink()
     remade = sum(
         state == "other" and frame.name not in left_out
         for frame, state in zip(mine, found, strict=True)

@@ -74,7 +74,7 @@ def attention_kernel(dtype: jnp.dtype, head_dim: int, platform: str | None = Non
     platform = asked or jax.default_backend()
     if platform == "any":
         return "xla"
-    if platform == "gpu" and not asked and not has_cudnn(jax.devices()[0]):
+    if platform == "gpu" and not asked and not has_cudnn(jax.local_devices()[0]):
         return "blockwise"
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128:

@@ -300,7 +300,11 @@ def test_a_picture_that_is_refused_loses_another_maskers_mask(images, out):
     report = make_masks(frames, Bright(5), out, skip_bad=1)
     assert [name for name, _ in report.bad] == [frames[0].name]
     assert len(files(out)) == 12
-    assert not (out / "masks" / f"{frames[0].name}.png").exists()
+    mask = out / "masks" / f"{frames[0].name}.png"
+    assert not mask.exists()
+    Image.new("1", SIZE[::-1]).save(mask)  # by hand
+    make_masks(frames, Bright(5), out, skip_bad=1)
+    assert mask.exists()
 
 
 def test_masks_beside_the_pictures_are_no_pictures(images):

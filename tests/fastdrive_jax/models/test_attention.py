@@ -161,7 +161,7 @@ def test_causal_attention_of_other_keys_is_refused():
 def test_flash_attention_is_for_gpus_that_have_it(monkeypatch, capability, kernel):
     device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert attention_kernel(jnp.bfloat16, 64) == kernel
 
 
