@@ -11,7 +11,7 @@ world. For a driving VLA of your own on nuScenes see `plan_checkpoint`:
 OUT gets planning.json, .csv, .md, report.html with pictures/, and the plans of each setting: run
 again after an interruption it goes on, and more methods, ratios or trainings may be asked for then.
 Several hosts share the work with `--parts 4 --part 0..3` and one OUT on a file system that all see;
-the hosts of a TPU pod divide it by themselves.
+the hosts of a TPU pod divide the samples of a checkpoint by themselves.
 """
 
 import time
@@ -115,6 +115,11 @@ def prepare(args: EvalPlanningArgs, part: Part) -> Case:
         case = checkpoint_case(args.qwen, args.methods, args.ratios, args.draws, args.quiet)
         claim_run_folder(args.out, args.qwen, ignore=same)  # not before all was found
         return case
+    if jax.process_count() > 1:
+        raise UserError(
+            f"These {jax.process_count()} processes are one job, and the benchmark is trained by one: "
+            "start it on hosts by themselves, with --parts and --part."
+        )
     ready = args.out / READY
     if part.index == 0:
         claim_run_folder(args.out, args.benchmark, ignore=("seeds",))

@@ -181,3 +181,11 @@ def test_a_page_without_objects_has_no_empty_figure():
     ]
     gallery = kept_section(rows).blocks[1]
     assert [figure.name for figure in gallery.figures] == ["foreground_recall"]
+
+
+def test_the_benchmark_is_not_prepared_by_a_job_of_several_processes(tmp_path, monkeypatch):
+    """One of them would train and wait for the others, which wait for it."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="These 2 processes are one job"):
+        eval_planning(EvalPlanningArgs(out=tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
