@@ -117,8 +117,8 @@ def prepare(args: EvalPlanningArgs, part: Part) -> Case:
         return case
     if jax.process_count() > 1:
         raise UserError(
-            f"These {jax.process_count()} processes are one job, and the benchmark is trained by one: "
-            "start it on hosts by themselves, with --parts and --part."
+            f"These {jax.process_count()} processes are one job, and the benchmark is trained by "
+            "one: start it on hosts by themselves, with --parts and --part."
         )
     ready = args.out / READY
     if part.index == 0:
