@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from experiments.drives import check_labels
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.models.attention_rows import attention_received, attention_rows
@@ -72,6 +73,7 @@ class BenchPrunersArgs:
     whole: bool = False
 
     def __post_init__(self):
+        check_labels(self.methods)
         for name in self.methods:
             builds_on_recon(name)  # says what there is
         if not self.batch or min(*self.batch, self.repeats) < 1:

@@ -278,7 +278,7 @@ def model_card(
         device: That the check ran on.
         checked: Whether a check was asked for.
     """
-    facts, whole = source.facts, source.vla is not None or source.qwen is not None
+    facts = source.facts
     described = ", ".join(f"{100 * b.keep_ratio:g}% kept at batch {b.batch}" for b in buckets)
     values = {
         "platforms": ", ".join(platforms),
@@ -304,7 +304,7 @@ def model_card(
         forms=forms,
         loading=loading,
         differences=differences,
-        frames="frames of the synthetic world" if whole else "pictures of random tokens",
+        frames=_frames(source),
         device=device,
         unchecked="none of these forms runs on this device."
         if checked
@@ -317,6 +317,15 @@ def model_card(
         rows=rows,
         references=references(facts.rows),
     )
+
+
+def _frames(source: Source) -> str:
+    """What the check ran on."""
+    if source.qwen is not None:
+        return "frames of the synthetic world (the pruner alone: of random tokens)"
+    if source.vla is not None:
+        return "frames of the synthetic world"
+    return "pictures of random tokens"
 
 
 def _title(source: Source) -> str:

@@ -95,6 +95,10 @@ class RobotEvalArgs:
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
                 raise UserError(f"{name}={given} must name at least one, each once.")
+        for name in ("tasks", "ratios"):
+            given = getattr(self, name) or ()
+            if len(set(given)) < len(given):
+                raise UserError(f"{name}={given} must name none twice.")
         for name, least in (
             ("trials", 1),
             ("replan_steps", 1),

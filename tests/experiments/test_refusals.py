@@ -21,6 +21,7 @@ from experiments.eval_planning import EvalPlanningArgs, eval_planning
 from experiments.plan_checkpoint import CheckpointConfig
 from experiments.quickstart import QuickstartConfig, driving_vla
 from experiments.report_parts import kept_section
+from experiments.robot_eval import RobotEvalArgs
 from experiments.train_pruner import TrainPrunerConfig, train_on_shards
 from experiments.train_vla import TrainVLAConfig
 from experiments.widen_vla import WidenVLAConfig
@@ -162,6 +163,8 @@ def test_a_folder_is_not_taken_by_a_checkpoint_that_is_not_there(tmp_path):
             r"ratios=\(0\.5, 0\.5\) must name none twice",
         ),
         (lambda: DriveArgs(target_ms=50, latency=0.4), "target_ms and latency both say"),
+        (lambda: RobotEvalArgs(tasks=(0, 0)), r"tasks=\(0, 0\) must name none twice"),
+        (lambda: RobotEvalArgs(ratios=(0.5, 0.5)), "must name none twice"),
         (lambda: CompileTrainArgs(link=0), "link=0 must be positive"),
         (lambda: CompileTrainArgs(used=0), "used=0 must be positive"),
     ],
