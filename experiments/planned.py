@@ -140,8 +140,8 @@ class Case:
         view: uint8 pictures [C, H, W, 3] of one sample.
         cameras: Their names.
         grid: Token rows and columns of each.
-        weights: Digests of the model's and of each training's, by name, without which kept plans
-            mean nothing.
+        weights: Digests of the model, of each training and of the shards, by name, without which
+            kept plans mean nothing.
         meta: What is kept beside the figures.
         notes: Sentences for the report.
     """

@@ -176,10 +176,12 @@ def test_damaged_plans_and_those_of_other_samples_are_named(out, tmp_path):
 
 def test_plans_belong_to_weights_and_to_the_file_of_a_method(out, tmp_path):
     kept = out / "plans" / "weights"
-    assert sorted(path.name for path in kept.iterdir()) == ["training-0", "training-3", "vla"]
+    names = ["shards", "training-0", "training-3", "vla"]
+    assert sorted(path.name for path in kept.iterdir()) == names
     assert len(json.loads((kept / "vla" / "config.json").read_text())["digest"]) == 64
-    with pytest.raises(UserError, match="training-3 holds a run of another config"):
-        claim_run_folder(kept / "training-3", {"digest": "0" * 64})
+    for name in ("training-3", "shards"):
+        with pytest.raises(UserError, match=f"{name} holds a run of another config"):
+            claim_run_folder(kept / name, {"digest": "0" * 64})
     file = tmp_path / "mine.py"
     file.write_text("a = 1")
     setting = Setting("best", 0.5, 2, f"{file}:best")
