@@ -53,7 +53,7 @@ def evaluate_pruner(
 
     Returns:
         Rows of the methods "reconpruner", "random", "uniform", "prior", "ground_truth" (its single
-        choice by foreground area) and "oracle" (the most that is possible for each metric).
+        choice by foreground area) and "oracle" (the most that is possible for each recall).
     """
     areas = token_areas(np.asarray(val.labels), classes.foreground, classes.objects, classes.ignore)
     scores = {

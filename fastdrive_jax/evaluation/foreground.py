@@ -184,10 +184,11 @@ def oracle_rows(
     clusters: Num[np.ndarray, " B"] | None = None,
     method: str = "oracle",
 ) -> list[Row]:
-    """The most that any choice of K tokens a picture can reach, for each metric by itself.
+    """The most that any choice of K tokens a picture can reach, for each recall by itself.
 
     Object recall is that of the tokens with most object area, foreground recall and precision
-    those of the tokens with most foreground area: no single choice need reach both.
+    those of the tokens with most foreground area: no single choice need reach both. Where pixels
+    are ignored, another choice may have a larger precision.
     """
     best = foreground_rows(method, keep_ratio, areas, oracle_indices(areas.foreground, k), clusters)
     objects = foreground_rows(method, keep_ratio, areas, oracle_indices(areas.objects, k), clusters)
