@@ -11,13 +11,12 @@ import jax
 import numpy as np
 
 from experiments.export_check import PlanFn, check_frames, of_plan, of_program, policy_of
-from experiments.export_qwen import check_inputs, qwen_params
+from experiments.export_qwen import check_inputs, of_answer, qwen_params
 from experiments.export_source import Source
-from fastdrive_jax.export.driving import PROGRAMS, driving_program
-from fastdrive_jax.export.eight_bits import EightBits, round_params
+from fastdrive_jax.export.driving import driving_program
+from fastdrive_jax.export.eight_bits import EightBits, Tensors, round_params
 from fastdrive_jax.export.onnx_programs import policy_file, read_onnx, write_onnx
-from fastdrive_jax.export.programs import Bucket, read_program, write_programs
-from fastdrive_jax.export.pruned_qwen import PROGRAMS as QWEN_PROGRAMS
+from fastdrive_jax.export.programs import Bucket, Program, read_program, write_programs
 from fastdrive_jax.export.pruned_qwen import parts, quantized_answer, qwen_program
 from fastdrive_jax.export.quantized import (
     QuantizedPolicy,
@@ -27,7 +26,6 @@ from fastdrive_jax.export.quantized import (
 )
 from fastdrive_jax.export.run_program import PLATFORMS
 from fastdrive_jax.inference.policy import plan
-from fastdrive_jax.inference.pruned_qwen import answer_pictures
 
 EIGHT_BITS = {
     "int8_weights": EightBits("int8"),
@@ -88,10 +86,7 @@ def driving_bench(source: Source, bucket: Bucket, frames: int, folder: Path) -> 
             _num_bytes(tensors),
             functools.partial(jax.jit(quantized_scores(quantized)), tensors),
         )
-    platform = PLATFORMS[jax.default_backend()]
-    write_programs(folder / "stablehlo", driving_program(policy), params, (bucket,), (platform,))
-    program = read_program(folder / "stablehlo", PROGRAMS)
-    forms["stablehlo"] = Form(of_program(program, "waypoints"), size)
+    forms["stablehlo"] = _stablehlo(folder, driving_program(policy), params, bucket, "waypoints")
     if importlib.util.find_spec("jax2onnx") is None:
         print("bench-export: onnx is left out, since jax2onnx is not installed")
     else:
@@ -116,17 +111,23 @@ def qwen_bench(source: Source, bucket: Bucket, frames: int, folder: Path) -> Ben
     asked = replace(source.qwen, vla=endless, keep_ratio=bucket.keep_ratio)
     params = qwen_params(source)
     size, plain = _num_bytes(params), asked.dtype
-    answer = of_plan(functools.partial(answer_pictures, asked), params, answer="ids")
-    forms = {plain: Form(answer, size)}
+    forms = {plain: Form(of_answer(asked, params), size)}
+    rounded: dict[str, Tensors] = {}  # with rounded inputs or not the weights are the same
     for name, bits in EIGHT_BITS.items():
-        tensors = round_params(parts(asked), bits, params)
+        if bits.weights not in rounded:
+            rounded[bits.weights] = round_params(parts(asked), bits, params)
+        tensors = rounded[bits.weights]
         run = of_plan(quantized_answer(asked, bits), tensors, answer="ids")
         forms[name] = Form(run, _num_bytes(tensors))
-    platform = PLATFORMS[jax.default_backend()]
-    write_programs(folder / "stablehlo", qwen_program(asked), params, (bucket,), (platform,))
-    program = read_program(folder / "stablehlo", QWEN_PROGRAMS)
-    forms["stablehlo"] = Form(of_program(program, "ids"), size)
+    forms["stablehlo"] = _stablehlo(folder, qwen_program(asked), params, bucket, "ids")
     return Bench(check_inputs(source.qwen, source.checkpoint, frames), forms, plain)
+
+
+def _stablehlo(folder: Path, program: Program, params: dict, bucket: Bucket, answer: str) -> Form:
+    """The program for the devices at hand, written and read back."""
+    place, platform = folder / "stablehlo", PLATFORMS[jax.default_backend()]
+    write_programs(place, program, params, (bucket,), (platform,))
+    return Form(of_program(read_program(place, program.kind), answer), _num_bytes(params))
 
 
 def _num_bytes(params) -> int:

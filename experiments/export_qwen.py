@@ -141,14 +141,15 @@ def qwen_differences(
             kernel = attention_kernel(asked.dtype, asked.vla.text.head_dim, kernels)
             if kernel not in wanted:
                 with contextlib.nullcontext() if kernels is None else kernels_of(kernels):
-                    wanted[kernel] = in_batches(_of_answer(asked, params), given, bucket.batch)
+                    wanted[kernel] = in_batches(of_answer(asked, params), given, bucket.batch)
             have, want = in_batches(run, given, bucket.batch), wanted[kernel]
             other = float((want[0] != have[0]).sum())
             kept = same_share(want[1], have[1])
             yield Difference(form, "ids of answers", other, bound, kept, frames)
 
 
-def _of_answer(asked: PrunedQwen, params: dict) -> PlanFn:
+def of_answer(asked: PrunedQwen, params: dict) -> PlanFn:
+    """The training code's answers to images, ids and lengths."""
     return of_plan(partial(answer_pictures, asked), params, answer="ids")
 
 
@@ -188,7 +189,7 @@ def _answerers(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]
     if "policy" in forms and first:
         for form in ("safetensors", "orbax"):
             asked, params = read_pruned_qwen(out / "policy", form)
-            yield f"policy, {form}", _of_answer(asked, params), 0, None
+            yield f"policy, {form}", of_answer(asked, params), 0, None
     if "stablehlo" in forms and runs_here(out / "stablehlo"):
         run = of_program(read_program(out / "stablehlo", PROGRAMS, bucket), "ids")
         name = f"stablehlo, {100 * bucket.keep_ratio:g}% kept, batch {bucket.batch}"
