@@ -46,8 +46,9 @@ class RobotEvalArgs:
 
     Attributes:
         out: Folder of the results.
-        suites: "tabletop", or LIBERO's "libero_spatial", "libero_object", "libero_goal",
-            "libero_10" and "libero_90" (extra `libero`).
+        suites: "tabletop"; LIBERO's "libero_spatial", "libero_object", "libero_goal", "libero_10"
+            and "libero_90" (extra `libero`); or SIMPLER's "simpler_pick_coke_can",
+            "simpler_move_near", "simpler_drawer", "simpler_bridge" and "simpler_bridge_sink".
         policies: "expert" (of the tabletop), "random", "openvla", "pi0" (of LIBERO), or
             FILE.py:FUNCTION for one of your own.
         weights: Of "openvla": a policy file of `fastdrive robot train`, or the folder of a
@@ -65,7 +66,7 @@ class RobotEvalArgs:
         trials: Initial states of each task.
         tasks: Numbers of tasks; all by default.
         image_size: Height and width of the pictures; by default 96 x 96 of the tabletop and
-            256 x 256 of LIBERO.
+            256 x 256 of LIBERO; SIMPLER's cameras have their own.
         workers: Processes that simulate; 0 takes the CPU count.
         batch: Samples that a policy acts for at once, at most as many as workers; 0 takes all.
         films: Episodes of each setting to film: first trials of the first tasks.

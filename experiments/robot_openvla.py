@@ -10,6 +10,9 @@ import numpy as np
 
 from data_pipelines.robot.libero import openvla_gripper
 from data_pipelines.robot.policies import PROPRIO_SIZE
+from data_pipelines.robot.simpler import openvla_action, openvla_picture
+from data_pipelines.robot.simpler_protocol import ROBOTS
+from data_pipelines.robot.simpler_protocol import SUITES as SIMPLER_SUITES
 from data_pipelines.robot.tabletop import VIEWS
 from experiments.robot_vla import Body
 from fastdrive_jax.errors import UserError
@@ -41,19 +44,31 @@ def openvla_parts(suite: str, weights: Path) -> tuple[OpenVLA, dict, Body]:
             f"{weights} takes {config.proprio_dim} numbers of the robot's state; {suite} has "
             f"{PROPRIO_SIZE}."
         )
+    if suite in SIMPLER_SUITES and config.views > 1:
+        raise UserError(f"{weights} takes {config.views} pictures; {suite} has one camera.")
+    finish, picture = (
+        (openvla_action, partial(openvla_picture, size=config.image_size))
+        if suite in SIMPLER_SUITES
+        # LIBERO has turned its pictures already.
+        else (openvla_gripper, partial(policy_picture, size=config.image_size, turn=False))
+    )
     body = openvla_body(
         read_prompts(weights, config, length=_PROMPT_TOKENS),
         read_statistics(weights, statistics_key(weights, suite)),
-        openvla_gripper,
-        # The suite has turned its pictures already.
-        picture=partial(policy_picture, size=config.image_size, turn=False),
+        finish,
+        picture=picture,
         views=tuple(range(config.views)),
     )
     return OpenVLA(config, jnp.bfloat16), params, body
 
 
 def statistics_key(checkpoint_dir: Path, suite: str) -> str:
-    """The suite's name among a checkpoint's statistics, where it may end in "_no_noops"."""
+    """The suite's name among a checkpoint's statistics.
+
+    LIBERO's may end in "_no_noops" there; SIMPLER's have that of the real robot's data.
+    """
+    if suite in SIMPLER_SUITES:
+        return ROBOTS[SIMPLER_SUITES[suite].robot].dataset
     cleaned = f"{suite}_no_noops"
     try:
         read_statistics(checkpoint_dir, cleaned)

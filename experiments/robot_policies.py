@@ -7,6 +7,7 @@ from pathlib import Path
 from data_pipelines.robot.environment import TABLETOP, Suite
 from data_pipelines.robot.expert import expert_policy
 from data_pipelines.robot.policies import RobotPolicy, random_policy
+from data_pipelines.robot.simpler_protocol import SUITES as SIMPLER_SUITES
 from experiments.drives import UNPRUNED, check_labels
 from experiments.robot_openvla import openvla_parts
 from experiments.robot_pi0 import Pi0Options, pi0_parts
@@ -107,7 +108,7 @@ def check_policy(name: str, suite: str, weights: Path | None = None) -> None:
                 "checkpoint as --weights."
             )
     if name == PI0:
-        if suite == TABLETOP:
+        if suite in (TABLETOP, *SIMPLER_SUITES):
             raise UserError(f"pi0 knows LIBERO's suites; leave it out for {suite}.")
         if weights is None or not weights.is_dir():
             there = "none was given" if weights is None else f"{weights} is none"

@@ -8,8 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from data_pipelines.robot import libero
+from data_pipelines.robot import libero, simpler
 from data_pipelines.robot.policies import Observation
+from data_pipelines.robot.simpler_protocol import ROBOTS
+from data_pipelines.robot.simpler_protocol import SUITES as SIMPLER_SUITES
 from data_pipelines.robot.tabletop import SECONDS, Tabletop
 from data_pipelines.robot.tasks import TASKS
 from fastdrive_jax.errors import UserError
@@ -17,7 +19,7 @@ from fastdrive_jax.errors import UserError
 TABLETOP = "tabletop"
 TABLETOP_SIZE = (96, 96)
 TABLETOP_STEPS = 50  # the expert needs 18 at most, in 600 episodes
-SUITES = (TABLETOP, *libero.SUITES)
+SUITES = (TABLETOP, *libero.SUITES, *SIMPLER_SUITES)
 
 
 class Environment(Protocol):
@@ -62,10 +64,11 @@ def make_suite(name: str, image_size: tuple[int, int] | None = None, seed: int =
     Args:
         name: One of `SUITES`.
         image_size: Height and width of the pictures; None takes the suite's usual one.
-        seed: Of the tabletop's initial states; LIBERO's come with it.
+        seed: Of the tabletop's initial states; the others' come with them.
 
     Raises:
-        UserError: There is no such suite, or what it needs is not installed.
+        UserError: There is no such suite, it has no pictures of that size, or what it needs is not
+            installed.
     """
     if name == TABLETOP:
         made = partial(Tabletop, image_size or TABLETOP_SIZE, seed)
@@ -75,6 +78,19 @@ def make_suite(name: str, image_size: tuple[int, int] | None = None, seed: int =
         made = partial(libero.Libero, name, image_size or libero.IMAGE_SIZE)
         steps, instructions = libero.SUITES[name], libero.libero_instructions(name)
         return Suite(name, instructions, steps, libero.TRIALS, None, libero.HZ, made)
+    if name in SIMPLER_SUITES:
+        return _simpler_suite(name, image_size)
     close = difflib.get_close_matches(name, SUITES, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(SUITES)}."
     raise UserError(f"There is no suite {name!r}: {hint}")
+
+
+def _simpler_suite(name: str, image_size: tuple[int, int] | None) -> Suite:
+    if missing := simpler.absent():
+        raise UserError(missing)
+    if image_size is not None:
+        raise UserError(f"image_size={image_size} must be left out: {name} has its own cameras.")
+    suite = SIMPLER_SUITES[name]
+    made = partial(simpler.Simpler, name)
+    hz = float(ROBOTS[suite.robot].hz)
+    return Suite(name, tuple(suite.tasks), suite.max_steps, suite.trials, None, hz, made)
