@@ -140,7 +140,7 @@ class AnswerArgs:
             bundle = file_sum(self.pruner / manifest.NAME)
         if self.pruned is not None:
             own, draws = own_file_sum(self.pruned), draws or "key" in self._method().needs
-        drawn = self.seed if draws else None
+        drawn = (self.seed, self.batch_size) if draws else None  # a batch is drawn together
         given = self.said, bundle, own, sampling, self.max_pixels, self.dtype, drawn
         known = f"{checkpoint_digest(self.checkpoint)} {given}"
         return hashlib.sha256(known.encode()).hexdigest()[:16]

@@ -138,7 +138,8 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
             [planning_metrics(e)[HEADLINE] for e in errors], axis=0
         )
         rows += planning_rows(label(name), ratio, mean_errors(errors), data.scene)
-        seed = 0 if name in DRAWN or weights is world.trained["pruner"] else None
+        trained_seed = args.quickstart.pruner.seed if weights is world.trained["pruner"] else None
+        seed = 0 if name in DRAWN else trained_seed
         rows += foreground_rows(label(name), ratio, drives.areas, runs[0][1], data.scene, seed)
         rows += cost_rows(world.model, pruner, ratio, name)
     for (name, ratio), values in samples.items():

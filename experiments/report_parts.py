@@ -44,7 +44,7 @@ METHODS = (
     Method("prior", "position prior", "control"),
     Method("ground_truth", "ground-truth mask", "reference"),
 )
-ORACLE = Method("oracle", "most that is possible", "reference")
+ORACLE = Method("oracle", "the tokens with most of it", "reference")
 KEPT_METRICS = (
     Metric("object_recall", "object area kept", better="higher", digits=1, percent=True),
     Metric("foreground_recall", "foreground area kept", better="higher", digits=1, percent=True),

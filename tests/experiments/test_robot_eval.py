@@ -91,6 +91,15 @@ def test_runs_compares_and_goes_on_where_it_stopped(args, monkeypatch):
     assert set(jobs) == lost
     assert again.keys() == cells.keys()
 
+    # A film that is missing is made of an episode that is run again; what became of it stays.
+    jobs.clear()
+    films[0].unlink()
+    before = {path: path.read_bytes() for path in args.out.glob("episodes/*.jsonl")}
+    robot_eval.robot_eval(args)
+    assert len(jobs) == 1
+    assert films[0].exists()
+    assert before == {path: path.read_bytes() for path in args.out.glob("episodes/*.jsonl")}
+
     kept.write_text("{}\n" + kept.read_text())
     with pytest.raises(UserError, match=r"Line 1 of .*fastv"):
         robot_eval.robot_eval(args)
