@@ -58,7 +58,7 @@ class AnswerArgs:
         max_new_tokens: Longest answer.
         temperature: 0 is greedy; None takes the checkpoint's own generation settings.
         repetition_penalty: None takes the checkpoint's own.
-        max_pixels: Instead of the checkpoint's; Impromptu-VLA was trained with 262144.
+        max_pixels: Instead of the checkpoint's.
         method: Of pruning; by default none, or reconpruner where `pruner` is given.
         pruner: Exported ReconPruner (`train-pruner`'s export/) of this checkpoint's tokens.
         keep_ratio: Of the visual tokens of all pictures of a request together, in (0, 1].

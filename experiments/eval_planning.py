@@ -98,7 +98,7 @@ def eval_planning(args: EvalPlanningArgs) -> Path | None:
     plan_part(case, plans, part, args.quiet)
     found = {}
     for setting in case.settings:
-        planned = read_planned(plans, setting, part, case.truth.token.tolist())
+        planned = read_planned(plans, setting, part, case.truth.token.tolist(), case.point)
         if planned is None:
             print(f"part {part.index} is done; the last of {part.count} parts writes the report")
             return None

@@ -69,7 +69,7 @@ def measure(
         each = []
         for seed, planned in runs:
             read = None if planned.read.all() else planned.read
-            one = plan_scores(planned.waypoints, truth, chosen, read, driven)
+            one = plan_scores(planned.waypoints, truth, chosen, read, driven, case.point)
             each.append(one)
             if len(runs) > 1:
                 rows += score_rows(f"{method}, seed {seed}", ratio, _headlines(one), scenes, seed)

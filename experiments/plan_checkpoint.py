@@ -2,7 +2,7 @@
 
 The checkpoint is asked as Impromptu-VLA's are (`models.qwen2_5_vl.impromptu`): pictures, the places
 of the last three seconds and, where there is a CAN bus, the motion. It is not retrained. Its places
-are those of the lidar, 0.94 m ahead of our ego frame's origin; they are converted both ways.
+are those of the lidar, and so are those that its plans are measured against.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from PIL import Image
 
 from data_pipelines.decode import decode_image, decode_mask
 from data_pipelines.loader import LoaderConfig, make_loader
@@ -29,9 +30,8 @@ from experiments.drives import DRAWN, UNPRUNED, label
 from experiments.planned import Case, Planned, Setting
 from experiments.trained_pruner import read_trained
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.footprint import way_of_origin
 from fastdrive_jax.evaluation.protocols import LIDAR_AHEAD
-from fastdrive_jax.evaluation.truth import Agents, DrivingTruth
+from fastdrive_jax.evaluation.truth import Agents, DrivingTruth, LidarWays
 from fastdrive_jax.export.bundle import read_bundle_safetensors
 from fastdrive_jax.export.manifest import NAME as MANIFEST
 from fastdrive_jax.inference.answering import UNFILLED, answer_pruned
@@ -43,10 +43,12 @@ from fastdrive_jax.models.qwen2_5_vl.impromptu import (
     EgoStatus,
     parse_answer,
     planning_prompt,
+    shrunk_size,
 )
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.processor import Processor, read_processor
 from fastdrive_jax.models.qwen2_5_vl.sequence import Sample
+from fastdrive_jax.models.resize import resize_bicubic
 from fastdrive_jax.parallel.mesh import make_mesh, shard_where_it_divides
 from fastdrive_jax.pruning import Pruner, builds_on_recon, make_pruner
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
@@ -61,8 +63,9 @@ class CheckpointConfig:
     Attributes:
         checkpoint: Folder in the Hugging Face layout; none takes the tiny benchmark instead.
         shards: Folder of `fastdrive data build`.
-        root: The data set in the nuScenes layout, for its boxes and maps; without it collisions
-            are counted with the shards' agents, and intersections cannot be.
+        root: The data set in the nuScenes layout, for its boxes, maps and lidar; without it
+            collisions are counted with the shards' agents, intersections cannot be, and the
+            lidar's places are guessed, up to some decimetres wrong in slow turns.
         split: Of the shards.
         pruners: Exported ReconPruners (`train-pruner`'s export/), each a training of its own; their
             tokens must be this checkpoint's.
@@ -71,7 +74,11 @@ class CheckpointConfig:
         samples: That are planned, from the first on; 0 takes all.
         batch_size: Samples planned at once.
         max_new_tokens: Longest answer.
-        max_pixels: Of a picture; Impromptu-VLA was trained with 262,144.
+        max_pixels: A larger picture is first shrunk to this area, as LLaMA-Factory does, with
+            which Impromptu-VLA was trained; then the checkpoint's processor resizes it.
+        shrink: Filter of that first step; LLaMA-Factory's at the time.
+        image_size: Height and width that the model sees, instead of both steps, such as 1596 1596
+            for FastDriveVLA.
         dtype: Of weights and arithmetic.
         fsdp: Devices of this host that share batch and weights.
         tensor: Devices that share a layer.
@@ -88,6 +95,8 @@ class CheckpointConfig:
     batch_size: int = 1
     max_new_tokens: int = 320
     max_pixels: int = 262_144
+    shrink: Literal["nearest", "bicubic"] = "nearest"
+    image_size: tuple[int, int] | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     fsdp: int = 1
     tensor: int = 1
@@ -149,7 +158,12 @@ def checkpoint_case(
     driven = read_sequences(shards, config)
     tokens = sample_tokens(shards, config.split)[: len(driven.command)]
     truth = _truth(config, shards, driven, tokens)
-    driver = _Driver(config, shards, driven, cameras, not quiet)
+    if config.frame == "lidar" and truth.lidar is None:
+        notes += (
+            "The lidar's places are guessed from those of the car: distances are up to some "
+            "decimetres wrong in slow turns. --qwen.root with a lidar's poses knows them.",
+        )
+    driver = _Driver(config, shards, driven, truth.lidar, cameras, not quiet)
     return Case(
         title=f"{Path(config.checkpoint).name} on {shards.name}, {config.split}",
         truth=truth,
@@ -162,6 +176,7 @@ def checkpoint_case(
         weights=_digests(config) | {"shards": shards.digest},
         meta={"visual_tokens": driver.total, "shards": shards.digest, "dtype": config.dtype},
         notes=notes,
+        point="lidar" if config.frame == "lidar" else "origin",
     )
 
 
@@ -232,10 +247,10 @@ def _truth(config, shards, driven: Sequences, tokens: Sequence[str]) -> DrivingT
 class _Driver:
     """The checkpoint with its pictures; weights are read when the first plan is asked for."""
 
-    def __init__(self, config, shards, driven, cameras, progress):
-        self.config, self.driven, self.progress = config, driven, progress
-        self.processor: Processor = read_processor(config.checkpoint, max_pixels=config.max_pixels)
-        self.size = smart_resize(*shards.image_size, self.processor.pictures)
+    def __init__(self, config, shards, driven, lidar, cameras, progress):
+        self.config, self.driven, self.lidar, self.progress = config, driven, lidar, progress
+        self.processor: Processor = read_processor(config.checkpoint)
+        self.size = model_size(config, shards.image_size, self.processor)
         edge = self.processor.pictures.token_pixels
         self.grid = self.size[0] // edge, self.size[1] // edge
         self.total = self.grid[0] * self.grid[1] * len(cameras)
@@ -258,7 +273,15 @@ class _Driver:
 
     def pictures(self, sample: int) -> list[np.ndarray]:
         """As the model sees them."""
-        return [decode_image(record["image"], self.size) for record in self._records(sample)]
+        return [self._picture(record) for record in self._records(sample)]
+
+    def _picture(self, record: dict) -> UInt8[np.ndarray, "H W 3"]:
+        image, config = decode_image(record["image"], self._shards.image_size), self.config
+        shrunk = shrunk_size(*image.shape[:2], config.max_pixels)
+        if config.image_size is None and shrunk != image.shape[:2]:
+            kind = Image.Resampling[config.shrink.upper()]
+            image = np.asarray(Image.fromarray(image).resize(shrunk[::-1], kind))
+        return resize_bicubic(image, self.size)
 
     def plan(self, setting: Setting, rows: np.ndarray) -> Planned:
         """Plans of some samples; the next batch is decoded while one is answered."""
@@ -288,20 +311,18 @@ class _Driver:
             for one, length in zip(ids, lengths, strict=True)
         ]
         way = np.stack([points for points, _ in found])
-        if self.config.frame == "lidar":
-            way = way_of_origin(way, LIDAR_AHEAD)
         read = np.array([count > 0 for _, count in found])
         return np.where(read[:, None, None], way, 0.0), kept, read
 
     def _sample(self, seeing: bool, sample: int) -> tuple[Sample, np.ndarray]:
         records = self._records(sample)
         share = [mask_fractions(decode_mask(one["mask"], self.size)) for one in records]
-        past, status = past_of(self.driven, int(sample), self.config.frame)
+        past, status = past_of(self.driven, int(sample), self.config.frame, self.lidar)
         if not seeing:
             return self.processor.sample(planning_prompt(past, status, "none")), np.concatenate(
                 share
             )
-        pictures = [decode_image(one["image"], self.size) for one in records]
+        pictures = [self._picture(one) for one in records]
         prompt = planning_prompt(past, status, self.config.views)
         return self.processor.sample(prompt, pictures), np.concatenate(share)
 
@@ -362,8 +383,30 @@ _ANSWER = jax.jit(answer_batch, static_argnums=(0, 4))
 _PRUNED = jax.jit(answer_pruned, static_argnums=(0, 1, 2, 3, 4))
 
 
+def model_size(
+    config: CheckpointConfig, stored: tuple[int, int], processor: Processor
+) -> tuple[int, int]:
+    """Height and width of the pictures that the model sees.
+
+    Raises:
+        UserError: The processor would not keep what was asked for.
+    """
+    if config.image_size is None:
+        return smart_resize(*shrunk_size(*stored, config.max_pixels), processor.pictures)
+    kept = smart_resize(*config.image_size, processor.pictures)
+    if kept != tuple(config.image_size):
+        raise UserError(
+            f"image_size={config.image_size} is not what the checkpoint's processor keeps; it "
+            f"would make {kept} of it."
+        )
+    return kept
+
+
 def past_of(
-    driven: Sequences, sample: int, frame: Literal["lidar", "ego"]
+    driven: Sequences,
+    sample: int,
+    frame: Literal["lidar", "ego"],
+    lidar: LidarWays | None = None,
 ) -> tuple[Float[np.ndarray, "T 2"], list[EgoStatus] | None]:
     """Known places of the last three seconds with the present (0, 0), and the motion at each.
 
@@ -373,6 +416,8 @@ def past_of(
     past = np.concatenate([driven.history[sample][known], np.zeros((1, 2))])
     if frame == "lidar":
         past = ego_to_lidar(past)
+        if lidar is not None:
+            past[:-1] = lidar.history[sample][known]
     frames = range(sample - len(past) + 1, sample + 1)
     if any(k < 0 or driven.scene[k] != driven.scene[sample] for k in frames):
         return past, None

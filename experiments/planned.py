@@ -17,6 +17,7 @@ from tqdm import tqdm
 from experiments.drives import own_file_sum
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes
+from fastdrive_jax.evaluation.plan_scores import Point
 from fastdrive_jax.evaluation.truth import DrivingTruth
 from fastdrive_jax.training.run_config import claim_run_folder
 
@@ -55,7 +56,7 @@ class Planned:
     """Plans of M samples.
 
     Attributes:
-        waypoints: [M, T, 2] metres, present ego frame.
+        waypoints: [M, T, 2] metres, as `Case.point` says.
         kept: [M, K] visual tokens that the last layer saw; K = 0 where there are none.
         read: [M] whether the answer could be read as a plan.
     """
@@ -82,7 +83,9 @@ class Part:
         return folder / setting.slug / f"part-{index:05d}-of-{self.count:05d}.npz"
 
 
-def write_planned(path: Path, tokens: Sequence[str], planned: Planned) -> None:
+def write_planned(
+    path: Path, tokens: Sequence[str], planned: Planned, point: Point = "origin"
+) -> None:
     """Writes plans with the names of their samples, whole or not at all.
 
     Raises:
@@ -95,17 +98,18 @@ def write_planned(path: Path, tokens: Sequence[str], planned: Planned) -> None:
         waypoints=planned.waypoints.astype(np.float32),
         kept=planned.kept.astype(np.int32),
         read=planned.read,
+        point=np.array(point),
     )
     write_bytes(path, buffer.getvalue())
 
 
 def read_planned(
-    folder: Path, setting: Setting, part: Part, tokens: Sequence[str]
+    folder: Path, setting: Setting, part: Part, tokens: Sequence[str], point: Point = "origin"
 ) -> Planned | None:
     """Plans of all parts in the order of `tokens`; None while a part is missing.
 
     Raises:
-        UserError: A file is damaged, or holds plans of other samples.
+        UserError: A file is damaged, or holds plans of other samples or another point of the car.
     """
     paths = [part.path(folder, setting, index) for index in range(part.count)]
     if not all(path.exists() for path in paths):
@@ -115,8 +119,14 @@ def read_planned(
         try:
             with np.load(path, allow_pickle=False) as file:
                 found.append({name: file[name] for name in ("tokens", *_FIELDS)})
+                own = str(file["point"]) if "point" in file else "origin"
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is damaged ({error}); delete it to plan again.") from error
+        if own != point:
+            raise UserError(
+                f"{path} holds places of the car's {own}, not of its {point}; delete it to plan "
+                "again."
+            )
     joined = {name: np.concatenate([one[name] for one in found]) for name in ("tokens", *_FIELDS)}
     place = {token: k for k, token in enumerate(joined["tokens"].tolist())}
     if sorted(place) != sorted(tokens):
@@ -144,6 +154,7 @@ class Case:
             kept plans mean nothing.
         meta: What is kept beside the figures.
         notes: Sentences for the report.
+        point: Whose places the plans are, see `plan_scores`.
     """
 
     title: str
@@ -157,6 +168,7 @@ class Case:
     weights: Mapping[str, str]
     meta: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    point: Point = "origin"
 
 
 def plan_part(case: Case, folder: Path, part: Part, quiet: bool = False) -> None:
@@ -177,4 +189,4 @@ def plan_part(case: Case, folder: Path, part: Part, quiet: bool = False) -> None
     for setting in tqdm(case.settings, desc="plans", unit="setting", disable=quiet):
         path = part.path(folder, setting)
         if not path.exists():
-            write_planned(path, case.truth.token[rows], case.plan(setting, rows))
+            write_planned(path, case.truth.token[rows], case.plan(setting, rows), case.point)

@@ -16,7 +16,7 @@ from fastdrive_jax.evaluation.above import from_above
 from fastdrive_jax.evaluation.compare import DIFFERENCE, P_VALUE
 from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.pictures import contact_sheet, keep_overlay
-from fastdrive_jax.evaluation.plan_scores import HEADLINE
+from fastdrive_jax.evaluation.plan_scores import HEADLINE, origin_way
 from fastdrive_jax.evaluation.plots import interval_bars
 from fastdrive_jax.evaluation.ranking import RANK
 from fastdrive_jax.evaluation.report import (
@@ -271,7 +271,10 @@ def _pictures(case: Case, results: Results, count: int):
         shown[f"random {100 * least:g}%"] = ("random", least)
     shown = {name: key for name, key in shown.items() if key in results.plans}
     for number, sample in enumerate(_telling(case, results, count)):
-        plans = {name: results.plans[key].waypoints[sample] for name, key in shown.items()}
+        plans = {
+            name: origin_way(results.plans[key].waypoints[[sample]], case.point)[0]
+            for name, key in shown.items()
+        }
         title = f"{case.truth.scene[sample]}, command {COMMANDS[case.command[sample]]}"
         yield Figure(f"frame_{number}_above", from_above(case.truth, sample, plans, title), title)
         if least is not None:
@@ -298,7 +301,8 @@ def _telling(case: Case, results: Results, count: int) -> list[int]:
     def error(key):
         if key not in results.plans:
             return np.zeros(len(future))
-        return np.linalg.norm(results.plans[key].waypoints - future, axis=-1).mean(1)
+        planned = origin_way(results.plans[key].waypoints, case.point)
+        return np.linalg.norm(planned - future, axis=-1).mean(1)
 
     gain = np.where(valid, error(("no_image", None)) - 2 * error((UNPRUNED, 1.0)), -np.inf)
     chosen: dict[str, int] = {}

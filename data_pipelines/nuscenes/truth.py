@@ -14,10 +14,16 @@ from data_pipelines.nuscenes.keyframes import scene_keyframes
 from data_pipelines.nuscenes.map_layers import MapFolder, expansion_path
 from data_pipelines.nuscenes.road_patches import RoadMap, road_map, road_patch
 from data_pipelines.nuscenes.scenario_log import ScenarioLog
-from data_pipelines.nuscenes.tables import NuScenes, open_nuscenes
-from data_pipelines.schema import FUTURE_STEPS
+from data_pipelines.nuscenes.tables import LIDAR, NuScenes, open_nuscenes
+from data_pipelines.schema import FUTURE_STEPS, HISTORY_STEPS
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.truth import KINDS, DrivingTruth, join_truths, pad_agents
+from fastdrive_jax.evaluation.truth import (
+    KINDS,
+    DrivingTruth,
+    LidarWays,
+    join_truths,
+    pad_agents,
+)
 
 _KINDS = (  # nuScenes categories by their beginnings; the first that fits
     ("vehicle.bicycle", "cycle"),
@@ -68,6 +74,7 @@ def scenes_truth(nuscenes: NuScenes, names: Sequence[str]) -> DrivingTruth:
         plans = plans_from_poses(
             [frame.timestamp for frame in frames], [frame.ego_to_global for frame in frames]
         )
+        lidars = [_lidar_pose(nuscenes, frame.token) for frame in frames]
         truths.append(
             _truth(
                 name,
@@ -77,6 +84,7 @@ def scenes_truth(nuscenes: NuScenes, names: Sequence[str]) -> DrivingTruth:
                 np.stack([plan.future_valid for plan in plans]),
                 [frame.boxes for frame in frames],
                 roads.get(nuscenes.scenes[name].location),
+                None if any(pose is None for pose in lidars) else lidar_ways(lidars),
             )
         )
     if not truths:
@@ -131,6 +139,7 @@ def _truth(
     valid: np.ndarray,
     boxes: Sequence[Boxes | None],
     road: RoadMap | None,
+    lidar: LidarWays | None = None,
 ) -> DrivingTruth:
     agents = None
     if all(found is not None for found in boxes):
@@ -151,7 +160,37 @@ def _truth(
         agents=agents,
         drivable=patches and tuple(areas for areas, _ in patches),
         boundaries=patches and tuple(lines for _, lines in patches),
+        lidar=lidar,
     )
+
+
+def _lidar_pose(nuscenes: NuScenes, token: str) -> Pose | None:
+    """Lidar to global at a sample; None where it has no lidar."""
+    row = nuscenes.views[token].get(LIDAR)
+    if row is None:
+        return None
+    return nuscenes.pose(row.pose) @ nuscenes.calibrations[row.calibration][0]
+
+
+def lidar_ways(poses: Sequence[Pose]) -> LidarWays:
+    """The ways of the lidar of one drive.
+
+    They are those that Impromptu-VLA was trained on and is measured by: places seen from the
+    calibrated lidar, whose own axes are x to the right and y forward.
+
+    Args:
+        poses: Lidar to global at the key frames.
+    """
+    places = np.array([pose.translation for pose in poses])
+    count = len(poses)
+    history, future = np.zeros((count, HISTORY_STEPS, 2)), np.zeros((count, FUTURE_STEPS, 2))
+    for k, pose in enumerate(poses):
+        right_ahead = pose.inverse().apply(places)[:, :2]
+        ways = np.stack([right_ahead[:, 1], -right_ahead[:, 0]], axis=1)
+        behind, after = ways[max(0, k - HISTORY_STEPS) : k], ways[k + 1 : k + 1 + FUTURE_STEPS]
+        history[k, HISTORY_STEPS - len(behind) :] = behind
+        future[k, : len(after)] = after
+    return LidarWays(history, future)
 
 
 def kind_of(category: str) -> int:

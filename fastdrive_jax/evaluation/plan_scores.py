@@ -1,6 +1,7 @@
 """Every open-loop figure of every sample, so that any group of samples can be averaged later."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Num
@@ -8,15 +9,17 @@ from jaxtyping import Bool, Float, Num
 from fastdrive_jax.evaluation.bootstrap import mean_intervals
 from fastdrive_jax.evaluation.collisions import collisions
 from fastdrive_jax.evaluation.compare import difference_rows
+from fastdrive_jax.evaluation.footprint import way_of_origin, way_of_point
 from fastdrive_jax.evaluation.open_loop import protocol_metrics
 from fastdrive_jax.evaluation.planning import planning_errors, planning_metrics
-from fastdrive_jax.evaluation.protocols import PROTOCOLS
+from fastdrive_jax.evaluation.protocols import LIDAR_AHEAD, PROTOCOLS
 from fastdrive_jax.evaluation.results import Row
 from fastdrive_jax.evaluation.truth import DrivingTruth
 
 HEADLINE = "l2_temavg"
 
 Scores = dict[str, Float[np.ndarray, " S"]]
+Point = Literal["origin", "lidar"]
 
 
 def measurable(truth: DrivingTruth) -> tuple[str, ...]:
@@ -35,23 +38,28 @@ def plan_scores(
     protocols: Iterable[str],
     read: Bool[np.ndarray, " S"] | None = None,
     driven: Mapping[str, Bool[np.ndarray, "S T"]] | None = None,
+    point: Point = "origin",
 ) -> Scores:
     """[S] of each metric; NaN where a sample does not count.
 
     Args:
-      planned: waypoints every 0.5 s in the present ego frame, metres.
+      planned: waypoints every 0.5 s, metres, x forward and y left of where `point` is now.
       truth: of the same samples.
       protocols: names in `PROTOCOLS`.
       read: which answers could be read; distances take the others as plans of zeros, as
         Impromptu-VLA's evaluation does.
       driven: of `driven_collisions`, for callers that measure many plans; None finds them.
+      point: whose places the plans are. Distances are between its places, as published; boxes are
+        those of the car whose origin follows it.
 
     Raises:
       ValueError: shapes differ, or a plan that counts is not finite.
       UserError: no sample counts, or the truth lacks what a protocol needs.
     """
     shown = planned if read is None else np.where(np.asarray(read)[:, None, None], planned, 0.0)
-    errors = planning_errors(shown, truth.future, truth.future_valid)
+    future = truth.future if point == "origin" else lidar_future(truth)
+    errors = planning_errors(shown, future, truth.future_valid)
+    planned = origin_way(planned, point)
     found = {name: _spread(value, errors.used) for name, value in planning_metrics(errors).items()}
     for name in protocols:
         protocol = PROTOCOLS[name]
@@ -60,6 +68,18 @@ def plan_scores(
         metrics = protocol_metrics(protocol, planned, truth, read, driven and driven[name])
         found |= {key: _spread(value, metrics.used) for key, value in metrics.values.items()}
     return found
+
+
+def origin_way(planned: Float[np.ndarray, "S T 2"], point: Point) -> Float[np.ndarray, "S T 2"]:
+    """Places of the ego origin in the present ego frame, from those of a point of the car."""
+    return planned if point == "origin" else way_of_origin(planned, LIDAR_AHEAD)
+
+
+def lidar_future(truth: DrivingTruth) -> Float[np.ndarray, "S T 2"]:
+    """The way of the lidar, or what the ego poses' places let one guess of it."""
+    if truth.lidar is not None:
+        return truth.lidar.future
+    return way_of_point(truth.future, LIDAR_AHEAD)
 
 
 def driven_collisions(

@@ -49,6 +49,19 @@ class Agents:
 
 
 @dataclasses.dataclass(frozen=True)
+class LidarWays:
+    """Where the lidar was and will be, seen from where it is now: x forward, y left, metres.
+
+    Attributes:
+      history: [S, H, 2] at the key frames before, oldest first; zeros before the drive began.
+      future: [S, T, 2] at those after; zeros behind its end.
+    """
+
+    history: np.ndarray
+    future: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class DrivingTruth:
     """What was driven and what stood around, for S samples with T steps of 0.5 s.
 
@@ -62,6 +75,7 @@ class DrivingTruth:
         car; None where there is no map.
       boundaries: lines [n, 2] of each sample at which the road ends, see `nuscenes.truth`; None
         where there is no map.
+      lidar: the ways of the lidar, in which some models plan; None where there is none.
     """
 
     token: np.ndarray
@@ -71,6 +85,7 @@ class DrivingTruth:
     agents: Agents | None = None
     drivable: tuple[tuple[Area, ...], ...] | None = None
     boundaries: tuple[tuple[np.ndarray, ...], ...] | None = None
+    lidar: LidarWays | None = None
 
     def __post_init__(self):
         count = len(self.token)
@@ -89,6 +104,9 @@ class DrivingTruth:
                 if getattr(self.agents, name).shape != shape:
                     found = getattr(self.agents, name).shape
                     raise ValueError(f"agents' {name} {found} must be {shape}")
+        if self.lidar is not None and self.lidar.future.shape != self.future.shape:
+            found = self.lidar.future.shape
+            raise ValueError(f"the lidar's future {found} must be {self.future.shape}")
         for name in ("drivable", "boundaries"):
             value = getattr(self, name)
             if value is not None and len(value) != count:
@@ -111,6 +129,7 @@ class DrivingTruth:
             agents,
             self.drivable and tuple(self.drivable[k] for k in rows),
             self.boundaries and tuple(self.boundaries[k] for k in rows),
+            self.lidar and LidarWays(self.lidar.history[rows], self.lidar.future[rows]),
         )
 
     def at(self, tokens: Sequence[str]) -> DrivingTruth:
@@ -155,13 +174,13 @@ def join_truths(truths: Sequence[DrivingTruth]) -> DrivingTruth:
     """The samples of several drives, one after the other.
 
     Raises:
-      UserError: some have a map or annotations and others have none.
+      UserError: some have a map, annotations or a lidar and others have none.
     """
     joined = {
         name: np.concatenate([getattr(truth, name) for truth in truths])
         for name in ("token", "scene", "future", "future_valid")
     }
-    for name in ("agents", "drivable", "boundaries"):
+    for name in ("agents", "drivable", "boundaries", "lidar"):
         lacking = [truth.scene[0] for truth in truths if getattr(truth, name) is None]
         if 0 < len(lacking) < len(truths):
             raise UserError(
@@ -178,4 +197,11 @@ def join_truths(truths: Sequence[DrivingTruth]) -> DrivingTruth:
     for name in ("drivable", "boundaries"):
         if getattr(truths[0], name) is not None:
             joined[name] = tuple(value for truth in truths for value in getattr(truth, name))
+    if truths[0].lidar is not None:
+        joined["lidar"] = LidarWays(
+            *(
+                np.concatenate([getattr(truth.lidar, f.name) for truth in truths])
+                for f in dataclasses.fields(LidarWays)
+            )
+        )
     return DrivingTruth(**joined)

@@ -1,6 +1,7 @@
 """What plans are measured against, from tables, from the synthetic world and from real logs."""
 
 import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -66,6 +67,44 @@ def test_ways_from_tables_without_boxes_or_map(tmp_path):
     assert driving_truth(root).token.tolist()[::9] == ["a0", "b0"]
     with pytest.raises(UserError, match="no split 'test'; it has train, val"):
         driving_truth(root, split="test")
+
+
+def test_ways_of_the_lidar_from_tables(tmp_path):
+    """Drive b's circle again, of the lidar 1 m ahead and 0.2 m to the left, turned by a tenth."""
+    root = write_nuscenes(tmp_path)
+    path = root / "v1.0-mini" / "calibrated_sensor.json"
+    rows = json.loads(path.read_text())
+    lidar = next(row for row in rows if row["token"] == "c-LIDAR_TOP")
+    lidar["translation"] = [1.0, 0.2, 1.8]
+    tilt = np.pi / 2 - 0.1  # its x axis is to the right and its y axis forward, but for 0.1
+    lidar["rotation"] = [np.cos(-tilt / 2), 0, 0, np.sin(-tilt / 2)]
+    path.write_text(json.dumps(rows))
+    truth = driving_truth(root, split="val")
+
+    def place(steps):
+        """Seen from the ego frame at step 0, whose y axis points to the centre, 20 m away."""
+        turn = 2.5 * np.asarray(steps) / 20
+        cos, sin = np.cos(turn), np.sin(turn)
+        return np.stack([20 * sin + cos - 0.2 * sin, 20 - 20 * cos + sin + 0.2 * cos], -1)
+
+    turn = np.array([[np.cos(0.1), np.sin(0.1)], [-np.sin(0.1), np.cos(0.1)]])
+    for ways, steps, sample in (
+        (truth.lidar.future, range(1, 7), 1),
+        (truth.lidar.history, range(-6, 0), 7),
+    ):
+        want = (place(steps) - place([0])) @ turn.T
+        np.testing.assert_allclose(ways[sample], want, atol=1e-4)
+    assert not truth.lidar.history[0].any()
+    assert truth.lidar.history[2, :4].max() == 0
+    assert truth.lidar.history[2, 4:].any(1).all()
+    assert not truth.lidar.future[8].any()
+    again = truth.take([7, 1])
+    np.testing.assert_array_equal(again.lidar.future[1], truth.lidar.future[1])
+    both = join_truths([truth, again])
+    np.testing.assert_array_equal(both.lidar.history[9], truth.lidar.history[7])
+    lacking = dataclasses.replace(again, lidar=None)
+    with pytest.raises(UserError, match="1 of 2 drives have no lidar"):
+        join_truths([truth, lacking])
 
 
 def test_agents_by_hand():

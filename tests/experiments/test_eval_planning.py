@@ -172,6 +172,9 @@ def test_damaged_plans_and_those_of_other_samples_are_named(out, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{path.name} is damaged"):
             read_planned(tmp_path, setting, Part(), tokens)
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="holds places of the car's origin, not of its lidar"):
+        read_planned(tmp_path, setting, Part(), tokens, "lidar")
 
 
 def test_plans_belong_to_weights_and_to_the_file_of_a_method(out, tmp_path):

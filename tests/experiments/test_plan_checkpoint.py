@@ -1,16 +1,20 @@
 """A checkpoint of random weights asked for plans of a few frames."""
 
+import io
 import json
+from dataclasses import replace
 
 import cv2
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_checkpoint import CONFIG, write_checkpoint
 
 from data_pipelines.build import build_shards
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.schema import CAN_FIELDS
+from data_pipelines.shards import open_shards, record_source
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments import plan_checkpoint
@@ -26,6 +30,7 @@ from experiments.plan_checkpoint import (
 from experiments.planned import Setting
 from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.truth import LidarWays
 from fastdrive_jax.export.bundle import write_bundle
 from fastdrive_jax.models.qwen2_5_vl.impromptu import planning_answer
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
@@ -136,6 +141,45 @@ def test_a_plan_that_can_be_read_counts_in_the_ego_frame(config, monkeypatch):
     found = case.plan(Setting("no_image", None, None, "no_image"), np.arange(3))
     assert found.read.all()
     np.testing.assert_allclose(found.waypoints, np.stack([way] * 3), atol=1e-6)  # straight: alike
+
+
+def test_pictures_are_shrunk_as_in_training_and_then_resized(config):
+    """112 x 196 pixels to 59 x 104 of 6,272, by the nearest, and then to whole tokens."""
+    case = checkpoint_case(config, (), (0.5,), 1, quiet=True)
+    source = record_source(open_shards(config.shards), "val")
+    stored = Image.open(io.BytesIO(source[0]["image"]))
+    small = stored.resize((104, 59), Image.Resampling.NEAREST)
+    want = np.asarray(small.resize((112, 56), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(case.view(0)[0], want)
+    large = replace(config, image_size=(112, 196))
+    case = checkpoint_case(large, (), (0.5,), 1, quiet=True)
+    np.testing.assert_array_equal(case.view(0)[0], np.asarray(stored))
+    assert case.grid == (4, 7)
+    with pytest.raises(UserError, match=r"image_size=\(100, 196\) is not what .* \(112, 196\)"):
+        checkpoint_case(replace(config, image_size=(100, 196)), (), (0.5,), 1, quiet=True)
+
+
+def test_the_lidars_places_are_those_of_its_poses_or_said_to_be_guessed(config):
+    """The world has no lidar, so the note is there."""
+    case = checkpoint_case(config, (), (0.5,), 1, quiet=True)
+    assert any("lidar's places are guessed" in note for note in case.notes)
+    ego = checkpoint_case(replace(config, frame="ego"), (), (0.5,), 1, quiet=True)
+    assert (case.point, ego.point, ego.notes) == ("lidar", "origin", ())
+    history = np.zeros((3, 6, 2))
+    history[2, 4:] = [[-3, 1], [-1, 0.5]]
+    driven = driven_of(3)
+    past, _ = past_of(driven, 2, "lidar", LidarWays(history, history))
+    np.testing.assert_allclose(past, [[-3, 1], [-1, 0.5], [0, 0]])
+
+
+def driven_of(count):
+    """Of two steps with a known past at sample 2."""
+    known = np.zeros((count, 6), bool)
+    known[2, 4:] = True
+    places = np.zeros((count, 6, 2))
+    places[2, 4:, 0] = [-4, -2]
+    bus = np.full((count, len(CAN_FIELDS)), np.nan)
+    return Sequences(np.zeros(count), places, known, bus, np.zeros(count), *([None] * 5))
 
 
 def test_past_places_of_the_lidar_on_a_circle():

@@ -4,6 +4,7 @@ A checkpoint answers well only to the words that it was trained on, so they are 
 letter, gaps and double words included (its data generator, nuscenes loaders).
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,26 +120,36 @@ def planning_answer(future: Float[np.ndarray, "6 2"]) -> str:
 def parse_answer(text: str) -> tuple[Float[np.ndarray, "6 2"], int]:
     """Waypoints of an answer as the published evaluation reads them, and how many were in it.
 
-    Fewer than six are filled up with the last. An answer that cannot be read gives zeros and the
-    count 0: the published evaluation scores it as standing still, and a caller can tell.
+    It is lenient where a mark is missing: without the last the text ends a letter early, and
+    without the first it begins with the tenth letter, both of which leave most points readable. It
+    is strict with points: all must have as many numbers. Fewer than six are filled up with the
+    last. An answer that cannot be read gives zeros and the count 0: the published evaluation scores
+    it as standing still, and a caller can tell.
     """
-    begin, end = text.find(BEGIN), text.find(_END)
-    inside = text[begin + len(BEGIN) : end] if -1 < begin < end else ""
-    brackets = [match for match in re.findall(r"\[([^\]]+)\]", inside) if match != "x, y"]
+    inside = text[text.find(BEGIN) + len(BEGIN) : text.find(_END)]
+    brackets = re.findall(r"\[([^\]]+)\]", inside)
+    if "x, y" in brackets:
+        brackets.remove("x, y")  # once, as there
     try:
-        points = [tuple(map(float, match.split(",")))[:2] for match in brackets][:FUTURE_STEPS]
-        if any(len(point) < 2 for point in points):
-            raise ValueError("a point of one number")
-        found = np.array(points, np.float64).reshape(-1, 2)
-    except ValueError:
-        found = np.zeros((0, 2))
+        points = np.array([tuple(map(float, match.split(","))) for match in brackets])
+    except ValueError:  # no numbers, or not as many in each
+        points = np.zeros(0)
+    found = points[:FUTURE_STEPS, :2] if points.ndim == 2 and points.shape[1] > 1 else np.zeros(0)
     if not len(found) or not np.isfinite(found).all():
         return np.zeros((FUTURE_STEPS, 2)), 0
     missing = FUTURE_STEPS - len(found)
     return np.concatenate([found, np.repeat(found[-1:], missing, axis=0)]), len(found)
 
 
+def shrunk_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width to which LLaMA-Factory shrinks a picture before the processor sees it."""
+    if height * width <= max_pixels:
+        return height, width
+    factor = math.sqrt(max_pixels / (height * width))
+    return int(height * factor), int(width * factor)
+
+
 def _pair(point) -> str:
-    # Adding zero turns -0.0 into 0.0.
-    x, y = (round(float(value), 2) + 0.0 for value in point)
+    # Rounded twice, as in the data; adding zero turns -0.0 into 0.0.
+    x, y = (float(value) + 0.0 for value in np.round(np.round(point, 3), 2))
     return f"[{x}, {y}]"

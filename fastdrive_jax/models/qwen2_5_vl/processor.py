@@ -73,7 +73,7 @@ def read_processor(
         checkpoint_dir: Holds config.json, tokenizer.json, a chat template and
             preprocessor_config.json.
         min_pixels: Instead of the file's.
-        max_pixels: Instead of the file's; Impromptu-VLA was trained with 262,144.
+        max_pixels: Instead of the file's.
 
     Raises:
         UserError: A file is missing or damaged, or of another model.

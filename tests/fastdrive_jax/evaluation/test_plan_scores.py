@@ -2,10 +2,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from truths import random_truth, random_ways
+from truths import one, random_truth, random_ways
 
+from fastdrive_jax.evaluation.footprint import way_of_point
 from fastdrive_jax.evaluation.open_loop import protocol_metrics
 from fastdrive_jax.evaluation.plan_scores import (
+    HEADLINE,
     driven_collisions,
     group_scores,
     mean_scores,
@@ -14,8 +16,8 @@ from fastdrive_jax.evaluation.plan_scores import (
     plan_scores,
     score_rows,
 )
-from fastdrive_jax.evaluation.protocols import PROTOCOLS
-from fastdrive_jax.evaluation.truth import Area
+from fastdrive_jax.evaluation.protocols import LIDAR_AHEAD, PROTOCOLS
+from fastdrive_jax.evaluation.truth import Area, LidarWays
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,34 @@ def test_each_sample_has_what_the_protocols_say(truth, planned):
         for metric, values in found.values.items():
             assert np.isnan(scores[metric][3])
             np.testing.assert_array_equal(scores[metric][found.used], values)
+
+
+@pytest.mark.parametrize(("speed", "radius"), [(1.9, 6.0), (6.0, 15.0), (10.0, 40.0)])
+def test_a_perfect_plan_of_the_lidar_has_no_distance(speed, radius):
+    """On a circle both ways are known in closed form, at any speed."""
+    turn = speed / radius * np.arange(1, 7) / 2
+    heading = np.stack([np.cos(turn), np.sin(turn)], 1)
+    origin = radius * np.stack([np.sin(turn), 1 - np.cos(turn)], 1)
+    lidar = origin + LIDAR_AHEAD * (heading - [1, 0])
+    truth = one(origin, lidar=LidarWays(np.zeros((1, 6, 2)), lidar[None]))
+    aside = lidar + np.array([0.3, 0.4])
+    for planned, distance in ((lidar, 0.0), (aside, 0.5)):
+        scores = plan_scores(planned[None], truth, measurable(truth), point="lidar")
+        assert scores[HEADLINE] == pytest.approx(distance, abs=1e-12)
+    # Without the lidar's poses its way is a guess.
+    guessed = plan_scores(lidar[None], one(origin), (), point="lidar")
+    assert 0 < guessed[HEADLINE] < 0.4
+
+
+def test_boxes_of_a_lidars_plan_are_those_of_the_cars_way(truth):
+    names = measurable(truth)
+    ways = random_ways(np.random.default_rng(3), 40) * [1.0, 0.2]  # steps over a metre
+    scores = plan_scores(ways, truth, names)
+    given = dataclasses.replace(truth, lidar=LidarWays(np.zeros((40, 6, 2)), truth.future))
+    same = plan_scores(way_of_point(ways, LIDAR_AHEAD), given, names, point="lidar")
+    for name in scores:
+        if name.startswith(("collision", "intersection")):
+            np.testing.assert_array_equal(scores[name], same[name])
 
 
 def test_what_the_driven_way_hits_may_be_found_once(truth, planned):

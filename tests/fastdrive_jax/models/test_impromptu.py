@@ -2,11 +2,13 @@ import numpy as np
 import pytest
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.models.qwen2_5_vl.image_processor import smart_resize
 from fastdrive_jax.models.qwen2_5_vl.impromptu import (
     EgoStatus,
     parse_answer,
     planning_answer,
     planning_prompt,
+    shrunk_size,
 )
 
 PAST = np.array([[-4.126, 0.004], [-2.0, -0.0012], [0.0, 0.0]])
@@ -53,6 +55,38 @@ def test_short_answers_stand_still_at_their_last_point():
     found, count = parse_answer("<PLANNING>[x, y]: [1, 2], [3.5, -4]</PLANNING>")
     assert count == 2
     assert found.tolist() == [[1, 2], *[[3.5, -4]] * 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "ahead"),
+    [
+        # Without an end the last letter is lost, here that which closes the last point.
+        ("<PLANNING>[x, y]: [1, 0], [2, 0], [3, 0]", [1, 2, 2, 2, 2, 2]),
+        # Without a beginning the first nine letters are lost.
+        ("The plan: [1, 0], [2, 0]</PLANNING>", [1, 2, 2, 2, 2, 2]),
+        ("[x, y]: [7, 0], [1, 0], [2, 0]</PLANNING>", [1, 2, 2, 2, 2, 2]),
+        ("<PLANNING>[1, 0, 9], [2, 0, 9]</PLANNING>", [1, 2, 2, 2, 2, 2]),
+        ("<PLANNING>[1, 0], [2, 0, 9]</PLANNING>", None),
+        ("<PLANNING>[x, y] [x, y] [1, 0]</PLANNING>", None),
+    ],
+)
+def test_answers_that_are_not_as_asked_are_read_as_published(text, ahead):
+    """By hand from the published evaluation's slices."""
+    found, count = parse_answer(text)
+    assert found[:, 0].tolist() == (ahead or [0.0] * 6)
+    assert (count > 0) == (ahead is not None)
+
+
+def test_places_are_rounded_twice():
+    """1.2349 is 1.235 to three places, and that 1.24 to two (halves go to even)."""
+    past = [[-1.2349, 2.6749], [0, 0]]
+    assert "[-1.24, 2.68]" in planning_prompt(past)
+
+
+def test_the_size_between_camera_and_processor():
+    assert shrunk_size(900, 1600, 262_144) == (384, 682)
+    assert smart_resize(384, 682) == (392, 672)  # 14 x 24 = 336 tokens
+    assert shrunk_size(384, 682, 262_144) == (384, 682)
 
 
 @pytest.mark.parametrize(

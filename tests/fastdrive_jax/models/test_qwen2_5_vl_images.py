@@ -20,7 +20,7 @@ from fastdrive_jax.models.qwen2_5_vl.patches import IMAGE_MEAN, IMAGE_STD, norma
     ("size", "bounds", "expected"),
     [
         ((900, 1600), {}, (896, 1596)),  # 32 x 57 tokens
-        ((900, 1600), {"max_pixels": 262_144}, (364, 672)),  # Impromptu-VLA
+        ((900, 1600), {"max_pixels": 262_144}, (364, 672)),  # 13 x 24
         ((1596, 1596), {}, (1596, 1596)),  # FastDriveVLA, 3249 tokens
         ((42, 70), {}, (56, 56)),  # 1.5 and 2.5 tokens: halves go to the even side
         ((10, 2000), {}, (28, 812)),
