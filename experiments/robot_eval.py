@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from data_pipelines.robot import libero
 from data_pipelines.robot.environment import TABLETOP, Suite, make_suite
 from data_pipelines.robot.worker import Job
 from data_pipelines.robot.workers import Episode, run_episodes
@@ -64,6 +65,8 @@ class RobotEvalArgs:
             default.
         seeds: Of policies that draw, and of the tabletop's initial states; LIBERO's are published
             with seed 7.
+        simulator_seed: Of LIBERO's simulator; by default as published, 7 with "pi0" and 0 with all
+            others.
         trials: Initial states of each task.
         tasks: Numbers of tasks; all by default.
         image_size: Height and width of the pictures; by default 96 x 96 of the tabletop and
@@ -84,6 +87,7 @@ class RobotEvalArgs:
     replan_steps: int = Pi0Options.replan_steps
     asset_id: str | None = None
     seeds: tuple[int, ...] = (0,)
+    simulator_seed: int | None = None
     trials: int = 50
     tasks: tuple[int, ...] | None = None
     image_size: tuple[int, int] | None = None
@@ -121,15 +125,31 @@ class RobotEvalArgs:
             raise UserError("openvla and pi0 have weights of their own: run one at a time.")
 
     @property
+    def libero_seed(self) -> int:
+        """Of LIBERO's simulator."""
+        if self.simulator_seed is not None:
+            return self.simulator_seed
+        return libero.OPENPI_SEED if PI0 in self.policies else libero.OPENVLA_SEED
+
+    @property
     def pi0(self) -> Pi0Options:
         """What "pi0" is told besides its weights."""
         return Pi0Options(self.replan_steps, self.asset_id)
 
 
+@dataclass(frozen=True)
+class RunIdentity:
+    """What all episodes in a folder share."""
+
+    image_size: tuple[int, int] | None
+    per_view: bool
+    libero_seed: int = libero.OPENVLA_SEED
+
+
 def robot_eval(args: RobotEvalArgs) -> Path:
     """Runs, judges and writes; returns the path of the rows."""
     suites = {
-        (name, seed): make_suite(name, args.image_size, seed)
+        (name, seed): make_suite(name, args.image_size, seed, args.libero_seed)
         for name in args.suites
         for seed in args.seeds
     }
@@ -137,7 +157,7 @@ def robot_eval(args: RobotEvalArgs) -> Path:
         check_jobs(args, suite)
     # More trials, tasks, settings and other numbers of processes may come to what is there.
     claim_run_folder(
-        args.out, {"robot": {"image_size": args.image_size, "per_view": args.per_view}}
+        args.out, {"robot": RunIdentity(args.image_size, args.per_view, args.libero_seed)}
     )
     outcomes: dict[Setting, dict[tuple[int, int], Outcome]] = {}
     workers = args.workers or os.cpu_count() or 1

@@ -58,13 +58,19 @@ class Suite:
     open: Callable[[], Environment]
 
 
-def make_suite(name: str, image_size: tuple[int, int] | None = None, seed: int = 0) -> Suite:
+def make_suite(
+    name: str,
+    image_size: tuple[int, int] | None = None,
+    seed: int = 0,
+    simulator_seed: int = libero.OPENVLA_SEED,
+) -> Suite:
     """A suite by its name.
 
     Args:
         name: One of `SUITES`.
         image_size: Height and width of the pictures; None takes the suite's usual one.
         seed: Of the tabletop's initial states; the others' come with them.
+        simulator_seed: Of LIBERO's simulator.
 
     Raises:
         UserError: There is no such suite, it has no pictures of that size, or what it needs is not
@@ -75,7 +81,7 @@ def make_suite(name: str, image_size: tuple[int, int] | None = None, seed: int =
         instructions = tuple(task.instruction for task in TASKS)
         return Suite(name, instructions, TABLETOP_STEPS, None, seed, 1 / SECONDS, made)
     if name in libero.SUITES:
-        made = partial(libero.Libero, name, image_size or libero.IMAGE_SIZE)
+        made = partial(libero.Libero, name, image_size or libero.IMAGE_SIZE, simulator_seed)
         steps, instructions = libero.SUITES[name], libero.libero_instructions(name)
         return Suite(name, instructions, steps, libero.TRIALS, None, libero.HZ, made)
     if name in SIMPLER_SUITES:

@@ -3,9 +3,9 @@
 The package of the extra `libero` brings the original tasks, initial states and assets. An episode
 begins at the package's initial state of its trial number, waits 10 steps for things to fall, and
 has a number of steps by its suite. Pictures are turned by 180 degrees. Robosuite's simulator is
-seeded with 0, as there, but before every episode instead of once a task, so that an episode does
-not depend on those before it: places that the initial states leave open are those of a first
-episode there.
+seeded with 0, as there (with 7 in openpi's evaluations), but before every episode instead of once a
+task, so that an episode does not depend on those before it: places that the initial states leave
+open are those of a first episode there.
 """
 
 import contextlib
@@ -31,24 +31,31 @@ HZ = 20.0
 PUBLISHED_SEED = 7  # of the policy, in the published evaluations
 _WAIT = 10
 _DO_NOTHING = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
-_SIMULATOR_SEED = 0
+OPENVLA_SEED, OPENPI_SEED = 0, 7  # of the simulator, in their evaluations
 _CAMERAS = ("agentview", "robot0_eye_in_hand")
 
 
 class Libero:
     """The environment; it keeps the simulation of the task that it was last asked for."""
 
-    def __init__(self, suite: str, image_size: tuple[int, int] = IMAGE_SIZE):
+    def __init__(
+        self,
+        suite: str,
+        image_size: tuple[int, int] = IMAGE_SIZE,
+        simulator_seed: int = OPENVLA_SEED,
+    ):
         """Makes no simulation yet.
 
         Args:
             suite: One of `SUITES`.
             image_size: Height and width of the pictures.
+            simulator_seed: Of places that the initial states leave open.
 
         Raises:
             UserError: The package or its assets are missing.
         """
         self._benchmark, self._size = load_benchmark(suite), tuple(image_size)
+        self._seed = simulator_seed
         self._task: int | None = None
         self._env = None
 
@@ -69,7 +76,7 @@ class Libero:
             self.close()
             self._env, self._task = self._open(task), task
         with _quiet():
-            self._env.seed(_SIMULATOR_SEED)
+            self._env.seed(self._seed)
             self._env.reset()
             raw = self._env.set_init_state(states[trial])
             for _ in range(_WAIT):

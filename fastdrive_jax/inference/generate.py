@@ -54,6 +54,7 @@ def live_prompt(
         text=jnp.broadcast_to(text, (batch, len(text))),
         count=jnp.full(batch, count),
         length=jnp.full(batch, length),
+        prompt=jnp.full(batch, length),
     )
     start = int(positions(model.config).after[0, 0]) + 1 + prompt.shape[1]
     decoder, weights = Decoder(model.config.text), params["params"]["language_model"]

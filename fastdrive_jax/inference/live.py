@@ -19,6 +19,10 @@ class Live(flax.struct.PyTreeNode):
         text: Places of all others, ascending [B, L]; padding as above.
         count: Real visual tokens [B].
         length: Real tokens [B].
+        prompt: Those of them up to the end of the prompt [B]; behind it stand slots for an answer
+            that is read off at once.
+        state: Tokens between pictures and instruction that are neither, such as a robot's state;
+            static.
     """
 
     hidden: Float[Array, "B n D"]
@@ -28,6 +32,8 @@ class Live(flax.struct.PyTreeNode):
     text: Int[Array, "B L"]
     count: Int[Array, " B"]
     length: Int[Array, " B"]
+    prompt: Int[Array, " B"]
+    state: int = flax.struct.field(pytree_node=False, default=0)
 
 
 def live_sequence(
@@ -37,6 +43,8 @@ def live_sequence(
     lengths: Int[Array, " B"],
     visual_tokens: int,
     text_tokens: int,
+    prompt: Int[Array, " B"] | None = None,
+    state: int = 0,
 ) -> Live:
     """A padded batch in which visual tokens may stand anywhere.
 
@@ -47,6 +55,8 @@ def live_sequence(
         lengths: Real tokens of each sample, from the first.
         visual_tokens: N, of the sample with most; static.
         text_tokens: L, of the sample with most; static.
+        prompt: See `Live`; None: the whole sequence.
+        state: See `Live`.
     """
     length = embeddings.shape[1]
     place = jnp.arange(length)
@@ -66,6 +76,8 @@ def live_sequence(
         text=places(~is_visual & real, text_tokens),
         count=jnp.sum(is_visual & real, axis=1),
         length=lengths,
+        prompt=lengths if prompt is None else prompt,
+        state=state,
     )
 
 
@@ -96,6 +108,8 @@ def keep_live(live: Live, kept: Kept, renumber: bool = False) -> Live:
         text=found[:, k:],
         count=count,
         length=live.length - live.count + count,
+        prompt=live.prompt - live.count + count,
+        state=live.state,
     )
 
 
@@ -112,12 +126,12 @@ def text_tokens(live: Live) -> Float[Array, "B L D"]:
 
 
 def instruction(live: Live) -> Bool[Array, "B L"]:
-    """Which text tokens stand behind the last visual token."""
+    """Which text tokens are the instruction: from behind the pictures to the prompt's end."""
     real = jnp.arange(live.visual.shape[1]) < live.count[:, None]
     places = jnp.where(real, live.visual, -1)
     places = jnp.pad(places, ((0, 0), (0, 1)), constant_values=-1)  # there may be none
     last = jnp.max(places, axis=1, keepdims=True)
-    return (live.text > last) & (live.text < live.length[:, None])
+    return (live.text > last + live.state) & (live.text < live.prompt[:, None])
 
 
 def first_inputs(live: Live, inputs: PrunerInputs | None) -> PrunerInputs:

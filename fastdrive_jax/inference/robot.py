@@ -236,6 +236,8 @@ def _live(model, params, tokens, moment) -> Live:
         sequence.lengths,
         total,
         sequence.embeddings.shape[1] - total,
+        prompt=sequence.answer + 1,
+        state=int(proprio is not None),
     )
 
 

@@ -265,10 +265,11 @@ def _evidence(decoder, pruner, live, found):
     query, key = found
     out = {}
     if "last_row" in pruner.needs:
-        out["last_row"] = _head_rows(decoder, live, query, key, live.length[:, None] - 1)[:, :, 0]
+        out["last_row"] = _head_rows(decoder, live, query, key, live.prompt[:, None] - 1)[:, :, 0]
     if "text_rows" in pruner.needs:
         out["text_rows"] = _head_rows(decoder, live, query, key, live.text)
     if "received" in pruner.needs:
-        received = attention_received(query, key, live.length, causal=decoder.causal)
+        seeing = live.length, decoder.causal
+        received = attention_received(query, key, *seeing, rows=live.prompt)
         out["received"] = _take(received, live.visual)
     return out

@@ -75,8 +75,9 @@ def attention_received(
     lengths: Int[Array, " B"] | None = None,
     causal: bool = False,
     every: int = 1,
+    rows: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B N"]:
-    """Attention that each token receives, mean over heads and over the rows of real tokens.
+    """Attention that each token receives, mean over heads and over rows.
 
     Args:
         query: [B, N, Q, d].
@@ -84,9 +85,11 @@ def attention_received(
         lengths: Real tokens of each sample; None means all.
         causal: Whether row i sees keys 0 to i only.
         every: Rows 0, `every`, 2 `every` and so on stand for all; 1 takes all.
+        rows: How many rows of each sample count, from the first; None: those of real tokens.
     """
     batch, count, heads, _ = query.shape
     lengths = jnp.full(batch, count) if lengths is None else lengths
+    counted = lengths if rows is None else rows
     query = query[:, ::every]
     most = max(8, _BLOCK_BYTES // (4 * batch * heads * count))
     blocks = math.ceil(query.shape[1] / most)
@@ -94,9 +97,9 @@ def attention_received(
     query = jnp.pad(query, ((0, 0), (0, blocks * size - query.shape[1]), (0, 0), (0, 0)))
 
     def add(total, start):
-        rows = every * (start + jnp.arange(size))
-        real = rows < lengths[:, None]
-        seen = jnp.minimum(rows + 1, lengths[:, None]) if causal else lengths[:, None]
+        place = every * (start + jnp.arange(size))
+        real = place < counted[:, None]
+        seen = jnp.minimum(place + 1, lengths[:, None]) if causal else lengths[:, None]
         part = jax.lax.dynamic_slice_in_dim(query, start, size, axis=1)
         weights = attention_rows(part, key, jnp.broadcast_to(seen, (batch, size)))
         return total + jnp.einsum("bqrs,br->bs", weights, real.astype(jnp.float32)), None
@@ -106,5 +109,5 @@ def attention_received(
         total, _ = add(total, 0)
     else:
         total, _ = jax.lax.scan(add, total, size * jnp.arange(blocks))
-    rows = (lengths + every - 1) // every
-    return total / (heads * rows[:, None])
+    number = (counted + every - 1) // every
+    return total / (heads * number[:, None])

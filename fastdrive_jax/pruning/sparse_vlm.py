@@ -96,6 +96,8 @@ def sparse_vlm_v1(as_published: bool = False) -> Pruner:
 def recycled_among(n: int, k: int) -> int:
     """Clusters c among K: K - c tokens are kept, and the N - K + c others give c; the smallest c.
 
+    Two c may do, such as 2 and 3 for 119 of 180 tokens; released lists may mean the larger one.
+
     At most half of K, which only budgets of a few percent run into; 0 if nothing is deleted.
     """
     if k == n:

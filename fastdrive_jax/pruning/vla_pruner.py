@@ -16,10 +16,10 @@ published nothing is pruned in these frames (`inference.policy.frame_policy`).
 `as_published` follows the released code where it differs. "openvla": S_vl is the last prompt
 token's row (the paper's form is an option there that its authors advise against), action attention
 of layer 15 of 32 alone, the weights reversed, so that the oldest frame weighs most, K rounded.
-"openvla-oft": the cut is one layer later, the newest frame weighs most, and each camera has its own
-budget: wrap it in `per_camera`. `vla_pruner_released` is the first of these under its own name, for
-tables that hold both. In all forms a pruned token got no action attention, so it can come back only
-through S_vl.
+"openvla-oft": the cut is one layer later, the newest frame weighs most, and each of the two cameras
+has its own budget, rounded by itself: wrap it in `per_camera`. `vla_pruner_released` is the first
+of these under its own name, for tables that hold both. In all forms a pruned token got no action
+attention, so it can come back only through S_vl.
 """
 
 from dataclasses import replace
@@ -103,10 +103,14 @@ def vla_pruner(
         name="vlapruner",
         choose=choose,
         needs=frozenset({"embeddings", "state", "last_row" if openvla else "received"}),
-        budget=round_keep if as_published else num_keep,
+        budget=_of_two_views if oft else round_keep if openvla else num_keep,
         cuts=Cuts(layers),
         temporal=action_history(window, attention),
     )
+
+
+def _of_two_views(n: int, keep_ratio: float) -> int:
+    return 2 * round_keep(n // 2, keep_ratio)
 
 
 def vla_pruner_released(window: int = 3, decay: float = 0.8, signals: Signals = "both") -> Pruner:

@@ -91,6 +91,9 @@ def read_json(path: Path) -> Any:
 
 def _completed(stored: Any, config: Any) -> Any:
     """A stored config with the defaults of fields that the dataclass of today has besides."""
+    if isinstance(config, dict) and isinstance(stored, dict):
+        both = config.keys() & stored.keys()
+        return stored | {name: _completed(stored[name], config[name]) for name in both}
     if not dataclasses.is_dataclass(config) or not isinstance(stored, dict):
         return stored
     known = {

@@ -287,6 +287,10 @@ def test_the_name_asks_for_a_folder_and_for_libero(folder, tmp_path):
     both = {"policies": ("openvla", "pi0"), "suites": ("libero_goal",), "weights": folder}
     with pytest.raises(UserError, match="run one at a time"):
         RobotEvalArgs(**both)
+    alone = RobotEvalArgs(policies=("pi0",), suites=("libero_goal",), weights=folder)
+    assert alone.libero_seed == 7  # openpi's; OpenVLA's evaluations take 0
+    assert RobotEvalArgs(policies=("random",)).libero_seed == 0
+    assert replace(alone, simulator_seed=3).libero_seed == 3
     with pytest.raises(UserError, match="replan_steps=0"):
         RobotEvalArgs(replan_steps=0)
     names = {

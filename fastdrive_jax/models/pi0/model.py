@@ -99,6 +99,7 @@ class Pi0(nn.Module):
             text=places[:, total:],
             count=count,
             length=count + lengths,
+            prompt=count + lengths,
         )
 
     def __call__(

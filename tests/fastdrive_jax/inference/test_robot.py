@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from small_openvla import random_params
 
-from fastdrive_jax.inference.robot import Moment, RobotVLA, act, start_state
+from fastdrive_jax.inference import segments
+from fastdrive_jax.inference.robot import (
+    Moment,
+    RobotVLA,
+    _live,
+    act,
+    decoder_of,
+    see,
+    start_state,
+)
 from fastdrive_jax.models.openvla.actions import decode_actions
 from fastdrive_jax.models.openvla.config import TINY_OPENVLA
 from fastdrive_jax.models.openvla.model import OpenVLA
@@ -18,7 +27,7 @@ from fastdrive_jax.models.pi0.flow import euler
 from fastdrive_jax.models.pi0.model import Pi0
 from fastdrive_jax.pruning import make_pruner
 from fastdrive_jax.pruning.budgets import per_camera
-from fastdrive_jax.pruning.interface import cut_plan
+from fastdrive_jax.pruning.interface import Cuts, Pruner, cut_plan
 
 BATCH, VIEWS, N, LAYERS = 2, 2, 18, 5  # 3 x 3 tokens a view
 
@@ -128,6 +137,42 @@ def test_with_all_tokens_it_is_the_model(name, method, params):
     found = run(name, params, make_pruner(method), 1.0, moment)
     np.testing.assert_allclose(found.actions, unpruned(name, params, moment), atol=2e-5)
     np.testing.assert_array_equal(found.keep_indices, np.tile(np.arange(N), (BATCH, 1)))
+
+
+def test_slots_and_state_are_no_instruction(params, monkeypatch):
+    """OFT: BOS, 18 visual tokens, the state, the prompt, 14 slots for actions and a stop token."""
+    moment, caught = a_moment(), []
+    keep = segments.keep_tokens
+
+    def catch(pruner, weights, given, *rest):
+        caught.append(given)
+        return keep(pruner, weights, given, *rest)
+
+    monkeypatch.setattr(segments, "keep_tokens", catch)
+    needs = frozenset({"received", "last_row", "text_rows"})
+    pruner = Pruner(
+        "probe", lambda weights, given, key: given.received, needs, cuts=Cuts(lambda layers: (1,))
+    )
+    policy = RobotVLA(MODELS["regression"], pruner, 0.5)
+    given = {"vla": params["regression"], "pruner": None}
+    act(policy, given, moment, jax.random.key(1))
+    (seen,) = caught
+    live = _live(policy.model, given, see(policy, given, moment.images).tokens, moment)
+    decoder, weights = decoder_of(policy.model), given["vla"]["language_model"]
+    query, key = map(np.asarray, segments._run_layer(decoder, weights, live, 0, 0)[1])
+    for sample, length in enumerate(moment.lengths):
+        prompt = 1 + N + 1 + length - 1  # places before the slots
+        total = prompt + 14 + 1
+        assert seen.text_valid[sample].sum() == length - 1  # all but BOS
+        scores = np.einsum("qhd,khd->hqk", query[sample, :total], key[sample, :total]) / np.sqrt(8)
+        weight = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        visual = slice(1, 1 + N)
+        want = weight[:, :prompt, visual].mean((0, 1))
+        np.testing.assert_allclose(seen.received[sample], want, atol=1e-5)
+        np.testing.assert_allclose(seen.last_row[sample], weight[:, prompt - 1, visual], atol=1e-5)
+        told = np.asarray(seen.text_rows[sample])[:, np.asarray(seen.text_valid[sample])]
+        want = weight[:, 1 + N + 1 : prompt, visual]
+        np.testing.assert_allclose(told, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "method"), TRIED)

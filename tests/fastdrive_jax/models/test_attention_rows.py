@@ -69,6 +69,14 @@ def test_what_tokens_receive_is_the_mean_over_real_rows(monkeypatch, causal, blo
         np.testing.assert_allclose(got[sample].sum(), 1, atol=1e-5)
     whole = attention_received(query, key, None, causal, every)
     np.testing.assert_allclose(whole[0], got[0], atol=1e-6)
+    # The first rows alone, which see what they saw.
+    few = np.array([9, 13])
+    got = attention_received(query, key, jnp.asarray(lengths), causal, every, jnp.asarray(few))
+    for sample, (length, count) in enumerate(zip(lengths, few, strict=True)):
+        rows, keys = np.asarray(query[sample, :count:every]), np.asarray(key[sample])
+        seen = np.arange(1, count + 1, every) if causal else np.full(len(rows), length)
+        want = softmax_rows(rows, keys, seen).mean(axis=(0, 1))
+        np.testing.assert_allclose(got[sample], want, atol=1e-5)
 
 
 def test_no_array_of_pairs_is_held():

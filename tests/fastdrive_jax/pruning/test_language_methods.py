@@ -404,6 +404,7 @@ def test_only_what_was_published_so_rounds_and_renumbers():
     assert METHODS["fastv"].budget(30, 0.32) == 9
     assert round_keep(30, 0.01) == 1
     assert falling_keep(1000, 0.001, 3) == (100, 10, 1)
+    assert falling_keep(1000, 0.343, 3) == (700, 490, 343)
     renumbering = {name for name in NAMES if METHODS[name].renumber}
     assert not renumbering
     for name in ("sparsevlm", "sparsevlm_v1", "pyramiddrop", "fastv"):

@@ -158,6 +158,8 @@ def test_it_stands_and_looks_where_it_was_published():
     assert where("openvla", ratio=0.375, n=101)[0] == ((3, 38),)  # 37.9 rounded
     assert where(None, ratio=0.375, n=101)[0] == ((3, 37),)
     assert where("openvla-oft")[0] == ((4, 64),)
+    # 7.25% of 256 tokens in each of two views, not of 512 together, which would be 37.
+    assert METHODS["openvla-oft"].budget(512, 0.0725) == 2 * 19
     assert where(None, layers=36)[0] == ((3, 64),)
     assert where(None, layers=5) == (((1, 64),), (2, 3, 4))
     assert cut_plan(make_pruner("vlapruner", layer=2), 256, 0.5, 5) == ((2, 128),)

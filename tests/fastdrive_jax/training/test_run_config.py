@@ -67,6 +67,11 @@ def test_a_field_that_was_added_later_counts_as_its_default(tmp_path):
     claim_run_folder(tmp_path / "run", Outer())
     with pytest.raises(UserError, match=r"\(inner\.sizes was \[1, 2\] and is now \[3\]\)"):
         claim_run_folder(tmp_path / "run", Outer(Inner((3,))))
+    claim_run_folder(tmp_path / "named", {"run": Outer()})
+    (tmp_path / "named/config.json").write_text(json.dumps({"run": stored}))
+    claim_run_folder(tmp_path / "named", {"run": Outer()})
+    with pytest.raises(UserError, match=r"\(run\.inner\.sizes was"):
+        claim_run_folder(tmp_path / "named", {"run": Outer(Inner((3,)))})
     stored["dropped"] = 1
     path.write_text(json.dumps(stored))
     with pytest.raises(UserError, match=r"\(dropped was 1 and is now absent\)"):
