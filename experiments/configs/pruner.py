@@ -158,7 +158,10 @@ TINY = PrunerRun(
 
 
 def _published(text: DecoderConfig) -> PrunerRun:
-    """The paper's recipe; batch, optimizer, warm-up and what it does not say are ours."""
+    """The paper's recipe and nothing beside it, but that what it does not say must be something.
+
+    Ours are the batch, AdamW with its weight decay and clipping, and the warm-up.
+    """
     batch = 64
     return PrunerRun(
         recon=ReconConfig(
@@ -173,10 +176,9 @@ def _published(text: DecoderConfig) -> PrunerRun:
             total_steps=EPOCHS * NUSCENES_FG // batch,
             weight_decay=0.01,
         ),
-        loader=LoaderConfig(batch, (1596, 1596), flip=True),
+        loader=LoaderConfig(batch, (1596, 1596)),
         dtype="bfloat16",
         data=-1,
-        best="recall_25",
         evaluate_every=2000,
         eval_pictures=1024,
         checkpoint_every=500,
