@@ -1,12 +1,9 @@
 """Batches of cached token features: a Grain pipeline with an exactly resumable position."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import grain
-import jax
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.features import SplitFeatures
 from fastdrive_jax.errors import UserError
@@ -75,40 +72,3 @@ def make_feature_loader(features: SplitFeatures, config: FeatureLoaderConfig) ->
     return data.to_iter_dataset(options).batch(
         config.batch_size, drop_remainder=config.drop_remainder
     )
-
-
-def encode_split(
-    encode: Callable[[np.ndarray], jax.Array],
-    images: np.ndarray,
-    masks: np.ndarray,
-    labels: np.ndarray,
-    camera: np.ndarray,
-    scene: np.ndarray,
-    batch_size: int = 16,
-    quiet: bool = True,
-) -> SplitFeatures:
-    """Features in memory by any encoder, for sets that are small enough.
-
-    Args:
-        encode: uint8 [B, H, W, 3] to tokens [B, N, D]; always called with `batch_size` pictures.
-        images: uint8 [M, H, W, 3].
-        masks: uint8 {0, 1} [M, H, W].
-        labels: uint8 [M, H, W].
-        camera: int32 [M].
-        scene: int32 [M].
-        batch_size: Pictures encoded at once.
-        quiet: No progress bar.
-
-    Raises:
-        UserError: There is no picture.
-    """
-    if not len(images):
-        raise UserError("There is no picture to compute token features of.")
-    tokens = []
-    for start in tqdm(range(0, len(images), batch_size), desc="token features", disable=quiet):
-        batch = np.asarray(images[start : start + batch_size])
-        count = len(batch)
-        if count < batch_size:  # keeps one compiled shape
-            batch = np.concatenate([batch, np.repeat(batch[-1:], batch_size - count, axis=0)])
-        tokens.append(np.asarray(encode(batch), np.float32)[:count])
-    return SplitFeatures(np.concatenate(tokens), images, masks, labels, camera, scene)

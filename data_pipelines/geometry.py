@@ -60,11 +60,6 @@ def rotation_matrix(quaternion) -> np.ndarray:
     return np.moveaxis(np.array(rows), (0, 1), (-2, -1))
 
 
-def pose_of(row: dict) -> Pose:
-    """The pose in a row of `ego_pose` or `calibrated_sensor`."""
-    return Pose(rotation_matrix(row["rotation"]), np.asarray(row["translation"], np.float64))
-
-
 def yaw_of(rotation: np.ndarray) -> np.ndarray:
     """Heading [...] of rotations [..., 3, 3] about the vertical axis, left positive, in radians."""
     return np.arctan2(rotation[..., 1, 0], rotation[..., 0, 0])

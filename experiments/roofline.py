@@ -58,11 +58,6 @@ def roofline_ms(machine: Machine, flops: float, moved: float) -> float:
     return 1e3 * max(flops / machine.flops, moved / machine.bandwidth)
 
 
-def bound_by(machine: Machine, flops: float, moved: float) -> str:
-    """Which of the two takes longer, "flops" or "bytes"."""
-    return "flops" if flops / machine.flops >= moved / machine.bandwidth else "bytes"
-
-
 def rate_programs(dtype: jnp.dtype) -> dict[str, tuple[Callable[[], jax.Array], float]]:
     """What measures this machine: name -> (a program to time, its FLOPs or bytes).
 

@@ -28,7 +28,6 @@ SUITES = {  # and the steps after which an episode has failed
 TRIALS = 50  # initial states of each task
 IMAGE_SIZE = (256, 256)
 HZ = 20.0
-PUBLISHED_SEED = 7  # of the policy, in the published evaluations
 _WAIT = 10
 _DO_NOTHING = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
 OPENVLA_SEED, OPENPI_SEED = 0, 7  # of the simulator, in their evaluations

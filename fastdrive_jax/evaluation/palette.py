@@ -5,7 +5,6 @@ MUTED = "#66717f"
 GRID = "#e3e7ec"
 PAPER = "#ffffff"
 ACCENT = "#0072b2"
-GOOD = "#009e73"
 WARM = "#d55e00"
 
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a6a00", "#66717f")

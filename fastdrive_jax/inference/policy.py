@@ -76,17 +76,6 @@ def frame_policy(policy: DrivingPolicy, frame: int) -> DrivingPolicy:
     return replace(policy, keep_ratio=1.0)
 
 
-def choose_tokens(
-    policy: DrivingPolicy,
-    pruner_params: dict | None,
-    tokens: Float[Array, "B N D"],
-    key: jax.Array | None = None,
-) -> Int[Array, "B K"]:
-    """Kept tokens of a sample, by a method that stands before the language model."""
-    inputs = driving_inputs(policy.model.config, tokens)
-    return keep_before(policy.pruner, pruner_params, inputs, policy.keep_ratio, key).indices
-
-
 def start_state(
     policy: DrivingPolicy,
     batch: int,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.ego import command_of, plans_from_poses
-from data_pipelines.geometry import pose_of, rotation_matrix
+from data_pipelines.geometry import Pose, rotation_matrix
 from data_pipelines.schema import LEFT, RIGHT, STRAIGHT
 
 
@@ -15,7 +15,8 @@ def pose(seconds, x, y=0.0, yaw=0.0):
 
 
 def read_plans(rows):
-    return plans_from_poses([row["timestamp"] for row in rows], [pose_of(row) for row in rows])
+    poses = [Pose(rotation_matrix(row["rotation"]), np.array(row["translation"])) for row in rows]
+    return plans_from_poses([row["timestamp"] for row in rows], poses)
 
 
 def test_rotation_matrix_turns_x_to_y_at_ninety_degrees():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data_pipelines.feature_loader import FeatureLoaderConfig, encode_split, make_feature_loader
+from data_pipelines.feature_loader import FeatureLoaderConfig, make_feature_loader
 from data_pipelines.features import SplitFeatures
 from fastdrive_jax.errors import UserError
 
@@ -78,19 +78,3 @@ def test_fewer_pictures_than_a_batch_and_odd_numbers_are_refused():
         FeatureLoaderConfig(batch_size=0)
     with pytest.raises(UserError, match="num_epochs=0"):
         FeatureLoaderConfig(num_epochs=0)
-
-
-def test_encoded_pictures_come_in_order_and_with_one_shape_of_call():
-    features, shapes = split(), []
-
-    def encode(images):
-        shapes.append(images.shape)
-        return images.reshape(len(images), 4, -1)[:, :, :3].astype(np.float32)
-
-    arrays = (features.images, features.masks, features.labels, features.camera, features.scene)
-    encoded = encode_split(encode, *arrays, batch_size=3)
-    assert set(shapes) == {(3, 56, 56, 3)}
-    assert np.array_equal(encoded.tokens, features.images.reshape(7, 4, -1)[:, :, :3])
-    assert encoded.labels is features.labels
-    with pytest.raises(UserError, match="no picture"):
-        encode_split(encode, *(array[:0] for array in arrays))

@@ -7,8 +7,6 @@ from fastdrive_jax.evaluation.foreground import (
     OBJECT_RECALL,
     UNLABELLED,
     Areas,
-    auc,
-    foreground_auc,
     foreground_rows,
     kept_area,
     oracle_indices,
@@ -126,32 +124,3 @@ def test_bad_pictures_are_refused():
         token_fractions(np.zeros((1, 30, 28), int), (1,))
     with pytest.raises(ValueError, match=r"0\.\.255"):
         token_fractions(np.full((1, 28, 28), 300), (1,))
-
-
-def test_auc_by_hand():
-    # positives 3, 1 against negatives 2, 1: wins 3>2, 3>1, loses 1<2, ties 1=1 -> 2.5 of 4
-    assert auc(np.array([3, 1, 2, 1]), [True, True, False, False]) == pytest.approx(0.625)
-    assert auc(np.arange(4), [False, False, True, True]) == 1.0
-    assert auc(np.zeros(4), [False, False, True, True]) == 0.5
-
-
-def test_auc_equals_the_count_of_pairs():
-    rng = np.random.default_rng(0)
-    scores, positive = rng.integers(0, 9, 60), rng.random(60) < 0.4
-    above, below = scores[positive][:, None], scores[~positive][None]
-    pairs = np.mean((above > below) + 0.5 * (above == below))
-    assert auc(scores, positive) == pytest.approx(pairs)
-
-
-def test_auc_needs_both_classes():
-    with pytest.raises(ValueError, match="both classes"):
-        auc(np.arange(3), [True, True, True])
-
-
-def test_foreground_auc_leaves_unlabelled_tokens_out():
-    areas = Areas(
-        foreground=np.array([[0.9, 0.1, 0.0]]),
-        objects=np.zeros((1, 3)),
-        valid=np.array([[1.0, 1.0, 0.0]]),
-    )
-    assert foreground_auc(np.array([[2.0, 1.0, 5.0]]), areas) == 1.0

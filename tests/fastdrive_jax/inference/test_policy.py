@@ -8,7 +8,9 @@ import pytest
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.generate import decode, generate, prefill
-from fastdrive_jax.inference.policy import DrivingPolicy, choose_tokens, plan
+from fastdrive_jax.inference.pictures import driving_inputs
+from fastdrive_jax.inference.policy import DrivingPolicy, plan
+from fastdrive_jax.inference.pruned import keep_before
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, positions, visual_positions
 from fastdrive_jax.pruning import Pruner, PrunerInputs, keep_indices, make_pruner
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
@@ -137,7 +139,8 @@ def test_two_cameras_share_one_budget(two_cameras, small_pruner):
     tokens = jax.random.normal(jax.random.key(1), (4, 2 * N, 32))
     halves = tokens[:, :N], tokens[:, N:]
     alone = [pruner_scores_of(params, small_pruner, half) for half in halves]
-    kept = np.asarray(jax.jit(choose_tokens, static_argnums=0)(policy, params["pruner"], tokens))
+    given = driving_inputs(config, tokens)
+    kept = np.asarray(keep_before(policy.pruner, params["pruner"], given, 0.5).indices)
     assert kept.shape == (4, N)
     best = np.argsort(-np.concatenate(alone, axis=1), axis=1)[:, :N]
     np.testing.assert_array_equal(kept, np.sort(best, axis=1))
