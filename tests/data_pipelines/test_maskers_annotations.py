@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from mask_agreement import ablations, annotation_iou, mean_iou, overlaps
 
 from data_pipelines.geometry import Pose, box_corners
 from data_pipelines.maskers.annotations import AnnotationConfig, AnnotationMasker, class_of
@@ -23,7 +24,6 @@ from data_pipelines.maskers.interface import (
     VEHICLE,
     Frame,
 )
-from data_pipelines.maskers.iou import ablations, annotation_iou, mean_iou, overlaps
 from data_pipelines.maskers.provenance import describe
 from data_pipelines.maskers.solids import BOX, silhouette, solid_points
 from data_pipelines.nuscenes.frames import Boxes, CameraView, Keyframe

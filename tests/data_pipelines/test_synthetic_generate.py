@@ -13,12 +13,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from world_figures import class_shares, pictures_per_second, prior_recall
 
 from data_pipelines.disk import locked
 from data_pipelines.synthetic import generate as generator
 from data_pipelines.synthetic.config import FOREGROUND_IDS, WorldConfig
 from data_pipelines.synthetic.generate import generate, is_complete
-from data_pipelines.synthetic.measure import class_shares, pictures_per_second, prior_recall
 from data_pipelines.synthetic.tables import TABLES, VERSION
 from fastdrive_jax.errors import UserError
 

@@ -6,6 +6,7 @@ from collections import Counter
 import cv2
 import numpy as np
 import pytest
+from world_figures import planning_figures
 
 from data_pipelines.synthetic import sampler, scenery
 from data_pipelines.synthetic.camera import make_camera
@@ -19,7 +20,6 @@ from data_pipelines.synthetic.config import (
     VEHICLE,
     WorldConfig,
 )
-from data_pipelines.synthetic.measure import planning_figures
 from data_pipelines.synthetic.mesh import MeshBuilder
 from data_pipelines.synthetic.planner import DT, waypoints
 from data_pipelines.synthetic.record import encode
