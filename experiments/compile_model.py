@@ -18,9 +18,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.sharding import Mesh
 
+from experiments.ahead_of_time import abstract_shards, peak_bytes, whole_shapes
 from experiments.compile_openvla import openvla_stages
 from experiments.compile_pi0 import pi0_stages
 from fastdrive_jax.errors import UserError
@@ -34,8 +34,7 @@ from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B, QWEN2_5_VL_7B,
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.patches import layout_of
 from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
-from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding
-from fastdrive_jax.parallel.rules import parameter_sharding
+from fastdrive_jax.parallel.mesh import make_mesh
 
 QWENS = {"3b": QWEN2_5_VL_3B, "7b": QWEN2_5_VL_7B}
 OPENVLAS = {"openvla_7b": OPENVLA_7B, "openvla_oft_7b": OPENVLA_OFT_7B}
@@ -87,11 +86,11 @@ def compile_model(args: CompileModelArgs) -> Path:
     rows = [Row(args.model, None, "parameters", parameters, None, None, 1, None)]
     for stage, lowered in build(config, shapes, mesh, args.prompt_tokens).items():
         compiled = lowered.compile()
-        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-        held = memory.argument_size_in_bytes
-        found = {"flops": cost["flops"], "argument_bytes": held, "peak_bytes": peak}
+        found = {
+            "flops": compiled.cost_analysis()["flops"],
+            "argument_bytes": compiled.memory_analysis().argument_size_in_bytes,
+            "peak_bytes": peak_bytes(compiled),
+        }
         for name, value in found.items():
             metric = f"{stage}_{name}_per_device"
             rows.append(Row(args.model, None, metric, float(value), None, None, 1, None))
@@ -102,19 +101,6 @@ def compile_model(args: CompileModelArgs) -> Path:
     return write_rows(path, rows, meta)
 
 
-def abstract_shards(params: Any, mesh: Mesh, dtype: jnp.dtype = jnp.bfloat16) -> Any:
-    """Shapes of parameters, laid out by `parallel.rules`."""
-    flat = traverse_util.flatten_dict(params)
-    return traverse_util.unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(
-                leaf.shape, dtype, sharding=parameter_sharding(path, leaf.shape, mesh)
-            )
-            for path, leaf in flat.items()
-        }
-    )
-
-
 def qwen_stages(
     config: QwenVLConfig, params: Any, mesh: Mesh, prompt_tokens: int
 ) -> dict[str, jax.stages.Lowered]:
@@ -123,10 +109,7 @@ def qwen_stages(
     layout = layout_of([GRID], config.vision)
     patches = GRID[0] * GRID[1]
     length = patches // config.vision.spatial_merge_size**2 + prompt_tokens
-    place = replicated_sharding(mesh)
-
-    def shape(*sides, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(sides, dtype, sharding=place)
+    shape = whole_shapes(mesh)
 
     def encode(params, rows):
         return model.apply({"params": params}, rows, layout, method="encode")

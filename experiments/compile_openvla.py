@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from experiments.ahead_of_time import whole_shapes
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.openvla.config import OpenVLAConfig
 from fastdrive_jax.models.openvla.model import OpenVLA
-from fastdrive_jax.parallel.mesh import replicated_sharding
 
 
 def openvla_stages(
@@ -24,10 +24,7 @@ def openvla_stages(
         prompt_tokens: L.
     """
     model, decoder = OpenVLA(config, jnp.bfloat16), Decoder(config.text)
-    place = replicated_sharding(mesh)
-
-    def shape(*sides, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(sides, dtype, sharding=place)
+    shape = whole_shapes(mesh)
 
     def encode(params, images):
         return model.apply({"params": params}, images, method="encode")

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from experiments.ahead_of_time import whole_shapes
 from fastdrive_jax.models.pi0 import flow
 from fastdrive_jax.models.pi0.config import Pi0Config
 from fastdrive_jax.models.pi0.model import Pi0, action_expert
-from fastdrive_jax.parallel.mesh import replicated_sharding
 
 
 def pi0_stages(
@@ -24,10 +24,7 @@ def pi0_stages(
         prompt_tokens: L.
     """
     model, expert = Pi0(config, jnp.bfloat16), action_expert(config, jnp.bfloat16)
-    place = replicated_sharding(mesh)
-
-    def shape(*sides, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(sides, dtype, sharding=place)
+    shape = whole_shapes(mesh)
 
     def encode(params, images):
         return model.apply({"params": params}, images, method="encode")

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from experiments.ahead_of_time import abstract_shards, peak_bytes
 from experiments.configs.pruner import PRUNER_RUNS, PrunerRun
 from experiments.training_cost import step_flops
 from fastdrive_jax.errors import UserError
@@ -93,9 +94,6 @@ def compile_train(args: CompileTrainArgs) -> Path:
     run, vision = PRUNER_RUNS[args.run], ENCODERS[args.run]
     batch = args.per_device * batch_parts(mesh)
     compiled, state = compile_step(run, vision, mesh, batch)
-    memory = compiled.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = collective_bytes(compiled.as_text())
     flops = step_flops(run.recon, run.loader.image_size, vision) * batch / args.devices
     compute = flops / (args.used * args.peak_flops)
@@ -104,8 +102,8 @@ def compile_train(args: CompileTrainArgs) -> Path:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "batch": batch,
         "flops_per_device": flops,
-        "argument_bytes_per_device": memory.argument_size_in_bytes,
-        "peak_bytes_per_device": peak,
+        "argument_bytes_per_device": compiled.memory_analysis().argument_size_in_bytes,
+        "peak_bytes_per_device": peak_bytes(compiled),
         **{f"{name}_bytes_per_device": size for name, size in moved.items()},
         "predicted_efficiency_without_overlap": compute / (compute + wire),
         "predicted_efficiency_with_overlap": compute / max(compute, wire),
@@ -139,11 +137,7 @@ def compile_step(
     picture = jax.ShapeDtypeStruct((1, *sides, 3), jnp.uint8)
     vision = aligned_config(vision)
     encoder = jax.eval_shape(VisionEncoder(vision).init, jax.random.key(0), picture)["params"]
-    encoder = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
-        encoder,
-        tree_shardings(encoder, mesh),
-    )
+    encoder = abstract_shards(encoder, mesh, dtype)
     place = batch_sharding(mesh)
     given = {
         "image": jax.ShapeDtypeStruct((batch, *sides, 3), jnp.uint8, sharding=place),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.pictures import check_picture, read_bytes
+from experiments.ahead_of_time import peak_bytes
 from experiments.drives import own_file_sum
 from experiments.efficiency_args import At, BenchEfficiencyArgs
 from experiments.efficiency_counts import MARKS, given_inputs, parameter_shapes
@@ -306,12 +307,9 @@ def program_rows(
     """What XLA says of the programs: FLOPs, a loop's body once, and the most bytes they hold."""
     rows = []
     for stage, program in programs.items():
-        memory, cost = program.memory_analysis(), program.cost_analysis()
-        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
         for metric, value, unit in (
-            ("xla_flops", cost.get("flops", 0.0), "FLOP"),
-            ("peak_bytes", peak, "B"),
+            ("xla_flops", program.cost_analysis().get("flops", 0.0), "FLOP"),
+            ("peak_bytes", peak_bytes(program), "B"),
         ):
             metric = f"{stage}_{metric}_batch_{batch}"
             rows.append(Row(name.rpartition(":")[2], ratio, metric, value, None, None, 1, 0, unit))

@@ -10,7 +10,8 @@ from tiny_openvla import SLOTS, TOKENS
 from tiny_pi0 import SIZES
 
 from experiments import compile_model as command
-from experiments.compile_model import CompileModelArgs, abstract_shards, compile_model
+from experiments.ahead_of_time import abstract_shards
+from experiments.compile_model import CompileModelArgs, compile_model
 from experiments.compile_openvla import openvla_stages
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.openvla.config import OPENVLA_OFT_7B
