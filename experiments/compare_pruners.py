@@ -37,6 +37,7 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.compare import difference_rows
 from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.foreground import foreground_rows
+from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.planning import (
     planning_errors,
     planning_metrics,
@@ -220,29 +221,28 @@ COLUMNS = (
 def markdown(rows: Sequence[Row], args: ComparePrunersArgs) -> str:
     """The tables, methods of a ratio from the smallest planning error on."""
     cells = {(row.method, row.keep_ratio, row.metric): row for row in rows}
-    head = " | ".join(label for _, label, _, _ in COLUMNS)
-    lines = [f"| kept | method | {head} |", "| --- " * (len(COLUMNS) + 2) + "|"]
 
-    def line(name: str, ratio: float) -> str:
+    def line(name: str, ratio: float) -> list[str]:
         found = []
         for metric, _, scale, digits in COLUMNS:
             method = f"reconpruner - {name}" if metric.endswith("_difference") else name
             row = cells.get((method, ratio, metric))
             found.append("" if row is None else _cell(row, scale, digits))
-        return f"| {100 * ratio:g}% | {name} | {' | '.join(found)} |"
+        return [kept_share(ratio), name, *found]
 
-    lines.append(line(UNPRUNED, 1.0))
+    lines = [line(UNPRUNED, 1.0)]
     for ratio in args.ratios:
         found = {name: cells[name, ratio, HEADLINE].value for name in map(label, args.methods)}
         lines += [line(name, ratio) for name in sorted(found, key=found.get)]
-    lines += ["", "| kept | method | budget | foreground recall, % | object recall, % |"]
-    lines += ["| --- " * 5 + "|"]
+    budgets = []
     for ratio in args.ratios:
         for name, kind in ((name, kind) for name in BUDGETED for kind in (SHARED, EACH)):
             found = (cells[f"{name}, {kind}", ratio, f"{what}_recall"] for what in WHAT)
-            recall = " | ".join(_cell(row, 100, 1) for row in found)
-            lines.append(f"| {100 * ratio:g}% | {name} | {kind} | {recall} |")
-    return "\n".join(lines) + "\n"
+            recalls = (_cell(row, 100, 1) for row in found)
+            budgets.append([kept_share(ratio), name, kind, *recalls])
+    text = markdown_table(["kept", "method", *(column[1] for column in COLUMNS)], lines)
+    heads = "kept", "method", "budget", "foreground recall, %", "object recall, %"
+    return "\n".join([*text, "", *markdown_table(heads, budgets)]) + "\n"
 
 
 def _cell(row: Row, scale: float, digits: int) -> str:

@@ -22,6 +22,7 @@ from fastdrive_jax.evaluation.bootstrap import interval
 from fastdrive_jax.evaluation.compare import difference_rows
 from fastdrive_jax.evaluation.files import write_bytes
 from fastdrive_jax.evaluation.footprint import corners
+from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.pictures import keep_overlay, write_png
 from fastdrive_jax.evaluation.results import Row
 
@@ -125,32 +126,28 @@ def markdown(
     cells = {(row.method, row.keep_ratio, row.metric): row for row in rows}
     lines: list[str] = []
     for kind, routes in courses.items():
-        head = "".join(f" {title} |" for _, title, _, _ in COLUMNS)
-        lines += [f"{len(routes)} routes ({kind})", ""]
-        lines += [f"| kept | driver | driving score | minus unpruned |{head}"]
-        lines += ["| --- " * (4 + len(COLUMNS)) + "|"]
+        drivers = []
         for name, ratio in settings:
             score = cells[name, ratio, metric_name(kind, HEADLINE)]
             pair = cells.get(
                 (f"{name} - {UNPRUNED}", ratio, metric_name(kind, f"{HEADLINE}_difference"))
             )
-            kept = "" if ratio is None else f"{100 * ratio:g}%"
-            line = f"| {kept} | {name} | {_cell(score)} | {'' if pair is None else _cell(pair)} |"
+            line = [kept_share(ratio), name, _cell(score), "" if pair is None else _cell(pair)]
             for metric, _, scale, digits in COLUMNS:
                 row = cells.get((name, ratio, metric_name(kind, metric)))
-                line += f" {'' if row is None else f'{scale * row.value:.{digits}f}'} |"
-            lines.append(line)
-        lines.append("")
+                line.append("" if row is None else f"{scale * row.value:.{digits}f}")
+            drivers.append(line)
+        heads = ["kept", "driver", "driving score", "minus unpruned"]
+        heads += [title for _, title, _, _ in COLUMNS]
+        lines += [f"{len(routes)} routes ({kind})", "", *markdown_table(heads, drivers), ""]
     scenarios = sorted({route.scenario for route in courses["world"]})
     names = [setting for setting in settings if setting[1] in (None, 1.0)]
-    lines += [
-        "| driving score by situation | routes |" + "".join(f" {name} |" for name, _ in names),
-        "| --- " * (2 + len(names)) + "|",
-    ]
+    situations = []
     for scenario in scenarios:
         found = [cells[name, ratio, f"{HEADLINE}_{scenario}"] for name, ratio in names]
-        values = "".join(f" {row.value:.2f} |" for row in found)
-        lines.append(f"| {scenario} | {found[0].n} |{values}")
+        situations.append([scenario, found[0].n, *(f"{row.value:.2f}" for row in found)])
+    heads = ["driving score by situation", "routes", *(name for name, _ in names)]
+    lines += markdown_table(heads, situations)
     found = [cells.get((UNPRUNED, 1.0, f"recovery_{what}")) for what in ("lateral", "turn")]
     if all(found):
         lines += [

@@ -11,6 +11,7 @@ from experiments.efficiency_counts import COUNTED
 from experiments.frame_stages import BUSY
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes
+from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.results import Row
 from fastdrive_jax.evaluation.tables import merge_seeds
 from fastdrive_jax.evaluation.tradeoff import Line, tradeoff
@@ -128,9 +129,9 @@ def _table(
     heads = ["kept", "method", *(label for _, label, _ in counted)]
     heads += ["x" if kind == "speedup" else f"{stage}, ms" for stage, kind in timed]
     heads += ["KV, MB"] if prefix else ["KV, MB", "peak, MB"]
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    lines = []
     for name, ratio in settings:
-        texts = [f"{100 * ratio:g}%", name]
+        texts = [kept_share(ratio), name]
         for metric, _, text in counted:
             row = cells.get((name, ratio, f"{metric}_batch_{batch}"))
             texts.append("" if row is None else text(row))
@@ -142,8 +143,8 @@ def _table(
         if not prefix:
             peaks = [cells.get((name, ratio, f"{s}_peak_bytes_batch_{batch}")) for s in COUNTED]
             texts.append(_digits(max(row.value for row in peaks) / 1e6) if all(peaks) else "")
-        lines.append(f"| {' | '.join(texts)} |")
-    return lines
+        lines.append(texts)
+    return markdown_table(heads, lines)
 
 
 def _bounds(cells: Cells, settings: Sequence[tuple], batch: int) -> list[str]:
@@ -152,7 +153,7 @@ def _bounds(cells: Cells, settings: Sequence[tuple], batch: int) -> list[str]:
     heads = ["kept", "method", "TFLOPs: formula, program, XLA", "prefill x", "x of work"]
     heads += ["x by formula", "x by program"]
     heads += [f"{stage}: roofline, ms (share)" for stage in stages]
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    lines = []
     for name, ratio in settings:
 
         def cell(metric, name=name, ratio=ratio):
@@ -162,7 +163,7 @@ def _bounds(cells: Cells, settings: Sequence[tuple], batch: int) -> list[str]:
             continue
         xla = [cell(f"{stage}_xla_flops").value for stage in ("pruner", "prefill")]
         counts = cell("prefill_flops").value, _value(cell("prefill_program_flops")), sum(xla)
-        texts = [f"{100 * ratio:g}%", name]
+        texts = [kept_share(ratio), name]
         texts.append(", ".join("-" if n is None else _digits(n / 1e12) for n in counts))
         speeds = (
             cells.get((name, ratio, f"prefill_batch_{batch}_{kind}speedup")) for kind in ("", BUSY)
@@ -174,8 +175,8 @@ def _bounds(cells: Cells, settings: Sequence[tuple], batch: int) -> list[str]:
             least = cells[name, ratio, f"{metric}_roofline_ms"].value
             took = cells[name, ratio, f"{metric}_ms"].value
             texts.append(f"{_digits(least)} ({least / took:.0%})")
-        lines.append(f"| {' | '.join(texts)} |")
-    return lines
+        lines.append(texts)
+    return markdown_table(heads, lines)
 
 
 def _value(row: Row | None) -> float | None:

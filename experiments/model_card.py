@@ -10,6 +10,7 @@ import jinja2
 
 from experiments.export_check import Difference
 from experiments.export_source import Facts, Source
+from fastdrive_jax.evaluation.markdown import kept_share
 from fastdrive_jax.evaluation.results import Row, select
 from fastdrive_jax.export.onnx_programs import PRUNER, policy_file
 from fastdrive_jax.export.programs import Bucket
@@ -344,7 +345,7 @@ def figures(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]]]:
         for name in methods:
             found = select(rows, method=name, metric=row.metric, keep_ratio=row.keep_ratio)
             cells.append(_cell(found[0]) if len(found) == 1 else _mean(found))
-        share = "" if row.keep_ratio is None else f"{100 * row.keep_ratio:g}%"
+        share = kept_share(row.keep_ratio)
         unit = f" ({row.unit})" if row.unit else ""
         lines.append({"metric": row.metric + unit, "kept": share, "cells": cells, "n": row.n})
     return methods, lines

@@ -15,6 +15,7 @@ from experiments.planned import Case
 from fastdrive_jax.evaluation.above import from_above
 from fastdrive_jax.evaluation.compare import DIFFERENCE, P_VALUE
 from fastdrive_jax.evaluation.files import write_text
+from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.pictures import contact_sheet, keep_overlay
 from fastdrive_jax.evaluation.plan_scores import HEADLINE, origin_way
 from fastdrive_jax.evaluation.plots import interval_bars
@@ -93,10 +94,6 @@ def _is_protocol(metric: str) -> bool:
     )
 
 
-def _kept(ratio: float | None) -> str:
-    return "" if ratio is None else f"{100 * ratio:g}%"
-
-
 def _main_table(results: Results) -> Table:
     cells = _cells(results.rows)
     shown = [f"{HEADLINE}_{t}s" for t in (1, 2, 3)] + [HEADLINE]
@@ -108,7 +105,7 @@ def _main_table(results: Results) -> Table:
     header += ["rank"]
     lines = []
     for key in _order(results):
-        line = [_kept(key[1]), key[0]]
+        line = [kept_share(key[1]), key[0]]
         line += [f"{cells[*key, metric].value:.3f}" for metric in shown[:-1]]
         line += [_with_ends(cells[*key, HEADLINE]), _relative(cells, key, HEADLINE)]
         for rate in rates:
@@ -151,7 +148,7 @@ def _protocol_table(results: Results, metrics: Sequence[str]) -> Table:
         line = [f"{cells[*key, metric].value:.3f}" for metric in more]
         shares = (cells.get((*key, metric)) for metric in metrics)
         line += ["" if row is None else f"{100 * row.value:.2f}" for row in shares]
-        lines.append((_kept(key[1]), key[0], *line))
+        lines.append((kept_share(key[1]), key[0], *line))
     names = [f"{kind}, {name}, %" for kind, _, name in (m.partition("_") for m in metrics)]
     return Table(
         "Each public protocol",
@@ -171,7 +168,7 @@ def _comparison_table(results: Results) -> Table:
         cost = cells.get((f"{method} - {UNPRUNED}", ratio, HEADLINE + DIFFERENCE))
         ours = cells.get((f"{OURS} - {method}", ratio, HEADLINE + DIFFERENCE))
         p = [cells.get((f"{OURS} - {method}", ratio, HEADLINE + end)) for end in (P_VALUE, HOLM)]
-        line = [_kept(ratio), method]
+        line = [kept_share(ratio), method]
         line += [_with_ends(row) for row in (cost, ours)]
         line += ["" if row is None else f"{row.value:.4f}" for row in p]
         lines.append(tuple(line))
@@ -191,7 +188,7 @@ def _group_table(results: Results) -> Table:
     for key in _order(results):
         found = [cells.get((*key, f"{HEADLINE}/{name}")) for name in names]
         values = ["" if row is None else f"{row.value:.3f}" for row in found]
-        lines.append((_kept(key[1]), key[0], *values))
+        lines.append((kept_share(key[1]), key[0], *values))
     counts = [int(results.groups[name].sum()) for name in names]
     heads = [f"{name} ({n})" for name, n in zip(names, counts, strict=True)]
     return Table(
@@ -203,9 +200,7 @@ def _group_table(results: Results) -> Table:
 
 
 def _markdown(table: Table) -> str:
-    lines = [table.header, ("---",) * len(table.header), *table.lines]
-    body = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    return f"{body}\n\n{table.note}"
+    return "\n".join([*markdown_table(table.header, table.lines), "", table.note])
 
 
 def _absent_notes(results: Results) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from data_pipelines.robot.workers import ENVIRONMENT, POLICY, Film
 from experiments.drives import UNPRUNED, label
 from fastdrive_jax.evaluation.bootstrap import interval
 from fastdrive_jax.evaluation.compare import difference_rows
+from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.pictures import keep_overlay
 from fastdrive_jax.evaluation.proportions import wilson
 from fastdrive_jax.evaluation.results import Row
@@ -20,6 +21,18 @@ from fastdrive_jax.evaluation.results import Row
 SUCCESS = "success"
 STAGES = ("vision", "prefill", "decode")
 _TOKEN = 14  # pixels of a token in films
+HEADS = (
+    "policy",
+    "kept",
+    "success, %",
+    "minus unpruned",
+    "actions to success",
+    *(f"{stage}, ms" for stage in STAGES),
+    "policy, ms",
+    "environment, ms an action",
+    "actions a second of the policy",
+    "with the environment",
+)
 
 
 @dataclass(frozen=True)
@@ -171,39 +184,30 @@ def markdown(
         chosen = [s for s in outcomes if s.suite == name and s.seed == seed]
         counts = {len(outcomes[s]) for s in chosen}
         lines += [f"{name}, seed {seed}: {' or '.join(map(str, sorted(counts)))} episodes", ""]
-        lines += [
-            "| policy | kept | success, % | minus unpruned | actions to success | vision, ms | "
-            "prefill, ms | decode, ms | policy, ms | environment, ms an action | actions a second "
-            "of the policy | with the environment |",
-            "| --- " * 12 + "|",
-        ]
-        for setting in chosen:
-            lines.append(_line(setting, cells))
-        lines += ["", "| success by task, % |" + "".join(f" {_column(s)} |" for s in chosen)]
-        lines.append("| --- " * (1 + len(chosen)) + "|")
+        lines += markdown_table(HEADS, [_line(setting, cells) for setting in chosen])
+        tasks = []
         for task in sorted({task for s in chosen for task, _ in outcomes[s]}):
-            line = f"| {suite.instructions[task]} |"
-            for s in chosen:
-                row = cells[s.label, s.ratio, _metric(s, f"{SUCCESS}_task{task}"), seed]
-                line += f" {100 * row.value:.0f} |"
-            lines.append(line)
-        lines.append("")
+            found = (
+                cells[s.label, s.ratio, _metric(s, f"{SUCCESS}_task{task}"), seed] for s in chosen
+            )
+            tasks.append([suite.instructions[task], *(f"{100 * row.value:.0f}" for row in found)])
+        heads = ["success by task, %", *map(_column, chosen)]
+        lines += ["", *markdown_table(heads, tasks), ""]
     pooled = [row for row in rows if row.seed is None]
     if pooled:
-        lines += ["All seeds together", "", "| policy | kept | figure | value |"]
-        lines.append("| --- " * 4 + "|")
-        for row in pooled:
-            kept = "" if row.keep_ratio is None else f"{100 * row.keep_ratio:g}%"
-            lines.append(f"| {row.method} | {kept} | {row.metric} | {_percent(row)} |")
-        lines.append("")
+        figures = [
+            (row.method, kept_share(row.keep_ratio), row.metric, _percent(row)) for row in pooled
+        ]
+        heads = "policy", "kept", "figure", "value"
+        lines += ["All seeds together", "", *markdown_table(heads, figures), ""]
     return "\n".join(lines)
 
 
 def _column(setting: Setting) -> str:
-    return setting.label + ("" if setting.ratio is None else f" {100 * setting.ratio:g}%")
+    return f"{setting.label} {kept_share(setting.ratio)}".rstrip()
 
 
-def _line(setting: Setting, cells: Mapping[tuple, Row]) -> str:
+def _line(setting: Setting, cells: Mapping[tuple, Row]) -> list[str]:
     def cell(metric: str) -> Row | None:
         key = (setting.label, setting.ratio, _metric(setting, metric), setting.seed)
         return cells.get(key)
@@ -220,9 +224,9 @@ def _line(setting: Setting, cells: Mapping[tuple, Row]) -> str:
             setting.seed,
         )
     )
-    parts = [
+    return [
         setting.label,
-        "" if setting.ratio is None else f"{100 * setting.ratio:g}%",
+        kept_share(setting.ratio),
         _percent(cell(SUCCESS)),
         "" if pair is None else _percent(pair),
         number("steps_to_success", 1),
@@ -230,7 +234,6 @@ def _line(setting: Setting, cells: Mapping[tuple, Row]) -> str:
         number("policy_hz", 1),
         number("loop_hz", 1),
     ]
-    return "| " + " | ".join(parts) + " |"
 
 
 def _percent(row: Row) -> str:

@@ -52,6 +52,7 @@ from fastdrive_jax.evaluation.foreground import (
     foreground_rows,
     token_areas,
 )
+from fastdrive_jax.evaluation.markdown import markdown_table
 from fastdrive_jax.evaluation.results import Row, read_rows, select, write_rows
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
@@ -315,10 +316,10 @@ def study_table(caption: str, described: Iterable[tuple[Variant, str]], rows: Se
     recalls = [(metric, ratio) for metric in (FOREGROUND_RECALL, OBJECT_RECALL) for ratio in RATIOS]
     heads = [f"{metric.split('_')[0]} recall {ratio:.0%}" for metric, ratio in recalls]
     heads = ["variant", "change", *heads, "kept", "collapsed", "SSIM", "MSE"]
-    lines = [caption, "", _markdown(heads), _markdown(["---"] * len(heads))]
+    lines = []
     for name, label in CONTROLS.items():
         cells = [_cell(select(rows, method=name, metric=m, keep_ratio=r)) for m, r in recalls]
-        lines.append(_markdown([label, "", *cells, "", "", "", ""]))
+        lines.append([label, "", *cells, "", "", "", ""])
     described = list(described)
     for variant, change in described:
         own = select(rows, method=variant.name)
@@ -328,13 +329,9 @@ def study_table(caption: str, described: Iterable[tuple[Variant, str]], rows: Se
         painted = [_halves(own, name) for name in ("ssim", "mse")]
         kept = _cell(select(own, metric=KEPT))
         label = variant.name if change else f"**{variant.name}**"
-        lines.append(_markdown([label, change and f"`{change}`", *cells, kept, count, *painted]))
-    lines += ["", *(f"- {variant.name}: {variant.reason}." for variant, _ in described), ""]
-    return "\n".join(lines)
-
-
-def _markdown(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        lines.append([label, change and f"`{change}`", *cells, kept, count, *painted])
+    reasons = [f"- {variant.name}: {variant.reason}." for variant, _ in described]
+    return "\n".join([caption, "", *markdown_table(heads, lines), "", *reasons, ""])
 
 
 def _cell(rows: Sequence[Row], scale: float = 100.0, digits: int = 1) -> str:
