@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Union
 
 import jax
 import tyro
@@ -105,36 +105,6 @@ class RobotArgs:
     ]
 
 
-Command = (
-    Annotated[QuickstartConfig, tyro.conf.subcommand("quickstart")]
-    | Annotated[ImagesConfig, tyro.conf.subcommand("images")]
-    | Annotated[WorldArgs, tyro.conf.subcommand("world")]
-    | Annotated[TrainPrunerConfig, tyro.conf.subcommand("train-pruner")]
-    | Annotated[StudyPrunerArgs, tyro.conf.subcommand("study-pruner")]
-    | Annotated[ExportArgs, tyro.conf.subcommand("export")]
-    | Annotated[TrainVLAArgs, tyro.conf.subcommand("train-vla")]
-    | Annotated[WidenVLAConfig, tyro.conf.subcommand("widen-vla")]
-    | Annotated[AnswerArgs, tyro.conf.subcommand("answer")]
-    | Annotated[DataArgs, tyro.conf.subcommand("data")]
-    | Annotated[RobotArgs, tyro.conf.subcommand("robot")]
-    | Annotated[BenchDataArgs, tyro.conf.subcommand("bench-data")]
-    | Annotated[KillDataArgs, tyro.conf.subcommand("kill-data")]
-    | Annotated[BenchEfficiencyArgs, tyro.conf.subcommand("bench-efficiency")]
-    | Annotated[BenchExportArgs, tyro.conf.subcommand("bench-export")]
-    | Annotated[BenchFrameArgs, tyro.conf.subcommand("bench-frame")]
-    | Annotated[BenchModelArgs, tyro.conf.subcommand("bench-model")]
-    | Annotated[BenchPrunersArgs, tyro.conf.subcommand("bench-pruners")]
-    | Annotated[ComparePrunersArgs, tyro.conf.subcommand("compare-pruners")]
-    | Annotated[EvalPlanningArgs, tyro.conf.subcommand("eval-planning")]
-    | Annotated[DriveArgs, tyro.conf.subcommand("drive")]
-    | Annotated[ServeArgs, tyro.conf.subcommand("serve")]
-    | Annotated[CompileTrainArgs, tyro.conf.subcommand("compile-train")]
-    | Annotated[BenchTrainArgs, tyro.conf.subcommand("bench-train")]
-    | Annotated[PlotMetricsArgs, tyro.conf.subcommand("plot-metrics")]
-    | Annotated[CompileModelArgs, tyro.conf.subcommand("compile-model")]
-)
-
-
 def write_world(args: WorldArgs) -> None:
     """Pictures, then shards of them."""
     root = generate(args.out / "world", args.world)
@@ -159,34 +129,38 @@ def robot(args: RobotArgs) -> None:
     run[type(args.command)](args.command)
 
 
-RUN = {
-    QuickstartConfig: quickstart,
-    ImagesConfig: own_images,
-    WorldArgs: write_world,
-    TrainPrunerConfig: train_on_shards,
-    StudyPrunerArgs: study_pruner,
-    ExportArgs: export_model,
-    TrainVLAArgs: train,
-    WidenVLAConfig: widen_vla,
-    AnswerArgs: answer,
-    DataArgs: data,
-    RobotArgs: robot,
-    BenchDataArgs: bench_data,
-    KillDataArgs: kill_data,
-    BenchEfficiencyArgs: bench_efficiency,
-    BenchExportArgs: bench_export,
-    BenchFrameArgs: bench_frame,
-    BenchModelArgs: bench_model,
-    BenchPrunersArgs: bench_pruners,
-    ComparePrunersArgs: compare_pruners,
-    EvalPlanningArgs: eval_planning,
-    DriveArgs: drive_closed_loop,
-    ServeArgs: serve,
-    BenchTrainArgs: bench_train,
-    PlotMetricsArgs: plot_metrics,
-    CompileModelArgs: compile_model,
-    CompileTrainArgs: compile_train,
+COMMANDS = {  # in the order of --help
+    "quickstart": (QuickstartConfig, quickstart),
+    "images": (ImagesConfig, own_images),
+    "world": (WorldArgs, write_world),
+    "train-pruner": (TrainPrunerConfig, train_on_shards),
+    "study-pruner": (StudyPrunerArgs, study_pruner),
+    "export": (ExportArgs, export_model),
+    "train-vla": (TrainVLAArgs, train),
+    "widen-vla": (WidenVLAConfig, widen_vla),
+    "answer": (AnswerArgs, answer),
+    "data": (DataArgs, data),
+    "robot": (RobotArgs, robot),
+    "bench-data": (BenchDataArgs, bench_data),
+    "kill-data": (KillDataArgs, kill_data),
+    "bench-efficiency": (BenchEfficiencyArgs, bench_efficiency),
+    "bench-export": (BenchExportArgs, bench_export),
+    "bench-frame": (BenchFrameArgs, bench_frame),
+    "bench-model": (BenchModelArgs, bench_model),
+    "bench-pruners": (BenchPrunersArgs, bench_pruners),
+    "compare-pruners": (ComparePrunersArgs, compare_pruners),
+    "eval-planning": (EvalPlanningArgs, eval_planning),
+    "drive": (DriveArgs, drive_closed_loop),
+    "serve": (ServeArgs, serve),
+    "compile-train": (CompileTrainArgs, compile_train),
+    "bench-train": (BenchTrainArgs, bench_train),
+    "plot-metrics": (PlotMetricsArgs, plot_metrics),
+    "compile-model": (CompileModelArgs, compile_model),
 }
+Command = Union[  # noqa: UP007
+    tuple(Annotated[args, tyro.conf.subcommand(name)] for name, (args, _) in COMMANDS.items())
+]
+RUN = dict(COMMANDS.values())  # by the type of its arguments
 
 
 def main(arguments: list[str] | None = None) -> int:
