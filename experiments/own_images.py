@@ -18,7 +18,7 @@ from experiments.configs.pruner import CAMVID, PrunerRun
 from experiments.folder_digest import folder_digest
 from experiments.measure_pruner import evaluate_pruner
 from experiments.pruner_data import dino_features, train_prior
-from experiments.quickstart import _announcer, shards_of
+from experiments.quickstart import announcer, shards_of
 from experiments.report_images import ImageFindings, image_report
 from experiments.train_pruner import train_pruner
 from fastdrive_jax.configs import to_plain
@@ -66,7 +66,7 @@ class ImagesConfig:
 
 def own_images(config: ImagesConfig) -> Path:
     """Runs all stages and returns the path of report.html."""
-    say = _announcer(config.quiet)
+    say = announcer(config.quiet)
     say("1/5", "pictures to shards")
     given = config.images, config.foreground, config.objects, config.ignore
     source = read_image_folder(*given)

@@ -143,7 +143,7 @@ class WorldRun:
 
 def quickstart(config: QuickstartConfig) -> Path:
     """Runs all stages and returns the path of report.html."""
-    say = _announcer(config.quiet)
+    say = announcer(config.quiet)
     world = prepare(config, say)
     root, shards, model, params = world.root, world.shards, world.model, world.params
     run, trained, history, prior = config.pruner, world.trained, world.history, world.prior
@@ -310,7 +310,9 @@ def front_jpeg(root: Path, world: WorldConfig) -> bytes:
     return min((root / "samples" / camera).glob("*.jpg")).read_bytes()
 
 
-def _announcer(quiet: bool) -> Callable[[str, str], None]:
+def announcer(quiet: bool) -> Callable[[str, str], None]:
+    """Prints (stage, text) as `[STAGE] TEXT`, or nothing."""
+
     def say(stage: str, text: str) -> None:
         if not quiet:
             print(f"[{stage}] {text}", flush=True)

@@ -24,7 +24,7 @@ from fastdrive_jax.training.meter import Meter
 from fastdrive_jax.training.metrics_log import MetricsLog, Record, metrics_of
 from fastdrive_jax.training.prefetch import DevicePrefetch
 from fastdrive_jax.training.signals import SharedStop, stop_on_signals
-from fastdrive_jax.training.speed import program_flops
+from fastdrive_jax.training.speed import xla_flops
 from fastdrive_jax.training.state import Batch, TrainState, abstract_state, materialize
 from fastdrive_jax.training.watch import Images, WatchConfig, Watcher
 
@@ -189,7 +189,7 @@ def fit(
                 watcher.before_step(step, state, batch, meter.paused)
                 if step == first and watch.peak_flops:
                     lowered = jitted.lower(state, batch, *more)
-                    meter.flops = watch.flops_per_step or program_flops(lowered)
+                    meter.flops = watch.flops_per_step or xla_flops(lowered)
                 compiling = meter.paused("compile_s") if step == first else contextlib.nullcontext()
                 with (
                     compiling,

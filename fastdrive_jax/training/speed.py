@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 
-def program_flops(program: Any) -> float:
+def xla_flops(program: Any) -> float:
     """Floating-point operations of a program, as XLA counts them.
 
     XLA counts the body of a loop once, however often it runs, so a step with `accumulate` or with a

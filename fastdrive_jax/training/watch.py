@@ -33,7 +33,7 @@ class WatchConfig:
         peak_flops: FLOP/s of all devices of the run together, by their data sheet; gives `mfu`, the
             share of it that the step uses.
         flops_per_step: FLOPs of a step over the whole batch; None counts those of XLA's program
-            (`speed.program_flops` says what that leaves out). Needs `peak_flops`.
+            (`speed.xla_flops` says what that leaves out). Needs `peak_flops`.
         on_recompile: what a step that is compiled a second time does.
     """
 

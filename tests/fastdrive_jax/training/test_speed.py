@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_run import run
 
-from fastdrive_jax.training.speed import device_memory, program_flops, utilisation
+from fastdrive_jax.training.speed import device_memory, utilisation, xla_flops
 from fastdrive_jax.training.watch import WatchConfig
 
 
@@ -16,15 +16,15 @@ def test_flops_of_a_matrix_product_and_a_loop_whose_body_counts_once():
     def seven(x):
         return jax.lax.scan(lambda carry, _: (carry @ carry, None), x, None, length=7)[0]
 
-    assert program_flops(jax.jit(lambda x: x @ x).lower(x)) == one
-    assert program_flops(jax.jit(lambda x: x @ x).lower(x).compile()) == one
-    assert program_flops(jax.jit(seven).lower(x)) == pytest.approx(one, rel=1e-3)
+    assert xla_flops(jax.jit(lambda x: x @ x).lower(x)) == one
+    assert xla_flops(jax.jit(lambda x: x @ x).lower(x).compile()) == one
+    assert xla_flops(jax.jit(seven).lower(x)) == pytest.approx(one, rel=1e-3)
 
 
 def test_a_backend_that_does_not_tell_flops_is_said():
     silent = types.SimpleNamespace(cost_analysis=lambda: None)
     with pytest.raises(ValueError, match="set flops_per_step yourself"):
-        program_flops(silent)
+        xla_flops(silent)
 
 
 def test_utilisation_needs_both_figures():
