@@ -34,7 +34,7 @@ from data_pipelines.pictures import encode_mask, read_bytes
 from data_pipelines.shards import Shards
 from experiments.training_cost import step_flops
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
 from fastdrive_jax.training.reconstruction import ReconConfig
 
@@ -248,7 +248,7 @@ def _report(rates: dict[str, list[float]], size: tuple[int, int], args: BenchDat
     rows = []
 
     def add(side: str, metric: str, value: float, n: int, unit: str) -> None:
-        rows.append(Row(side, None, f"{metric}_{name}", value, None, None, n, None, unit))
+        rows.append(point(side, None, f"{metric}_{name}", value, n=n, unit=unit))
 
     for side, values in rates.items():
         add(side, "pictures_per_second_and_core", float(np.median(values)), rounds, "1/s")

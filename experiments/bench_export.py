@@ -27,7 +27,7 @@ from experiments.export_qwen import QwenExport, with_qwen
 from experiments.export_source import Source, read_source
 from experiments.frame_stages import clock
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.export.programs import Bucket
 from fastdrive_jax.inference.pictures import layout_inputs
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
@@ -109,7 +109,7 @@ def _errors(source: Source, bench: Bench, args: BenchExportArgs) -> Iterator[Row
     scored = _scored(source, bench.inputs[0]) if source.qwen is None else None
 
     def row(name, metric, value, unit=""):
-        return Row(name, args.keep_ratio, metric, float(value), None, None, args.frames, None, unit)
+        return point(name, args.keep_ratio, metric, float(value), n=args.frames, unit=unit)
 
     for name, form in bench.forms.items():
         have = in_batches(form.run, bench.inputs, args.batch)
@@ -182,7 +182,7 @@ def _times(bench: Bench, args: BenchExportArgs) -> Iterator[Row]:
         median, count = float(np.median(values)), args.repeats
         yield Row(name, args.keep_ratio, "frame_ms", median, low, high, count, None, "ms")
         ratio = float(np.median(np.asarray(spent[bench.plain]) / np.asarray(values)))
-        yield Row(name, args.keep_ratio, "times_as_fast", ratio, None, None, count, None)
+        yield point(name, args.keep_ratio, "times_as_fast", ratio, n=count)
 
 
 def _version(name: str) -> str | None:

@@ -29,7 +29,7 @@ from experiments.frame_stages import (
     vision_stage,
 )
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.inference.policy import DrivingPolicy, start_state
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
@@ -111,9 +111,9 @@ def timing_rows(
     for ratio, stages in medians.items():
         values = {**stages, "frame": sum(stages.values())}
         for stage, value in values.items():
-            rows.append(Row("reconpruner", ratio, f"{stage}_ms", value, None, None, n, None, "ms"))
+            rows.append(point("reconpruner", ratio, f"{stage}_ms", value, n=n, unit="ms"))
         value = flops[ratio] / 1e9
-        rows.append(Row("reconpruner", ratio, "prefill_gflop", value, None, None, 1, None, "GFLOP"))
+        rows.append(point("reconpruner", ratio, "prefill_gflop", value, unit="GFLOP"))
     return rows
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from experiments.frame_stages import clock
 from experiments.torch_qwen import peer_decode, peer_params, peer_prefill, random_peer, to_torch
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.evaluation.results import point, write_rows
 from fastdrive_jax.inference.sampling import SamplingConfig, decode_text
 from fastdrive_jax.models.attention import attention_kernel
 from fastdrive_jax.models.decoder_config import DecoderConfig
@@ -113,7 +113,7 @@ def bench_model(args: BenchModelArgs) -> Path:
             )
             name = f"{stage}_{tokens}_ms"
             for side, value in (("fastdrive", ours), ("transformers", other)):
-                rows.append(Row(side, None, name, value, None, None, args.repeats, 0, "ms"))
+                rows.append(point(side, None, name, value, n=args.repeats, seed=0, unit="ms"))
         if answers["fastdrive"] != answers["transformers"]:
             raise RuntimeError(f"the two decode different tokens: {answers}")
     meta = {

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from experiments.drives import check_labels
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.evaluation.results import point, write_rows
 from fastdrive_jax.models.attention_rows import attention_received, attention_rows
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
@@ -123,7 +123,7 @@ def bench_pruners(args: BenchPrunersArgs) -> Path:
     rows = []
 
     def add(name, ratio, metric, value, unit="", n=args.repeats):
-        rows.append(Row(name, ratio, metric, value, None, None, n, 0, unit))
+        rows.append(point(name, ratio, metric, value, n=n, seed=0, unit=unit))
 
     for name, plan in plans.items():
         left, whole = (

@@ -37,7 +37,7 @@ from experiments.quickstart import shards_of
 from experiments.train_cases import CASES, TrainCase, draw_batch, init_frozen, init_state, make_step
 from experiments.training_cost import ENCODER_FORMULA, FORMULA, peak_flops, step_flops
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding, shard_batch
 from fastdrive_jax.training.prefetch import DevicePrefetch
 
@@ -169,7 +169,7 @@ def _bench(
         "input_wait": waited,
     }
     rows += [
-        Row("fastdrive", None, f"{metric}_{name}", value, None, None, args.rounds, 0)
+        point("fastdrive", None, f"{metric}_{name}", value, n=args.rounds, seed=0)
         for metric, value in extra.items()
     ]
     print(
@@ -324,7 +324,7 @@ def _report(
     rows, machine = [], speeds["machine"]
 
     def add(side: str, metric: str, value: float, unit: str = "") -> None:
-        rows.append(Row(side, None, f"{metric}_{name}", value, None, None, args.rounds, 0, unit))
+        rows.append(point(side, None, f"{metric}_{name}", value, n=args.rounds, seed=0, unit=unit))
 
     what = "the peak" if "torch" not in speeds else f"the rate of {SIDE}^2 float32 products"
     add("machine", "flops_per_second", float(np.median(machine)), "FLOP/s")

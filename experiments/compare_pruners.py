@@ -43,7 +43,7 @@ from fastdrive_jax.evaluation.planning import (
     planning_metrics,
     planning_rows,
 )
-from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.inference.policy import DrivingPolicy, start_state
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PRUNERS, Pruner, builds_on_recon
@@ -202,7 +202,7 @@ def cost_rows(model: DrivingVLA, pruner: Pruner, ratio: float, name: str) -> lis
         "kv_kib": (cost.kv_bytes / 1024, "KiB"),
     }
     return [
-        Row(label(name), ratio, metric, value, None, None, 1, None, unit)
+        point(label(name), ratio, metric, value, unit=unit)
         for metric, (value, unit) in found.items()
     ]
 

@@ -24,7 +24,7 @@ from experiments.ahead_of_time import abstract_shards, peak_bytes, whole_shapes
 from experiments.compile_openvla import openvla_stages
 from experiments.compile_pi0 import pi0_stages
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.evaluation.results import point, write_rows
 from fastdrive_jax.models.attention import attention_kernel
 from fastdrive_jax.models.openvla.config import OPENVLA_7B, OPENVLA_OFT_7B
 from fastdrive_jax.models.openvla.weights import abstract_params as abstract_openvla
@@ -83,7 +83,7 @@ def compile_model(args: CompileModelArgs) -> Path:
     kernel = attention_kernel(jnp.bfloat16, decoder.head_dim)
     print(f"attention: {kernel}; bfloat16; mesh {dict(mesh.shape)}", flush=True)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    rows = [Row(args.model, None, "parameters", parameters, None, None, 1, None)]
+    rows = [point(args.model, None, "parameters", parameters)]
     for stage, lowered in build(config, shapes, mesh, args.prompt_tokens).items():
         compiled = lowered.compile()
         found = {
@@ -93,7 +93,7 @@ def compile_model(args: CompileModelArgs) -> Path:
         }
         for name, value in found.items():
             metric = f"{stage}_{name}_per_device"
-            rows.append(Row(args.model, None, metric, float(value), None, None, 1, None))
+            rows.append(point(args.model, None, metric, float(value)))
     for row in rows:
         print(f"{row.metric}: {row.value:,.0f}", flush=True)
     path = args.out / f"compile_{args.model}_{args.devices}.json"

@@ -24,7 +24,7 @@ from experiments.ahead_of_time import abstract_shards, peak_bytes
 from experiments.configs.pruner import PRUNER_RUNS, PrunerRun
 from experiments.training_cost import step_flops
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.evaluation.results import point, write_rows
 from fastdrive_jax.models.qwen2_5_vl.alignment import aligned_config
 from fastdrive_jax.models.qwen2_5_vl.config import QWEN2_5_VL_3B, QWEN2_5_VL_7B, VisionConfig
 from fastdrive_jax.models.qwen2_5_vl.vision import VisionEncoder
@@ -108,7 +108,7 @@ def compile_train(args: CompileTrainArgs) -> Path:
         "predicted_efficiency_without_overlap": compute / (compute + wire),
         "predicted_efficiency_with_overlap": compute / max(compute, wire),
     }
-    rows = [Row(args.run, None, name, float(v), None, None, 1, None) for name, v in figures.items()]
+    rows = [point(args.run, None, name, float(v)) for name, v in figures.items()]
     for row in rows:
         print(f"{row.metric}: {row.value:,.4g}", flush=True)
     meta = {"devices": args.devices, "mesh": dict(mesh.shape), "peak_flops": args.peak_flops}

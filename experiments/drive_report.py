@@ -24,7 +24,7 @@ from fastdrive_jax.evaluation.files import write_bytes
 from fastdrive_jax.evaluation.footprint import corners
 from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.pictures import keep_overlay, write_png
-from fastdrive_jax.evaluation.results import Row
+from fastdrive_jax.evaluation.results import Row, point
 
 HEADLINE = "driving_score"
 Setting = tuple[str, float | None]
@@ -110,7 +110,7 @@ def rows_of(
             ("plan_ms", 1e3 * drives.planning / frames, "ms"),
             ("picture_ms", 1e3 * drives.drawing / frames, "ms"),
         ):
-            rows.append(Row(name, ratio, metric, value, None, None, frames, seed, unit))
+            rows.append(point(name, ratio, metric, value, n=frames, seed=seed, unit=unit))
     return rows
 
 

@@ -21,7 +21,7 @@ from experiments.efficiency_counts import MARKS, given_inputs, parameter_shapes
 from experiments.frame_inputs import random_params
 from experiments.frame_stages import compile_stages, time_stages, trace_stages, vision_stage
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.results import Row
+from fastdrive_jax.evaluation.results import Row, point
 from fastdrive_jax.inference.policy import start_state
 from fastdrive_jax.pruning.interface import VISION
 
@@ -43,7 +43,7 @@ def memory_rows(args: BenchEfficiencyArgs, settings: Iterable[At]) -> list[Row]:
                 peak = pool.submit(peak_bytes, args, (name, ratio), batch).result()
             label = name.rpartition(":")[2]
             metric = f"measured_peak_bytes_batch_{batch}"
-            rows.append(Row(label, ratio, metric, peak, None, None, 1, 0, "B"))
+            rows.append(point(label, ratio, metric, peak, seed=0, unit="B"))
     return rows
 
 

@@ -44,7 +44,7 @@ from experiments.torch_qwen import (
 )
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_text
-from fastdrive_jax.evaluation.results import Row
+from fastdrive_jax.evaluation.results import Row, point
 from fastdrive_jax.inference.policy import start_state
 from fastdrive_jax.inference.pruned import stands_before
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
@@ -235,7 +235,7 @@ def _batch_rounds(args, settings, dtype, vla, peer, jpeg, batch, rates, turns, s
         others = _peer_programs(peer, settings, programs, vla, encoded, images, given, states)
         for at, run in others.items():
             error = run()[1]
-            rows.append(Row(*at, f"logits_error_batch_{batch}", error, None, None, 1, 0))
+            rows.append(point(*at, f"logits_error_batch_{batch}", error, seed=0))
             if error > LARGEST_ERROR[jnp.dtype(dtype).itemsize]:
                 raise RuntimeError(f"{PEER} gives other logits at {at[1]}: relative {error}")
     while len(turns) < args.repeats:
@@ -312,7 +312,7 @@ def program_rows(
             ("peak_bytes", peak_bytes(program), "B"),
         ):
             metric = f"{stage}_{metric}_batch_{batch}"
-            rows.append(Row(name.rpartition(":")[2], ratio, metric, value, None, None, 1, 0, unit))
+            rows.append(point(name.rpartition(":")[2], ratio, metric, value, seed=0, unit=unit))
     return rows
 
 

@@ -34,7 +34,7 @@ from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.shard_files import NOTES
 from data_pipelines.shards import open_shards
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.results import Row, write_rows
+from fastdrive_jax.evaluation.results import point, write_rows
 
 PICTURES = 48
 RECORDS_PER_SHARD = 4
@@ -78,7 +78,7 @@ def kill_data(args: KillDataArgs) -> Path:
     counts = _kill_builds(folder, args.kills // 2, seconds, rng)
     counts |= _kill_readers(folder, args.kills - args.kills // 2, rng)
     rows = [
-        Row("kill_data", None, name, value, None, None, args.kills, args.seed)
+        point("kill_data", None, name, value, n=args.kills, seed=args.seed)
         for name, value in counts.items()
     ]
     for name, value in counts.items():

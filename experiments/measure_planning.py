@@ -21,7 +21,7 @@ from fastdrive_jax.evaluation.plan_scores import (
     score_rows,
 )
 from fastdrive_jax.evaluation.ranking import RANK, rank_intervals
-from fastdrive_jax.evaluation.results import Row
+from fastdrive_jax.evaluation.results import Row, point
 from fastdrive_jax.evaluation.scenarios import COMMANDS, SCENARIOS, scenario_of
 
 OURS = "reconpruner"
@@ -77,7 +77,7 @@ def measure(
         both = mean | group_scores(_headlines(mean), groups)
         rows += score_rows(method, ratio, both, scenes)
         unread = np.mean([1 - planned.read.mean() for _, planned in runs])
-        rows.append(Row(method, ratio, UNREAD, unread, None, None, len(scenes), None))
+        rows.append(point(method, ratio, UNREAD, unread, n=len(scenes)))
     rows += _comparisons(scores, scenes)
     plans = {key: runs[0][1] for key, runs in found.items()}
     absent = tuple(name for name in protocols if name not in there)

@@ -16,7 +16,7 @@ from fastdrive_jax.evaluation.compare import difference_rows
 from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.pictures import keep_overlay
 from fastdrive_jax.evaluation.proportions import wilson
-from fastdrive_jax.evaluation.results import Row
+from fastdrive_jax.evaluation.results import Row, point
 
 SUCCESS = "success"
 STAGES = ("vision", "prefill", "decode")
@@ -159,7 +159,7 @@ def _setting_rows(setting: Setting, outcomes: Sequence[Outcome], seed: int | Non
     times.append(("loop_hz", steps / (spent[POLICY] + spent[ENVIRONMENT]), "Hz"))
     for name, value, unit in times:
         metric = _metric(setting, name)
-        row = Row(setting.label, setting.ratio, metric, value, None, None, decisions, seed, unit)
+        row = point(setting.label, setting.ratio, metric, value, n=decisions, seed=seed, unit=unit)
         rows.append(row)
     return rows
 

@@ -53,7 +53,7 @@ from fastdrive_jax.evaluation.foreground import (
     token_areas,
 )
 from fastdrive_jax.evaluation.markdown import markdown_table
-from fastdrive_jax.evaluation.results import Row, read_rows, select, write_rows
+from fastdrive_jax.evaluation.results import Row, point, read_rows, select, write_rows
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
 from fastdrive_jax.pruning.select import num_keep, top_k
@@ -255,7 +255,7 @@ def measure(method: str, params: dict, run: PrunerRun, data: StudyData) -> list[
         rows += foreground_rows(method, ratio, areas, kept, val.scene, run.seed)
 
     def add(metric: str, value: float) -> None:
-        rows.append(Row(method, None, metric, value, None, None, len(scores), run.seed))
+        rows.append(point(method, None, metric, value, n=len(scores), seed=run.seed))
 
     kept = float((scores > 0).mean())
     add(KEPT, kept)

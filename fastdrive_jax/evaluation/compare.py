@@ -1,7 +1,7 @@
 """Two methods on the same samples, as rows of a report."""
 
 from fastdrive_jax.evaluation.bootstrap import paired_difference
-from fastdrive_jax.evaluation.results import Row
+from fastdrive_jax.evaluation.results import Row, point
 
 DIFFERENCE = "_difference"
 P_VALUE = "_p"
@@ -51,5 +51,5 @@ def difference_rows(
             seed,
             unit,
         ),
-        Row(method, keep_ratio, metric + P_VALUE, found.p, None, None, found.n, seed),
+        point(method, keep_ratio, metric + P_VALUE, found.p, n=found.n, seed=seed),
     )

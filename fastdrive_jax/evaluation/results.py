@@ -55,6 +55,20 @@ class Row:
             object.__setattr__(self, "seed", int(self.seed))
 
 
+def point(
+    method: str,
+    keep_ratio: float | None,
+    metric: str,
+    value: float,
+    *,
+    n: int = 1,
+    seed: int | None = None,
+    unit: str = "",
+) -> Row:
+    """A figure without an interval; see `Row`."""
+    return Row(method, keep_ratio, metric, value, None, None, n, seed, unit)
+
+
 def write_rows(path: str | Path, rows: Iterable[Row], meta: Mapping[str, Any]) -> Path:
     """Write rows and what was run (configuration, versions, hardware) as JSON, atomically.
 

@@ -7,7 +7,7 @@ import pytest
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes
-from fastdrive_jax.evaluation.results import Row, read_rows, select, write_rows
+from fastdrive_jax.evaluation.results import Row, point, read_rows, select, write_rows
 
 ROWS = (
     Row("reconpruner", 0.5, "l2_temavg", 0.1 + 0.2, 0.29, 0.31, 40, 0, "m"),
@@ -67,6 +67,12 @@ def test_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch)
         write_bytes(path, b"new content")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_figure_without_an_interval():
+    assert point("a", 0.5, "m", 2) == Row("a", 0.5, "m", 2.0, None, None, 1, None)
+    told = point("a", None, "m", 2, n=3, seed=4, unit="ms")
+    assert told == Row("a", None, "m", 2.0, None, None, 3, 4, "ms")
 
 
 def test_select_matches_all_fields():
