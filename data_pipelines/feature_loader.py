@@ -6,6 +6,7 @@ import grain
 import numpy as np
 
 from data_pipelines.features import SplitFeatures
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 
 
@@ -28,8 +29,7 @@ class FeatureLoaderConfig:
     drop_remainder: bool = True
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1.")
+        check_least(self, batch_size=1)
         if self.num_epochs is not None and self.num_epochs < 1:
             raise UserError(
                 f"num_epochs={self.num_epochs} must be at least 1, or none for endless."

@@ -29,6 +29,7 @@ from data_pipelines.schema import CAMERAS
 from data_pipelines.shards import Shards, record_source
 from data_pipelines.token_cache import TokenCache
 from data_pipelines.worker_process import start_worker
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 
 
@@ -76,10 +77,7 @@ class LoaderConfig:
 
     def __post_init__(self):
         check_size(self.image_size)
-        least = {"batch_size": 1, "num_workers": 0, "read_threads": 1, "max_agents": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {value}.")
+        check_least(self, batch_size=1, num_workers=0, read_threads=1, max_agents=1)
         if self.num_epochs is not None and self.num_epochs < 1:
             raise UserError(
                 f"num_epochs={self.num_epochs} must be at least 1, or none for endless."

@@ -33,6 +33,7 @@ from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.pictures import encode_mask, read_bytes
 from data_pipelines.shards import Shards
 from experiments.training_cost import step_flops
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
@@ -72,9 +73,7 @@ class BenchDataArgs:
     def __post_init__(self):
         for size in self.sizes:
             check_size(size)
-        for name in ("workers", "items", "rounds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_least(self, workers=1, items=1, rounds=1)
         if self.images_per_second is not None and self.images_per_second <= 0:
             raise UserError(f"images_per_second={self.images_per_second} must be positive.")
 

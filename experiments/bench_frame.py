@@ -28,7 +28,7 @@ from experiments.frame_stages import (
     unpruned,
     vision_stage,
 )
-from fastdrive_jax.errors import UserError
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.inference.policy import DrivingPolicy, start_state
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
@@ -136,8 +136,7 @@ class BenchFrameArgs:
     def __post_init__(self):
         for ratio in self.ratios:
             num_keep(1000, ratio)
-        if self.repeats < 1:
-            raise UserError(f"repeats={self.repeats} must be at least 1.")
+        check_least(self, repeats=1)
 
 
 def bench_frame(args: BenchFrameArgs) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.frame_stages import clock
 from experiments.torch_qwen import peer_decode, peer_params, peer_prefill, random_peer, to_torch
-from fastdrive_jax.errors import UserError
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.evaluation.results import point, write_rows
 from fastdrive_jax.inference.sampling import SamplingConfig, decode_text
 from fastdrive_jax.models.attention import attention_kernel
@@ -76,9 +76,7 @@ class BenchModelArgs:
     repeats: int = 5
 
     def __post_init__(self):
-        for name in ("new_tokens", "text_tokens", "repeats"):
-            if getattr(self, name) < 2:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 2.")
+        check_least(self, new_tokens=2, text_tokens=2, repeats=2)
 
 
 def bench_model(args: BenchModelArgs) -> Path:

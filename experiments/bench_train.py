@@ -36,6 +36,7 @@ from data_pipelines.synthetic.generate import generate
 from experiments.quickstart import shards_of
 from experiments.train_cases import CASES, TrainCase, draw_batch, init_frozen, init_state, make_step
 from experiments.training_cost import ENCODER_FORMULA, FORMULA, peak_flops, step_flops
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding, shard_batch
@@ -77,9 +78,7 @@ class BenchTrainArgs:
     def __post_init__(self):
         if unknown := [name for name in self.config if name not in CASES]:
             raise UserError(f"config={unknown[0]!r} must be one of {', '.join(CASES)}.")
-        for name in ("rounds", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_least(self, rounds=1, batch_size=1)
         for name in ("seconds", "peak_flops"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)} must be positive.")

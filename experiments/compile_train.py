@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from experiments.ahead_of_time import abstract_shards, peak_bytes
 from experiments.configs.pruner import PRUNER_RUNS, PrunerRun
 from experiments.training_cost import step_flops
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import point, write_rows
 from fastdrive_jax.models.qwen2_5_vl.alignment import aligned_config
@@ -74,9 +75,7 @@ class CompileTrainArgs:
     out: Path = Path("runs/compile")
 
     def __post_init__(self):
-        for name in ("devices", "fsdp", "tensor", "per_device"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_least(self, devices=1, fsdp=1, tensor=1, per_device=1)
         for name in ("link", "used"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)} must be positive.")

@@ -30,6 +30,7 @@ from experiments.drive_target import ratio_within
 from experiments.drives import DRAWN, UNPRUNED, check_methods, label, own_file_sum
 from experiments.driving_policies import CONTROLS, NO_IMAGE, driving_policy, frame_seconds
 from experiments.quickstart import RATIOS, QuickstartConfig, WorldRun, prepare
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes, write_text
 from fastdrive_jax.evaluation.results import read_rows, write_rows
@@ -87,9 +88,7 @@ class DriveArgs:
 
     def __post_init__(self):
         check_methods(self.methods, self.ratios)
-        for name in ("routes", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_least(self, routes=1, batch=1)
         for name in ("first", "latency_scale", "pictures", "workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative.")

@@ -28,6 +28,7 @@ from experiments.export_check import (
 from experiments.export_qwen import QwenExport, qwen_differences, with_qwen, write_qwen
 from experiments.export_source import Source, read_source
 from experiments.model_card import WRITTEN_BY, model_card
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.export.driving import driving_program, write_policy
@@ -86,8 +87,7 @@ class ExportArgs:
             Bucket(ratio)
         for batch in self.batch:
             Bucket(1.0, batch)
-        if self.check_frames < 1:
-            raise UserError(f"check_frames={self.check_frames} must be at least 1.")
+        check_least(self, check_frames=1)
 
 
 def export_model(args: ExportArgs) -> Path:

@@ -33,7 +33,7 @@ from data_pipelines.image_folder import read_image_folder
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.shard_files import NOTES
 from data_pipelines.shards import open_shards
-from fastdrive_jax.errors import UserError
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.evaluation.results import point, write_rows
 
 PICTURES = 48
@@ -58,8 +58,7 @@ class KillDataArgs:
     seed: int = 0
 
     def __post_init__(self):
-        if self.kills < 2:
-            raise UserError(f"kills={self.kills} must be at least 2.")
+        check_least(self, kills=2)
 
 
 def kill_data(args: KillDataArgs) -> Path:

@@ -31,6 +31,7 @@ from experiments.pruner_data import train_prior
 from experiments.report_world import WorldFindings, world_report
 from experiments.train_pruner import RunIdentity, train_pruner
 from experiments.train_vla import TrainVLAConfig, train_vla
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.foreground import token_areas
 from fastdrive_jax.evaluation.report import write_report
@@ -82,8 +83,7 @@ class QuickstartConfig:
                 f"world.train_scenes={self.world.train_scenes} and world.val_scenes="
                 f"{self.world.val_scenes} must both be at least 1."
             )
-        if self.planning_scenes < 1:
-            raise UserError(f"planning_scenes={self.planning_scenes} must be at least 1.")
+        check_least(self, planning_scenes=1)
         if self.vla_weights and self.train_vla:
             raise UserError("vla_weights names a VLA and train_vla asks for a new one; give one.")
         if self.vla_weights and not self.vla_weights.is_file():

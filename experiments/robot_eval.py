@@ -35,6 +35,7 @@ from experiments.robot_policies import (
     robot_policy,
 )
 from experiments.robot_report import Outcome, Setting, film_gif, markdown, rows_of
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_bytes, write_text
 from fastdrive_jax.evaluation.results import write_rows
@@ -105,15 +106,7 @@ class RobotEvalArgs:
             given = getattr(self, name) or ()
             if len(set(given)) < len(given):
                 raise UserError(f"{name}={given} must name none twice.")
-        for name, least in (
-            ("trials", 1),
-            ("replan_steps", 1),
-            ("workers", 0),
-            ("batch", 0),
-            ("films", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
+        check_least(self, trials=1, replan_steps=1, workers=0, batch=0, films=0)
         for ratio in self.ratios:
             num_keep(1000, ratio)
         for suite in self.suites:

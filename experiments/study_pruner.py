@@ -42,7 +42,7 @@ from experiments.pruner_data import train_prior
 from experiments.quickstart import shards_of
 from experiments.study_variants import Variant, bases, changes, chosen, runs_of
 from experiments.train_pruner import train_pruner
-from fastdrive_jax.configs import to_plain
+from fastdrive_jax.configs import check_least, to_plain
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.foreground import (
@@ -110,8 +110,7 @@ class StudyPrunerArgs:
             raise UserError("The study on CamVid needs its folder: give --camvid DIR.")
         if not self.data or not self.seeds:
             raise UserError("The study needs at least one data set and one seed.")
-        if self.steps is not None and self.steps < 2:
-            raise UserError(f"steps={self.steps} must be at least 2.")
+        check_least(self, steps=2)
 
 
 @dataclass(frozen=True)

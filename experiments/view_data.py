@@ -36,6 +36,7 @@ from experiments.view_sources import (
     of_nuscenes,
     of_shards,
 )
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation import palette
 from fastdrive_jax.evaluation.files import write_text
@@ -93,9 +94,7 @@ class ViewArgs:
             raise UserError(
                 "Shards hold masks of their own; give --masks and --version with --nuscenes only."
             )
-        for name, least in (("samples", 1), ("seed", 0), ("width", 28)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
+        check_least(self, samples=1, seed=0, width=28)
 
 
 def view_data(args: ViewArgs) -> Path:

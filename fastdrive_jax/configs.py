@@ -1,4 +1,4 @@
-"""Frozen config dataclasses to plain JSON values and back."""
+"""Frozen config dataclasses: to plain JSON values and back, and what many refuse."""
 
 import dataclasses
 import enum
@@ -48,6 +48,22 @@ def from_plain(cls: type[Config], plain: dict) -> Config:
         odd = sorted(set(plain) ^ names) if isinstance(plain, dict) else [repr(plain)]
         raise UserError(f"The config of a {cls.__name__} has missing or unknown: {', '.join(odd)}.")
     return cls(**{name: _value(hints[name], value) for name, value in plain.items()})
+
+
+def check_least(config: Any, **least: float) -> None:
+    """Refuses fields that are below what they must be at least; None is not asked.
+
+    Args:
+        config: A dataclass, in its `__post_init__`.
+        least: By the field's name.
+
+    Raises:
+        UserError: Names the first such field and its value.
+    """
+    for name, value in least.items():
+        given = getattr(config, name)
+        if given is not None and given < value:
+            raise UserError(f"{name}={given} must be at least {value}.")
 
 
 def _value(hint: Any, value: Any) -> Any:

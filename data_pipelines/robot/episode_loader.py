@@ -15,6 +15,7 @@ import numpy as np
 from data_pipelines.decode import decode_image
 from data_pipelines.loader import HostBlocks, Loader, read_batches
 from data_pipelines.robot.episodes import HORIZON, Episodes, StepSource
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 
 
@@ -49,10 +50,7 @@ class EpisodeLoaderConfig:
     read_threads: int = 4
 
     def __post_init__(self):
-        least = {"batch_size": 1, "chunk": 1, "num_workers": 0, "read_threads": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {value}.")
+        check_least(self, batch_size=1, chunk=1, num_workers=0, read_threads=1)
         if self.chunk > HORIZON:
             raise UserError(f"chunk={self.chunk} must be at most {HORIZON}, which are stored.")
 

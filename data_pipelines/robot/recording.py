@@ -15,6 +15,7 @@ from data_pipelines.robot.episodes import HORIZON, Step
 from data_pipelines.robot.expert import expert_action
 from data_pipelines.robot.policies import ACTION_SIZE, Observation, RobotPolicy
 from data_pipelines.robot.tabletop import VIEWS, Tabletop, TabletopState
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.pictures import encode_jpeg
 
@@ -54,9 +55,7 @@ class DemoConfig:
     episodes_per_shard: int = 30
 
     def __post_init__(self):
-        for name in ("episodes", "val_episodes", "episodes_per_shard"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_least(self, episodes=1, val_episodes=1, episodes_per_shard=1)
         if not 0 <= self.noise < 1:
             raise UserError(f"noise={self.noise} must be at least 0 and below 1.")
         if not 0 <= self.policy_share <= 1:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from safetensors import flax as safetensors_flax
 
-from fastdrive_jax.configs import to_plain
+from fastdrive_jax.configs import check_least, to_plain
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export import manifest as manifests
 from fastdrive_jax.export import run_program
@@ -50,8 +50,7 @@ class Bucket:
 
     def __post_init__(self):
         num_keep(1000, self.keep_ratio)
-        if self.batch < 1:
-            raise UserError(f"batch={self.batch} must be at least 1.")
+        check_least(self, batch=1)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.hf_files import read_json
 from fastdrive_jax.models.qwen2_5_vl.hf_config import GENERATION_FILE
@@ -39,8 +40,7 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
+        check_least(self, max_new_tokens=1)
         if self.temperature < 0 or self.top_k < 0:
             raise UserError(
                 f"temperature={self.temperature} and top_k={self.top_k} must not be negative."

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 
 
@@ -51,15 +52,12 @@ class HostsConfig:
             host, _, port = self.coordinator.rpartition(":")
             if not (host and port.isdecimal() and 0 < int(port) < 2**16):
                 raise UserError(f"coordinator={self.coordinator!r} must read HOST:PORT.")
-            if self.count < 1:
-                raise UserError(f"count={self.count} must be at least 1.")
+            check_least(self, count=1)
             if not 0 <= self.index < self.count:
                 raise UserError(
                     f"index={self.index} must be at least 0 and less than count={self.count}."
                 )
-        for name in ("start_seconds", "heartbeat_seconds", "end_seconds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_least(self, start_seconds=1, heartbeat_seconds=1, end_seconds=1)
 
     @property
     def several(self) -> bool:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.latency import check_target
 from fastdrive_jax.pruning.select import num_keep
@@ -77,8 +78,7 @@ class ServeConfig:
             check_target(self.target_ms)
         if not 0 <= self.port < 2**16:
             raise UserError(f"port={self.port} must be in 0..65535.")
-        if self.max_batch < 1:
-            raise UserError(f"max_batch={self.max_batch} must be at least 1.")
+        check_least(self, max_batch=1)
         if self.max_wait_ms < 0 or self.seed < 0:
             raise UserError(
                 f"max_wait_ms={self.max_wait_ms} and seed={self.seed} must not be negative."

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.configs.pruner import PRUNER_RUNS, TINY, PrunerRun
-from fastdrive_jax.configs import from_plain, to_plain
+from fastdrive_jax.configs import check_least, from_plain, to_plain
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
 
@@ -88,3 +88,19 @@ def test_values_that_a_class_refuses_are_refused():
     plain["recon"]["keep_range"] = [0.9, 0.1]
     with pytest.raises(UserError, match="keep_range"):
         from_plain(PrunerRun, plain)
+
+
+def test_what_is_below_its_least_is_named():
+    @dataclass(frozen=True)
+    class Asked:
+        rounds: int = 1
+        share: float | None = None
+
+        def __post_init__(self):
+            check_least(self, rounds=1, share=0.5)
+
+    assert Asked(2, 0.5) == Asked(rounds=2, share=0.5)
+    with pytest.raises(UserError, match=r"^rounds=0 must be at least 1\.$"):
+        Asked(0)
+    with pytest.raises(UserError, match=r"^share=0\.4 must be at least 0\.5\.$"):
+        Asked(share=0.4)
