@@ -2,8 +2,8 @@
 
 import datetime
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,49 +207,10 @@ def of_nuscenes(root: Path, version: str | None, masks: Path | None, asked: str 
     def load(number: int) -> Sample:
         scene, step = places[split][number]
         moment = moments(scene)[step]
-        frame, plan = moment.keyframe, moment.plan
         if stated is not None:
-            plan = stated_plan(stated_path, stated, frame.token, plan)
-        shared = vars(plan) | {
-            "can_bus": moment.can_bus,
-            "agents": moment.agents.boxes,
-            "agents_valid": moment.agents.valid,
-            "agents_kind": moment.agents.kind,
-        }
-        records = []
-        for view in frame.cameras:
-            file = nuscenes.root / view.filename
-            inside = Path(*Path(view.filename).parts[1:]).with_suffix(".png")
-            found = {kind: folder / kind / inside for kind in ("masks", "labels")}
-            image = read_bytes(file)
-            size = check_picture(image, file)
-            mask, labels = (
-                read_bytes(path) if kind in maps and path.is_file() else b""
-                for kind, path in found.items()
-            )
-            records.append(
-                Record(
-                    image=image,
-                    mask=mask and mask_png(mask, found["masks"], size),
-                    labels=labels and labels_png(labels, found["labels"], size, classes)[0],
-                    camera=view.channel,
-                    sample_token=frame.token,
-                    scene=frame.scene,
-                    intrinsic=view.intrinsic,
-                    **shared,
-                )
-            )
-        time = datetime.datetime.fromtimestamp(frame.timestamp // 10**6, datetime.UTC)
-        return Sample(
-            tuple(records),
-            tuple(nuscenes.root / view.filename for view in frame.cameras),
-            {
-                "Location": frame.location or "not known",
-                "Time": f"{time:%Y-%m-%d %H:%M:%S} UTC",
-            },
-            _annotated_solids(moment),
-            tuple(view.global_to_camera @ frame.ego_to_global for view in frame.cameras),
-        )
+            plan = stated_plan(stated_path, stated, moment.keyframe.token, moment.plan)
+            moment = replace(moment, plan=plan)
+        return _sample_of(moment, nuscenes.root, folder, maps, classes)
 
     return DataSet(
         name=f"nuscenes:{nuscenes.root.resolve().name}",
@@ -263,6 +224,60 @@ def of_nuscenes(root: Path, version: str | None, masks: Path | None, asked: str 
         "of a thing is seen in all pictures together",
         scene=lambda number: places[split][number][0],
         load=load,
+    )
+
+
+def _sample_of(
+    moment: Moment, root: Path, folder: Path, maps: Sequence[str], classes: Classes | None
+) -> Sample:
+    """A moment with its pictures and the masks and labels that there are.
+
+    Args:
+        moment: Of a scene.
+        root: Of the pictures.
+        folder: Of masks/ and labels/.
+        maps: Which of the two it has.
+        classes: Of the labels.
+    """
+    frame, records = moment.keyframe, []
+    shared = vars(moment.plan) | {
+        "can_bus": moment.can_bus,
+        "agents": moment.agents.boxes,
+        "agents_valid": moment.agents.valid,
+        "agents_kind": moment.agents.kind,
+    }
+    for view in frame.cameras:
+        file = root / view.filename
+        inside = Path(*Path(view.filename).parts[1:]).with_suffix(".png")
+        found = {kind: folder / kind / inside for kind in ("masks", "labels")}
+        image = read_bytes(file)
+        size = check_picture(image, file)
+        mask, labels = (
+            read_bytes(path) if kind in maps and path.is_file() else b""
+            for kind, path in found.items()
+        )
+        records.append(
+            Record(
+                image=image,
+                mask=mask and mask_png(mask, found["masks"], size),
+                labels=labels and labels_png(labels, found["labels"], size, classes)[0],
+                camera=view.channel,
+                sample_token=frame.token,
+                scene=frame.scene,
+                intrinsic=view.intrinsic,
+                **shared,
+            )
+        )
+    time = datetime.datetime.fromtimestamp(frame.timestamp // 10**6, datetime.UTC)
+    return Sample(
+        tuple(records),
+        tuple(root / view.filename for view in frame.cameras),
+        {
+            "Location": frame.location or "not known",
+            "Time": f"{time:%Y-%m-%d %H:%M:%S} UTC",
+        },
+        _annotated_solids(moment),
+        tuple(view.global_to_camera @ frame.ego_to_global for view in frame.cameras),
     )
 
 
