@@ -37,12 +37,12 @@ from data_pipelines.shard_files import (
     check_new,
     give_name,
     remove_strangers,
-    run_jobs,
     take_notes_back,
     write_shard_file,
     write_tfds_metadata,
 )
 from data_pipelines.shards import DATASET, FORMAT, MANIFEST, VERSION, Shards, open_shards
+from data_pipelines.worker_process import run_jobs
 from fastdrive_jax.errors import UserError
 
 RECORDS_PER_SHARD = 512

@@ -6,12 +6,9 @@ What the records are is for others to say; see `build` for driving and `robot.de
 import contextlib
 import errno
 import hashlib
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from data_pipelines.disk import disk_errors, own_place
-from data_pipelines.worker_process import start_worker
 from fastdrive_jax.errors import UserError
 
 NOTES = "notes"  # folder of the finished shards' notes, gone when the set is whole
@@ -66,36 +62,6 @@ def write_shard_file(path: Path, records: Iterable[bytes]) -> ShardFile:
                 writer.close()
             partial.unlink(missing_ok=True)
     return ShardFile(count, length, digest)
-
-
-def run_jobs(
-    jobs: Sequence[Any], write: Callable[[Any, Path], Any], folder: Path, workers: int
-) -> Iterator[Any]:
-    """Calls `write(job, folder)` for each job, in spawned processes, and yields what it returns.
-
-    Raises:
-        UserError: A worker died.
-    """
-    if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            yield write(job, folder)
-        return
-    context = multiprocessing.get_context("spawn")
-    try:
-        count = min(workers, len(jobs))
-        with ProcessPoolExecutor(count, context, initializer=start_worker) as pool:
-            futures = [pool.submit(write, job, folder) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"A worker died while writing {folder}, most likely for lack of memory; run the same "
-            "command again with fewer workers, it goes on where it stopped."
-        ) from error
 
 
 def check_new(folder: Path) -> Path:

@@ -42,11 +42,11 @@ from data_pipelines.shard_files import (
     check_new,
     give_name,
     remove_strangers,
-    run_jobs,
     take_notes_back,
     write_shard_file,
     write_tfds_metadata,
 )
+from data_pipelines.worker_process import run_jobs
 from fastdrive_jax.errors import UserError
 
 # Evaluations count their trials from 0, so none of them begins as a demonstration does.

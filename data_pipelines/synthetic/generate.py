@@ -9,12 +9,9 @@ import contextlib
 import errno
 import functools
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +31,7 @@ from data_pipelines.synthetic.config import (
 from data_pipelines.synthetic.expansion import expansion
 from data_pipelines.synthetic.record import write_scene
 from data_pipelines.synthetic.sampler import TILE, TILES
-from data_pipelines.worker_process import start_worker
+from data_pipelines.worker_process import run_jobs
 from fastdrive_jax.errors import UserError
 
 CONFIG_FILE = "generator.json"
@@ -106,11 +103,6 @@ def _disk_errors(root: Path) -> Iterator[None]:
         else:
             message = f"Cannot write the data set to {root}: {error.strerror or error}."
         raise UserError(message) from error
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"A worker process died while writing {root}, most likely for lack of memory; "
-            "run the same command again with fewer workers, it goes on where it stopped."
-        ) from error
 
 
 def _prepare_folders(partial: Path, config: WorldConfig):
@@ -136,8 +128,7 @@ def _prepare_folders(partial: Path, config: WorldConfig):
 def _write_scenes(partial: Path, config: WorldConfig, progress: bool) -> list[dict]:
     jobs = [(split, index) for split in SPLITS for index in range(config.scenes(split))]
     missing = [job for job in jobs if not _record_path(partial, *job).exists()]
-    workers = min(config.workers or os.cpu_count() or 1, max(1, len(missing)))
-    run = functools.partial(_scene_job, partial, config)
+    workers = config.workers or os.cpu_count() or 1
     bar = tqdm(
         total=len(jobs),
         initial=len(jobs) - len(missing),
@@ -146,25 +137,12 @@ def _write_scenes(partial: Path, config: WorldConfig, progress: bool) -> list[di
         disable=not progress,
     )
     with bar:
-        if workers == 1:
-            for job in missing:
-                run(job)
-                bar.update()
-        else:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
-                futures = [pool.submit(run, job) for job in missing]
-                try:
-                    for future in as_completed(futures):
-                        future.result()
-                        bar.update()
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
+        for _ in run_jobs(missing, functools.partial(_scene_job, config), partial, workers):
+            bar.update()
     return [json.loads(_record_path(partial, *job).read_text()) for job in jobs]
 
 
-def _scene_job(partial: Path, config: WorldConfig, job: tuple[str, int]):
+def _scene_job(config: WorldConfig, job: tuple[str, int], partial: Path):
     _write_json(_record_path(partial, *job), write_scene(partial, config, *job))
 
 

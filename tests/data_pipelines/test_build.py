@@ -340,7 +340,7 @@ def test_a_name_that_tfds_does_not_take_is_refused_first(source, tmp_path, name)
 SLOW = """
     import os, sys, time
     from pathlib import Path
-    from data_pipelines.shard_files import run_jobs
+    from data_pipelines.worker_process import run_jobs
 
     def slow(job, folder):
         print(os.getpid(), flush=True)
