@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from experiments.ahead_of_time import whole_shapes
-from fastdrive_jax.models.pi0 import flow
+from fastdrive_jax.inference import pi0
 from fastdrive_jax.models.pi0.config import Pi0Config
 from fastdrive_jax.models.pi0.model import Pi0, action_expert
 
@@ -30,11 +30,11 @@ def pi0_stages(
         return model.apply({"params": params}, images, method="encode")
 
     def prefill(params, tokens, ids, lengths):
-        return flow.read_prompt(model, params, tokens, ids, lengths)
+        return pi0.read_prompt(model, params, tokens, ids, lengths)
 
     def act(params, prefilled, state, noise):
         given = prefilled, state, noise, config.flow_steps
-        return flow.sample_actions(expert, params["expert"], *given).actions
+        return pi0.sample_actions(expert, params["expert"], *given).actions
 
     edge, dim = config.image_size, config.action_dim
     images = shape(1, config.views, edge, edge, 3, dtype=jnp.uint8)

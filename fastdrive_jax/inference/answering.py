@@ -7,11 +7,11 @@ from jaxtyping import Array, Int
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference import segments
-from fastdrive_jax.inference.live import live_sequence
 from fastdrive_jax.inference.pictures import layout_inputs
 from fastdrive_jax.inference.pruned import read_pruned
 from fastdrive_jax.inference.sampling import SamplingConfig, decode_loop, ids_in
 from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.live import live_sequence
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.sequence import Batch
 from fastdrive_jax.models.qwen2_5_vl.vision_evidence import vision_evidence

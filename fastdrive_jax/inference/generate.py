@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.inference import segments
-from fastdrive_jax.inference.live import Live
 from fastdrive_jax.inference.pruned import Decoded, decode_tokens
 from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.live import Live
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, positions
 
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.inference import reuse, segments
-from fastdrive_jax.inference.live import Live, first_inputs, keep_live
+from fastdrive_jax.inference.live import first_inputs, keep_live
 from fastdrive_jax.models.attention import plain_operations
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.live import Live
 from fastdrive_jax.pruning.budgets import split_pictures
 from fastdrive_jax.pruning.cd_pruner import text_relevance
 from fastdrive_jax.pruning.interface import (

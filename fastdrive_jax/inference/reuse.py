@@ -23,20 +23,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fastdrive_jax.inference.live import (
-    Live,
     cut_inputs,
     first_inputs,
     instruction,
     keep_live,
 )
-from fastdrive_jax.inference.segments import (
-    Prefilled,
-    Segment,
-    last_logits,
-)
+from fastdrive_jax.inference.segments import Prefilled, last_logits
 from fastdrive_jax.models.attention_rows import attention_rows
 from fastdrive_jax.models.decoder import Decoder, LayerCache, rows_see
 from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.live import Live, Segment
 from fastdrive_jax.pruning.draws import fold
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, cut_plan, keep_tokens
 

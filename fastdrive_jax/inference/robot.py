@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from fastdrive_jax.inference.live import Live, live_sequence
+from fastdrive_jax.inference.pi0 import sample_actions
 from fastdrive_jax.inference.pictures import layout_inputs, token_pixels
 from fastdrive_jax.inference.pruned import (
     Read,
@@ -26,9 +26,9 @@ from fastdrive_jax.inference.pruned import (
     start_memory,
 )
 from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.live import Live, live_sequence
 from fastdrive_jax.models.openvla.actions import decode_actions
 from fastdrive_jax.models.openvla.model import OpenVLA
-from fastdrive_jax.models.pi0.flow import sample_actions
 from fastdrive_jax.models.pi0.model import Pi0, action_expert
 from fastdrive_jax.models.vit_evidence import vit_evidence
 from fastdrive_jax.pruning.interface import VISION, Pruner, PrunerInputs

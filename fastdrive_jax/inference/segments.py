@@ -13,31 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fastdrive_jax.inference.live import Live, cut_inputs, first_inputs, keep_live
+from fastdrive_jax.inference.live import cut_inputs, first_inputs, keep_live
 from fastdrive_jax.models.attention_rows import attention_received, attention_rows
 from fastdrive_jax.models.decoder import Decoder, LayerCache, rows_see
+from fastdrive_jax.models.live import Live, Segment
 from fastdrive_jax.pruning.draws import fold
 from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, cut_plan, keep_tokens
-
-
-class Segment(flax.struct.PyTreeNode):
-    """What decoding needs of some layers that follow each other.
-
-    Attributes:
-        caches: One a layer, with room for what will be decoded.
-        visual: Places of the visual tokens in them [B, K].
-        ids: Which visual tokens these are [B, K].
-        count: Real ones among them [B].
-        next_position: Position id of the next token [B].
-        layers: The first, and one past the last; static.
-    """
-
-    caches: tuple[LayerCache, ...]
-    visual: Int[Array, "B K"]
-    ids: Int[Array, "B K"]
-    count: Int[Array, " B"]
-    next_position: Int[Array, " B"]
-    layers: tuple[int, int] = flax.struct.field(pytree_node=False)
 
 
 class Prefilled(flax.struct.PyTreeNode):

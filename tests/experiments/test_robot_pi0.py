@@ -40,8 +40,8 @@ from experiments.robot_policies import check_policy, file_name
 from experiments.robot_vla import moment_of, vla_policy
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import read_rows
+from fastdrive_jax.inference import pi0
 from fastdrive_jax.inference.robot import RobotVLA
-from fastdrive_jax.models.pi0 import flow
 from fastdrive_jax.models.pi0.model import Pi0, action_expert
 from fastdrive_jax.models.pi0.scaling import RobotStatistics, by_deviation, unscaled
 from fastdrive_jax.models.pi0.weights import load
@@ -109,9 +109,9 @@ def as_openpi(folder, seen, noise):
     @jax.jit
     def run(params, images, state, noise):
         tokens = model.apply({"params": params}, images, method="encode")
-        read = flow.read_prompt(model, params, tokens, *given)
+        read = pi0.read_prompt(model, params, tokens, *given)
         inputs = read, state, noise, config.flow_steps
-        return flow.sample_actions(action_expert(config), params["expert"], *inputs).actions
+        return pi0.sample_actions(action_expert(config), params["expert"], *inputs).actions
 
     chunk = np.asarray(run(params, images, state, noise))[..., :7]
     return chunk * (np.array(ACTIONS["std"]) + 1e-6) + ACTIONS["mean"]

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from fastdrive_jax.inference import pi0
 from fastdrive_jax.models.decoder import Decoder
-from fastdrive_jax.models.pi0 import flow
 from fastdrive_jax.models.pi0.config import TINY_PI0, Pi0Config
 from fastdrive_jax.models.pi0.model import Pi0, action_expert
 from fastdrive_jax.models.pi0.weights import load
@@ -232,7 +232,7 @@ def our_tokens():
 
 def read(params, tokens, **method):
     given = inputs()
-    return flow.read_prompt(
+    return pi0.read_prompt(
         MODEL, params, tokens, given["ids"], given["lengths"], given["views"], **method
     )
 
@@ -257,7 +257,7 @@ def test_visual_tokens_and_prompt():
 def sample(params, prefilled):
     numbers = jnp.asarray(inputs()["state"]), jnp.asarray(inputs()["noise"])
     expert = action_expert(CONFIG)
-    return flow.sample_actions(expert, params["expert"], prefilled, *numbers, 10).actions
+    return pi0.sample_actions(expert, params["expert"], prefilled, *numbers, 10).actions
 
 
 def test_prefix_velocity_and_ten_steps():
@@ -267,7 +267,7 @@ def test_prefix_velocity_and_ten_steps():
 
     @jax.jit
     def run(params, tokens):
-        live = flow.live_prompt(
+        live = pi0.live_prompt(
             MODEL, params, tokens, given["ids"], given["lengths"], given["views"]
         )[2]
         hidden = Decoder(CONFIG.prefix, causal=False).apply(

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fastdrive_jax.inference.segments import Segment
 from fastdrive_jax.models.decoder import Decoder, LayerCache
 from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.live import Segment
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the embedded time, which runs from 0 to 1
 

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.inference.live import Live
-from fastdrive_jax.inference.segments import Segment
 from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.live import Live, Segment
 from fastdrive_jax.models.pi0.config import Pi0Config
 from fastdrive_jax.models.pi0.expert import ActionExpert
 from fastdrive_jax.models.vit import ViT, normalise_pictures

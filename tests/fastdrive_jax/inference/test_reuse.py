@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastdrive_jax.inference.live import live_sequence
 from fastdrive_jax.inference.policy import DrivingPolicy, plan, start_state
 from fastdrive_jax.inference.pruned import reset_state
 from fastdrive_jax.inference.reuse import Memory, no_caches, prefill
 from fastdrive_jax.inference.segments import decode_token
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.live import live_sequence
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import Pruner, PrunerInputs, make_pruner
 from fastdrive_jax.pruning.interface import Cuts, Temporal, cut_plan

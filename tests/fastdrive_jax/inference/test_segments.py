@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastdrive_jax.inference.live import live_sequence
 from fastdrive_jax.inference.segments import decode_token, prefill
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
+from fastdrive_jax.models.live import live_sequence
 from fastdrive_jax.pruning import Pruner, PrunerInputs
 from fastdrive_jax.pruning.interface import Cuts
 

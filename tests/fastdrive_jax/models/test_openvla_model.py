@@ -10,9 +10,9 @@ import pytest
 from tiny_openvla import SLOTS, TOKENS, random_inputs, random_params
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.inference.live import live_sequence
 from fastdrive_jax.inference.segments import decode_token, prefill
 from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.live import live_sequence
 from fastdrive_jax.models.openvla.config import OPENVLA_7B, OPENVLA_OFT_7B, TINY_OPENVLA
 from fastdrive_jax.models.openvla.model import OpenVLA
 from fastdrive_jax.models.openvla.weights import abstract_params

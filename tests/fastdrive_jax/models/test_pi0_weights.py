@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.models.pi0 import flow
+from fastdrive_jax.inference import pi0
 from fastdrive_jax.models.pi0.config import PI0, TINY_PI0, Pi0Config
 from fastdrive_jax.models.pi0.model import Pi0, action_expert
 from fastdrive_jax.models.pi0.weights import (
@@ -212,11 +212,11 @@ def test_the_published_size_lowers_with_pruning():
 
     def act(params, images, ids, lengths, state, noise):
         tokens = model.apply({"params": params}, images, method="encode")
-        read = flow.read_prompt(model, params, tokens, ids, lengths, pruner=pruner, keep_ratio=0.25)
+        read = pi0.read_prompt(model, params, tokens, ids, lengths, pruner=pruner, keep_ratio=0.25)
         expert, observe = action_expert(PI0, half), latter_half(PI0.expert.num_layers)
         steps = PI0.flow_steps
         given = read, state, noise, steps, observe, total
-        return flow.sample_actions(expert, params["expert"], *given)
+        return pi0.sample_actions(expert, params["expert"], *given)
 
     shape = jax.ShapeDtypeStruct
     lowered = jax.jit(act).lower(

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from fastdrive_jax.inference.pi0 import flow_loss
 from fastdrive_jax.models.pi0.config import TINY_PI0, Pi0Config
-from fastdrive_jax.models.pi0.flow import flow_loss
 from fastdrive_jax.models.pi0.model import Pi0
 from fastdrive_jax.models.pi0.weights import abstract_params
 from fastdrive_jax.pruning import make_pruner

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.inference import reuse, segments
-from fastdrive_jax.inference.live import live_sequence
+from fastdrive_jax.inference import pi0, reuse, segments
 from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.live import live_sequence
 from fastdrive_jax.models.openvla.config import TINY_OPENVLA
-from fastdrive_jax.models.pi0 import flow
 from fastdrive_jax.models.pi0.config import TINY_PI0, Pi0Config
 from fastdrive_jax.models.pi0.expert import ActionExpert, time_embedding
 from fastdrive_jax.models.pi0.model import Pi0, action_expert
@@ -87,11 +86,11 @@ def encode(params, images):
 
 
 def act(params, tokens, given, views=None, observe=(), steps=STEPS, model=MODEL, **method):
-    prefilled = flow.read_prompt(
+    prefilled = pi0.read_prompt(
         model, params, tokens, given["ids"], given["lengths"], views, **method
     )
     expert, numbers = action_expert(CONFIG, model.dtype), (given["state"], given["noisy"], steps)
-    sampled = flow.sample_actions(expert, params["expert"], prefilled, *numbers, observe, N)
+    sampled = pi0.sample_actions(expert, params["expert"], prefilled, *numbers, observe, N)
     return sampled, prefilled
 
 
@@ -229,7 +228,7 @@ def test_every_method_stands_in_the_prefix(name):
     total, given = TINY_PI0.visual_tokens, inputs()
     rows = jnp.zeros((BATCH, total))
     tokens = jnp.zeros((BATCH, total, TINY_PI0.prefix.hidden_size))
-    start = flow.pruner_inputs(model, tokens).replace(
+    start = pi0.pruner_inputs(model, tokens).replace(
         relevance=rows,
         foreground=rows,
         vision_received=rows,
@@ -239,7 +238,7 @@ def test_every_method_stands_in_the_prefix(name):
     state = None if pruner.temporal is None else pruner.temporal.init(start)
 
     def run(params, key):
-        prompt = flow.live_prompt(model, params, tokens, given["ids"], given["lengths"])
+        prompt = pi0.live_prompt(model, params, tokens, given["ids"], given["lengths"])
         method = {"pruner": pruner, "pruner_params": None, "keep_ratio": 0.25, "key": key}
         if not pruner.reuse:
             return segments.prefill(*prompt, **method, inputs=start.replace(state=state))
@@ -348,7 +347,7 @@ def test_it_is_a_head_for_any_decoder_without_a_causal_mask():
         state, noise = jnp.zeros((BATCH, 7)), jnp.zeros((BATCH, 8, 7))
         params = expert.init(expert_key, state, noise, read.segments, method=whole_expert)["params"]
         layers = range(llama.num_layers)
-        return flow.sample_actions(expert, params, read, state, noise, 10, layers, 16)
+        return pi0.sample_actions(expert, params, read, state, noise, 10, layers, 16)
 
     def whole_decoder(decoder, hidden, where):
         decoder.embed(jnp.zeros((1, 1), jnp.int32))
