@@ -35,8 +35,8 @@ from experiments.efficiency_rounds import PEER, Rounds, measure_rounds
 from experiments.efficiency_table import markdown, write_plots
 from experiments.frame_stages import BUSY, STAGES
 from experiments.roofline import ACCELERATORS, Machine
-from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.results import Row, read_rows, write_rows
+from fastdrive_jax.files import write_text
 from fastdrive_jax.models.attention import attention_kernel
 from fastdrive_jax.pruning import builds_on_recon
 from fastdrive_jax.pruning.accounting import FORMULA

@@ -35,7 +35,6 @@ from experiments.planning import HEADLINE, mean_errors, planning_split
 from experiments.quickstart import RANDOM_DRAWS, RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.compare import difference_rows
-from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.foreground import foreground_rows
 from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.planning import (
@@ -44,6 +43,7 @@ from fastdrive_jax.evaluation.planning import (
     planning_rows,
 )
 from fastdrive_jax.evaluation.results import Row, point, write_rows
+from fastdrive_jax.files import write_text
 from fastdrive_jax.inference.policy import DrivingPolicy, start_state
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PRUNERS, Pruner, builds_on_recon

@@ -32,9 +32,9 @@ from experiments.driving_policies import CONTROLS, NO_IMAGE, driving_policy, fra
 from experiments.quickstart import RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.files import write_bytes, write_text
 from fastdrive_jax.evaluation.results import read_rows, write_rows
 from fastdrive_jax.export.manifest import file_sum
+from fastdrive_jax.files import write_bytes, write_text
 from fastdrive_jax.inference.latency import check_target
 from fastdrive_jax.models.dinov2.weights import params_digest
 from fastdrive_jax.training.run_config import claim_run_folder

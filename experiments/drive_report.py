@@ -20,11 +20,11 @@ from experiments.drives import UNPRUNED
 from fastdrive_jax.evaluation import palette
 from fastdrive_jax.evaluation.bootstrap import interval
 from fastdrive_jax.evaluation.compare import difference_rows
-from fastdrive_jax.evaluation.files import write_bytes
 from fastdrive_jax.evaluation.footprint import corners
 from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.pictures import keep_overlay, write_png
 from fastdrive_jax.evaluation.results import Row, point
+from fastdrive_jax.files import write_bytes
 
 HEADLINE = "driving_score"
 Setting = tuple[str, float | None]

@@ -14,7 +14,7 @@ from experiments.drives import label, own_file_sum
 from experiments.driving_policies import driving_policy, frame_planner
 from experiments.quickstart import WorldRun
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.files import write_text
+from fastdrive_jax.files import write_text
 from fastdrive_jax.inference.latency import choose_bucket, measure_buckets, miss_sentence
 from fastdrive_jax.pruning.select import num_keep
 

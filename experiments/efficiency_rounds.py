@@ -43,8 +43,8 @@ from experiments.torch_qwen import (
     whole_config,
 )
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.results import Row, point
+from fastdrive_jax.files import write_text
 from fastdrive_jax.inference.policy import start_state
 from fastdrive_jax.inference.pruned import stands_before
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA

@@ -10,11 +10,11 @@ from experiments.efficiency_args import UNPRUNED
 from experiments.efficiency_counts import COUNTED
 from experiments.frame_stages import BUSY
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.files import write_bytes
 from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.results import Row
 from fastdrive_jax.evaluation.tables import merge_seeds
 from fastdrive_jax.evaluation.tradeoff import Line, tradeoff
+from fastdrive_jax.files import write_bytes
 
 ERRORS = {"ade": "ADE, m", "l2_temavg": "L2, m"}  # metrics of `errors`, the first that is there
 Cells = Mapping[tuple[str, float, str], Row]

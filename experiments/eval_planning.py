@@ -29,13 +29,9 @@ from experiments.planning_benchmark import BenchmarkConfig, benchmark_case, prep
 from experiments.report_planning import write_results
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.protocols import PROTOCOLS
+from fastdrive_jax.files import read_json, write_json
 from fastdrive_jax.pruning import PRUNERS
-from fastdrive_jax.training.run_config import (
-    check_run_folder,
-    claim_run_folder,
-    read_json,
-    write_json,
-)
+from fastdrive_jax.training.run_config import check_run_folder, claim_run_folder
 
 RATIOS = (0.75, 0.5, 0.25)
 READY = "ready.json"

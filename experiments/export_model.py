@@ -30,13 +30,13 @@ from experiments.export_source import Source, read_source
 from experiments.model_card import WRITTEN_BY, model_card
 from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.export.driving import driving_program, write_policy
 from fastdrive_jax.export.eight_bits import need_qwix
 from fastdrive_jax.export.onnx_programs import OPSET, need_converter, write_onnx
 from fastdrive_jax.export.programs import PLATFORMS, Bucket, need_flatbuffers, write_programs
 from fastdrive_jax.export.pruner import TORCH_MODULE, write_pruner
 from fastdrive_jax.export.quantized import QuantizedPolicy, write_quantized
+from fastdrive_jax.files import write_text
 
 Form = Literal["pruner", "policy", "stablehlo", "int8", "onnx"]
 USUAL: tuple[Form, ...] = ("pruner", "policy", "stablehlo")

@@ -23,6 +23,7 @@ from fastdrive_jax.export import manifest as manifests
 from fastdrive_jax.export.bundle import read_bundle_safetensors
 from fastdrive_jax.export.driving import KIND as POLICY
 from fastdrive_jax.export.pruner import read_pruner
+from fastdrive_jax.files import read_json
 from fastdrive_jax.inference.pruned_qwen import PrunedQwen
 from fastdrive_jax.models.qwen2_5_vl.bundled import FRONT, load_vla, saved_cameras
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
@@ -32,7 +33,6 @@ from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.checkpoints import RunCheckpoints
 from fastdrive_jax.training.optimizer import make_optimizer
 from fastdrive_jax.training.reconstruction import init_params
-from fastdrive_jax.training.run_config import read_json
 from fastdrive_jax.training.state import abstract_state, evaluation_params, init_train_state
 
 EXPORT = "export"  # where a run keeps its bundle

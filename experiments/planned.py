@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from experiments.drives import own_file_sum
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.files import write_bytes
 from fastdrive_jax.evaluation.plan_scores import Point
 from fastdrive_jax.evaluation.truth import DrivingTruth
+from fastdrive_jax.files import write_bytes
 from fastdrive_jax.training.run_config import claim_run_folder
 
 _FIELDS = ("waypoints", "kept", "read")

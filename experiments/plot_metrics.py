@@ -15,10 +15,10 @@ import numpy as np
 import tyro
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.files import write_bytes, write_text
 from fastdrive_jax.evaluation.pictures import encode_png, grid
 from fastdrive_jax.evaluation.plots import loss_curves
 from fastdrive_jax.evaluation.report import Figure, Gallery, Report, Section, Table, render
+from fastdrive_jax.files import write_bytes, write_text
 from fastdrive_jax.training.loop import LOG_FILE
 from fastdrive_jax.training.metrics_log import Record, read_log
 

@@ -14,7 +14,6 @@ from experiments.measure_planning import HOLM, OURS, Key, Results
 from experiments.planned import Case
 from fastdrive_jax.evaluation.above import from_above
 from fastdrive_jax.evaluation.compare import DIFFERENCE, P_VALUE
-from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.pictures import contact_sheet, keep_overlay
 from fastdrive_jax.evaluation.plan_scores import HEADLINE, origin_way
@@ -31,6 +30,7 @@ from fastdrive_jax.evaluation.report import (
 )
 from fastdrive_jax.evaluation.results import Row, write_rows
 from fastdrive_jax.evaluation.scenarios import COMMANDS
+from fastdrive_jax.files import write_text
 
 
 def write_results(out: Path, case: Case, results: Results, pictures: int) -> Path:

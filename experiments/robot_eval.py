@@ -37,8 +37,8 @@ from experiments.robot_policies import (
 from experiments.robot_report import Outcome, Setting, film_gif, markdown, rows_of
 from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.files import write_bytes, write_text
 from fastdrive_jax.evaluation.results import write_rows
+from fastdrive_jax.files import write_bytes, write_text
 from fastdrive_jax.pruning.select import num_keep
 from fastdrive_jax.training.run_config import claim_run_folder
 

@@ -44,7 +44,6 @@ from experiments.study_variants import Variant, bases, changes, chosen, runs_of
 from experiments.train_pruner import train_pruner
 from fastdrive_jax.configs import check_least, to_plain
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.foreground import (
     FOREGROUND_RECALL,
     OBJECT_RECALL,
@@ -54,6 +53,7 @@ from fastdrive_jax.evaluation.foreground import (
 )
 from fastdrive_jax.evaluation.markdown import markdown_table
 from fastdrive_jax.evaluation.results import Row, point, read_rows, select, write_rows
+from fastdrive_jax.files import write_text
 from fastdrive_jax.models.qwen2_5_vl.bundled import load_vla
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
 from fastdrive_jax.pruning.select import num_keep, top_k

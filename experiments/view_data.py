@@ -39,8 +39,8 @@ from experiments.view_sources import (
 from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation import palette
-from fastdrive_jax.evaluation.files import write_text
 from fastdrive_jax.evaluation.pictures import encode_jpeg
+from fastdrive_jax.files import write_text
 
 _PLACE = {  # row and column as one sees the cameras from above
     "CAM_FRONT_LEFT": (0, 0),

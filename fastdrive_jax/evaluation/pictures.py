@@ -12,8 +12,8 @@ from matplotlib import colormaps, get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from fastdrive_jax.evaluation import palette
-from fastdrive_jax.evaluation.files import write_bytes
 from fastdrive_jax.evaluation.foreground import TOKEN
+from fastdrive_jax.files import write_bytes
 
 Rgb = UInt8[np.ndarray, "H W 3"]
 

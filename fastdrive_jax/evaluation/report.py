@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Literal
 import jinja2
 import numpy as np
 
-from fastdrive_jax.evaluation.files import write_bytes, write_text
 from fastdrive_jax.evaluation.pictures import as_uint8, encode_jpeg, encode_png
 from fastdrive_jax.evaluation.results import FORMAT, Row
 from fastdrive_jax.evaluation.tables import ResultTable, pivot
+from fastdrive_jax.files import write_bytes, write_text
 
 
 @dataclasses.dataclass(frozen=True)

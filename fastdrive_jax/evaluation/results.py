@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.files import write_text
+from fastdrive_jax.files import write_text
 
 FORMAT = 1
 

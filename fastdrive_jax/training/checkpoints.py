@@ -19,16 +19,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json, write_json
 from fastdrive_jax.training.best import Best, preservation
 from fastdrive_jax.training.integrity import verify_checksums, write_checksums
-from fastdrive_jax.training.run_config import (
-    CONFIG_FILE,
-    claim_run_folder,
-    read_json,
-    to_plain,
-    write_json,
-)
+from fastdrive_jax.training.run_config import CONFIG_FILE, claim_run_folder
 
 ASIDE = "aside-"  # and the step: a checkpoint that is being written anew
 _NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.training.run_config import read_json, write_json
+from fastdrive_jax.files import read_json, write_json
 
 CHECKSUM_FILE = "checksums.json"
 _BLOCK = 1 << 20

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import write_text
 
 Record = dict[str, Any]
 
@@ -36,14 +36,7 @@ class MetricsLog:
         self._file = None
         if not writes:
             return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_text("".join(_line(record) for record in kept))
-            temporary.replace(path)
-            self._file = path.open("a")
-        except OSError as error:
-            raise UserError(f"{path} can't be written ({error.strerror}).") from error
+        self._file = write_text(path, "".join(map(_line, kept))).open("a")
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json, write_json
 
 CONFIG_FILE = "config.json"
 
@@ -62,31 +62,6 @@ def check_run_folder(folder: Path, config: Any, ignore: Collection[str] = ()) ->
             f"{folder} holds a run of another config ({'; '.join(found)}): "
             "use a new folder, or the same settings to go on with this run."
         )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all, making the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}).") from error
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: it is absent, unreadable or no JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from error
 
 
 def _completed(stored: Any, config: Any) -> Any:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import write_bytes
 from fastdrive_jax.training.metrics_log import Record
 from fastdrive_jax.training.state import Batch, TrainState
 from fastdrive_jax.training.tensorboard import EventLog
@@ -128,13 +128,7 @@ class Watcher:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
         path = self._folder / "images" / name / f"{step:08d}.png"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(buffer.getvalue())
-            temporary.replace(path)
-        except OSError as error:
-            raise UserError(f"{path} can't be written ({error.strerror}).") from error
+        write_bytes(path, buffer.getvalue())
         if self._events:
             self._events.image(step, name, buffer.getvalue(), *image.shape[:2])
 

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
+from fastdrive_jax import files
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation import files
 from fastdrive_jax.evaluation.report import (
     Card,
     Code,

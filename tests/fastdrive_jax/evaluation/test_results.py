@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.files import write_bytes
 from fastdrive_jax.evaluation.results import Row, point, read_rows, select, write_rows
+from fastdrive_jax.files import write_bytes
 
 ROWS = (
     Row("reconpruner", 0.5, "l2_temavg", 0.1 + 0.2, 0.29, 0.31, 40, 0, "m"),

@@ -1,8 +1,10 @@
 """Files that are either whole or absent: written beside their place, then renamed into it."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from fastdrive_jax.errors import UserError
 
@@ -45,3 +47,22 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text; see `write_bytes`."""
     return write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a value as JSON that people read too; see `write_bytes`."""
+    return write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+      UserError: it is absent, unreadable or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
