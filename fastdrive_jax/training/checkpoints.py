@@ -1,4 +1,4 @@
-"""Checkpoints of a run (train state and data position together) and of bare parameters.
+"""Checkpoints of a run: train state and data position together.
 
 A thin layer over Orbax's `CheckpointManager`. A checkpoint is committed by a rename, so one whose
 writing was cut off is never seen, and its remains are removed when the run is opened again.
@@ -19,12 +19,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.files import read_json, write_json
 from fastdrive_jax.training.best import Best, preservation
 from fastdrive_jax.training.integrity import verify_checksums, write_checksums
-from fastdrive_jax.training.run_config import CONFIG_FILE, claim_run_folder
+from fastdrive_jax.training.run_config import claim_run_folder
 
 ASIDE = "aside-"  # and the step: a checkpoint that is being written anew
 _NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -277,69 +275,6 @@ class RunCheckpoints:
             raise
 
 
-def save_params(folder: Path, params: Any, config: Any, *, overwrite: bool = False) -> None:
-    """Write parameters for inference with the config that builds their model.
-
-    Args:
-        folder: to make; it appears whole or not at all.
-        params: nested dict of arrays.
-        config: dataclass or dict.
-        overwrite: replace a folder that is there.
-
-    Raises:
-        UserError: the folder exists and `overwrite` is off, or the disk is full.
-    """
-    folder = folder.absolute()
-    if folder.exists() and not overwrite:
-        raise UserError(f"{folder} exists already: choose another name or ask to overwrite it.")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        write_json(temporary / CONFIG_FILE, to_plain(config))
-        _check_room(temporary, params)
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(temporary / "params", args=ocp.args.StandardSave(params))
-        write_checksums(temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, ValueError) as error:
-        if any(text in str(error) for text in _NO_ROOM):
-            raise UserError(f"No room on the disk for {folder}: free some.") from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-
-
-def load_params(folder: Path, abstract: Any = None) -> tuple[Any, Any]:
-    """Read what `save_params` wrote.
-
-    Args:
-        folder: of the parameters.
-        abstract: tree of `jax.ShapeDtypeStruct`, with shardings if wanted; by default what was
-            saved, on the default device.
-
-    Returns:
-        The params and the config as plain JSON values.
-
-    Raises:
-        UserError: the folder is absent or damaged, or does not hold such params.
-    """
-    folder = folder.absolute()
-    config = read_json(folder / CONFIG_FILE)
-    verify_checksums(folder)
-    with _reading(folder), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        stored = _stored_tree(folder / "params")
-        abstract = jax.tree.map(_with_sharding, stored if abstract is None else abstract)
-        _check_tree(folder, stored, abstract)
-        args = ocp.args.StandardRestore(abstract)
-        return checkpointer.restore(folder / "params", args=args), config
-
-
 def _check_room(folder: Path, tree: Any) -> None:
     """Refuse before writing what can't fit; another writer may still take the room."""
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
@@ -386,13 +321,6 @@ def _shapes(tree: Any) -> dict[str, str]:
 def _shape(leaf: Any) -> str:
     fractions = jax.dtypes.issubdtype(leaf.dtype, np.inexact)
     return f"{tuple(leaf.shape)}" + ("" if fractions else f" of {leaf.dtype}")
-
-
-def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, jax.sharding.Sharding):
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype), sharding=sharding)
 
 
 @contextlib.contextmanager

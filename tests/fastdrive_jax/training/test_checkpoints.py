@@ -3,7 +3,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import grain
 import jax
@@ -13,7 +12,7 @@ import pytest
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.training import checkpoints as module
-from fastdrive_jax.training.checkpoints import RunCheckpoints, load_params, save_params
+from fastdrive_jax.training.checkpoints import RunCheckpoints
 from fastdrive_jax.training.state import abstract_state
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -139,8 +138,6 @@ def test_no_room_is_found_before_writing(tmp_path, monkeypatch, capfd):
     with pytest.raises(UserError, match=r"has 0 MiB left and a checkpoint needs 0\.3"):
         filled(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
-    with pytest.raises(UserError, match="has 0 MiB left"):
-        save_params(tmp_path / "params", init(), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.json"]
     assert "Traceback" not in capfd.readouterr().err
 
@@ -154,14 +151,10 @@ folder = Path(sys.argv[1])
 filled(folder, last=1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-for write in (
-    lambda: filled(folder, last=2),
-    lambda: save_params(folder / "params", init(), {}),
-):
-    try:
-        write()
-    except UserError as error:
-        print("refused:", error)
+try:
+    filled(folder, last=2)
+except UserError as error:
+    print("refused:", error)
 print(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
 print(restore(folder)[0]["step"])
 """
@@ -172,69 +165,20 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", FULL, tmp_path, here], capture_output=True, text=True, check=True
     )
-    first, second, names, step = done.stdout.splitlines()
-    assert first.startswith("refused: No room on the disk for checkpoint 2 of")
-    assert second.startswith("refused: No room on the disk for")
+    refused, names, step = done.stdout.splitlines()
+    assert refused.startswith("refused: No room on the disk for checkpoint 2 of")
     assert names == "['checkpoints', 'config.json']"
     assert step == "1"
 
 
-def test_params_come_back_with_their_config(tmp_path):
-    params = {"layer": {"kernel": init()["big"], "scale": init()["half"]}}
-    save_params(tmp_path / "p", params, {"size": 3})
-    loaded, config = load_params(tmp_path / "p")
-    assert_same(params, loaded)
-    assert loaded["layer"]["scale"].dtype == jnp.bfloat16
-    assert config == {"size": 3}
-    again, _ = load_params(tmp_path / "p", jax.eval_shape(lambda: params))
-    assert_same(params, again)
-
-
-def test_params_are_not_overwritten_unasked(tmp_path):
-    save_params(tmp_path / "p", {"a": jnp.zeros(2)}, {})
-    with pytest.raises(UserError, match="exists already"):
-        save_params(tmp_path / "p", {"a": jnp.ones(2)}, {})
-    save_params(tmp_path / "p", {"a": jnp.ones(2)}, {}, overwrite=True)
-    np.testing.assert_array_equal(load_params(tmp_path / "p")[0]["a"], 1.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["p"]
-
-
-def test_damaged_or_absent_params_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"nothing/config\.json can't be read"):
-        load_params(tmp_path / "nothing")
-    save_params(tmp_path / "p", {"a": init()["big"]}, {})
-    with pytest.raises(UserError, match="is of another model: a is"):
-        load_params(tmp_path / "p", {"b": jax.ShapeDtypeStruct((2,), jnp.float32)})
-    flip(largest_file(tmp_path / "p"))
-    with pytest.raises(UserError, match="is damaged"):
-        load_params(tmp_path / "p")
-
-
 def test_numbers_of_another_kind_are_refused(tmp_path):
-    save_params(tmp_path / "p", {"a": jnp.ones(2)}, {})
-    asked = {"a": jax.ShapeDtypeStruct((2,), jnp.int32)}
-    with pytest.raises(UserError, match=r"a is \(2,\) there and \(2,\) of int32 here"):
-        load_params(tmp_path / "p", asked)
-    half, _ = load_params(tmp_path / "p", {"a": jax.ShapeDtypeStruct((2,), jnp.bfloat16)})
-    assert half["a"].dtype == jnp.bfloat16
-
-
-def test_params_that_could_not_be_replaced_are_still_there(tmp_path, monkeypatch):
-    folder = tmp_path / "p"
-    save_params(folder, {"a": jnp.zeros(2)}, {})
-    moves = Path.rename
-
-    def rename(self, target):
-        if self.suffix == ".tmp":
-            raise OSError("cut off")
-        return moves(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", rename)
-        with pytest.raises(OSError, match="cut off"):
-            save_params(folder, {"a": jnp.ones(2)}, {}, overwrite=True)
-    np.testing.assert_array_equal(load_params(folder)[0]["a"], 0.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+    state, _ = filled(tmp_path)
+    asked = abstract_state(lambda: init() | {"half": jnp.zeros(300, jnp.int32)}, HERE)
+    with pytest.raises(UserError, match=r"half is \(300,\) there and \(300,\) of int32 here"):
+        restore(tmp_path, asked)
+    asked = abstract_state(lambda: init() | {"big": jnp.zeros((300, 300), jnp.bfloat16)}, HERE)
+    other, _ = restore(tmp_path, asked)
+    assert_same(other["big"], state["big"].astype(jnp.bfloat16))
 
 
 def test_checksums_that_are_no_object_are_damage(tmp_path):
