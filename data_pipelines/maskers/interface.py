@@ -42,17 +42,17 @@ class Frame:
 class Masker(Protocol):
     """Makes class maps.
 
-    Attributes:
-        name: Short and unique, such as "grounded_sam".
-        settings: JSON values of all that a mask depends on (model ids, prompts, thresholds);
-            stored in each mask, and a mask of other settings is made again.
+    Its settings are stored in each mask, and a mask of other settings is made again.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Short and unique, such as "grounded_sam"."""
+        ...
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """JSON values, see above."""
+        """JSON values of all that a mask depends on: model ids, prompts, thresholds."""
         ...
 
     def __call__(self, frames: Sequence[Frame]) -> list[np.ndarray]:

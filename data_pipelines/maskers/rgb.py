@@ -15,7 +15,8 @@ from data_pipelines.maskers.interface import Frame
 from data_pipelines.pictures import BROKEN, read_bytes, reason
 from fastdrive_jax.errors import UserError
 
-_In, _Out = TypeVar("_In"), TypeVar("_Out")
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 _THREADS = 8  # decoding and resizing release the interpreter lock
 
 

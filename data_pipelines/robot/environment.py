@@ -27,12 +27,15 @@ class Environment(Protocol):
 
     def reset(self, task: int, trial: int) -> Observation:
         """Begins an episode."""
+        ...
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
         """Executes an action `[7]`; also whether the task is done, which ends the episode."""
+        ...
 
     def close(self) -> None:
         """Frees the simulator."""
+        ...
 
 
 @dataclass(frozen=True)

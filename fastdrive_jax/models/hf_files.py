@@ -34,16 +34,16 @@ _ROWS_AT_ONCE = 1 << 24  # bytes of a table that are compared at once
 
 
 class Readable(Protocol):
-    """A tensor that can be read when it is its turn.
+    """A tensor that can be read when it is its turn."""
 
-    Attributes:
-        shape: Shape.
-    """
-
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape."""
+        ...
 
     def read(self) -> np.ndarray:
         """Its values."""
+        ...
 
 
 @dataclass(frozen=True)

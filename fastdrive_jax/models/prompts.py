@@ -18,6 +18,7 @@ class Prompts(Protocol):
 
     def encode(self, instructions: Sequence[str]) -> Encoded:
         """Ids [B, L], padded on the right, and the real ones of each, both int32."""
+        ...
 
 
 def padded(
