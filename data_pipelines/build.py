@@ -103,6 +103,23 @@ class ShardNote:
     bad: tuple[str, ...]
 
 
+def shards_of(source: Source, folder: Path, quiet: bool) -> Shards:
+    """The shards in `folder`, built if they are not there.
+
+    Raises:
+        UserError: Those that are there are of something else.
+    """
+    if (folder / MANIFEST).exists():
+        shards = open_shards(folder)
+        if read_json(folder / MANIFEST).get("source_digest") != source_digest(source):
+            raise UserError(
+                f"{folder} holds shards of other files than {source.name} now has; delete that "
+                "folder, and whatever was made from it, or choose another one."
+            )
+        return shards
+    return build_shards(source, folder, progress=not quiet)
+
+
 def build_shards(
     source: Source,
     out_dir: Path,

@@ -28,12 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines.build import shards_of
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.shards import Shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
-from experiments.quickstart import shards_of
 from experiments.train_cases import CASES, TrainCase, draw_batch, init_frozen, init_state, make_step
 from experiments.training_cost import ENCODER_FORMULA, FORMULA, peak_flops, step_flops
 from fastdrive_jax.configs import check_least

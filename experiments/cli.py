@@ -10,6 +10,7 @@ from typing import Annotated, Union
 import jax
 import tyro
 
+from data_pipelines.build import shards_of
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
@@ -32,7 +33,7 @@ from experiments.export_model import ExportArgs, export_model
 from experiments.kill_data import KillDataArgs, kill_data
 from experiments.own_images import ImagesConfig, own_images
 from experiments.plot_metrics import PlotMetricsArgs, plot_metrics
-from experiments.quickstart import QuickstartConfig, quickstart, shards_of
+from experiments.quickstart import QuickstartConfig, quickstart
 from experiments.robot_demos import RobotDemosArgs, robot_demos
 from experiments.robot_eval import RobotEvalArgs, robot_eval
 from experiments.robot_train import RobotTrainConfig, robot_train

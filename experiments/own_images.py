@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.build import shards_of
 from data_pipelines.duplicates import without_duplicates
 from data_pipelines.image_folder import read_image_folder
 from data_pipelines.schema import Source
@@ -18,7 +19,7 @@ from experiments.configs.pruner import CAMVID, PrunerRun
 from experiments.folder_digest import folder_digest
 from experiments.measure_pruner import evaluate_pruner
 from experiments.pruner_data import dino_features, train_prior
-from experiments.quickstart import announcer, shards_of
+from experiments.quickstart import announcer
 from experiments.report_images import ImageFindings, image_report
 from experiments.train_pruner import train_pruner
 from fastdrive_jax.configs import to_plain

@@ -15,6 +15,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from data_pipelines.build import shards_of
 from data_pipelines.features import cache_features
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.schema import CAMERAS
@@ -37,7 +38,6 @@ from experiments.encoders import frozen_vla
 from experiments.planned import Case, Planned, Setting
 from experiments.planning import PlanningSplit, plan_split, planning_split
 from experiments.pruner_data import train_prior
-from experiments.quickstart import shards_of
 from experiments.train_pruner import RunIdentity, train_pruner
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.truth import DrivingTruth

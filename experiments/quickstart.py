@@ -14,12 +14,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from data_pipelines.build import build_shards, source_digest
-from data_pipelines.disk import read_json
+from data_pipelines.build import shards_of
 from data_pipelines.features import SplitFeatures, cache_features
 from data_pipelines.nuscenes.source import read_nuscenes
-from data_pipelines.schema import CAMERAS, Classes, Source
-from data_pipelines.shards import Shards, open_shards
+from data_pipelines.schema import CAMERAS, Classes
+from data_pipelines.shards import Shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments.bench_frame import frame_times, timing_rows
@@ -240,23 +239,6 @@ def _planning_world(config: QuickstartConfig) -> WorldConfig:
     return replace(
         config.world, train_scenes=0, val_scenes=config.planning_scenes, cameras=("CAM_FRONT",)
     )
-
-
-def shards_of(source: Source, folder: Path, quiet: bool) -> Shards:
-    """The shards in `folder`, built if they are not there.
-
-    Raises:
-        UserError: Those that are there are of something else.
-    """
-    if (folder / "manifest.json").exists():
-        shards = open_shards(folder)
-        if read_json(folder / "manifest.json").get("source_digest") != source_digest(source):
-            raise UserError(
-                f"{folder} holds shards of other files than {source.name} now has; delete that "
-                "folder, and whatever was made from it, or choose another one."
-            )
-        return shards
-    return build_shards(source, folder, progress=not quiet)
 
 
 def driving_vla(config: QuickstartConfig) -> tuple[DrivingVLA, dict]:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines.build import shards_of
 from data_pipelines.features import (
     FeatureSet,
     SplitFeatures,
@@ -39,7 +40,6 @@ from experiments.encoders import frozen_vla
 from experiments.folder_digest import folder_digest
 from experiments.measure_pruner import evaluate_pruner
 from experiments.pruner_data import train_prior
-from experiments.quickstart import shards_of
 from experiments.study_variants import Variant, bases, changes, chosen, runs_of
 from experiments.train_pruner import train_pruner
 from fastdrive_jax.configs import check_least, to_plain

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from data_pipelines.build import shards_of
 from data_pipelines.image_folder import read_image_folder
 from experiments.cli import main
 from experiments.own_images import ImagesConfig, own_images
-from experiments.quickstart import shards_of
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export.bundle import read_bundle_orbax, read_bundle_safetensors
 
