@@ -172,9 +172,11 @@ def main(arguments: list[str] | None = None) -> int:
         arguments[0] = "images"  # the same quick start, on a folder of pictures
     # A small model's step runs mostly on one thread, so two devices train twice as fast on two
     # cores; data-parallel runs use all, the others the first. A process that has used jax before
-    # it called this keeps the devices that it has.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 2))
+    # it called this keeps the devices that it has, and so does who asks for a number of them.
+    asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not asked and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 2))
     try:
         args = tyro.cli(Command, args=arguments, prog="fastdrive", description=__doc__)
         RUN[type(args)](args)

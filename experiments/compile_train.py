@@ -178,12 +178,24 @@ def collective_bytes(text: str) -> dict[str, float]:
 
 
 def group_size(line: str) -> int:
-    """Devices that take part in a collective."""
+    """Devices that take part in a collective.
+
+    Raises:
+        ValueError: XLA writes its groups in a way that is not known here.
+    """
+    if " collective-permute" in line:
+        return 2
     explicit = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if explicit:
         return len(explicit.group(1).split(","))
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
-    return int(iota.group(2)) if iota else 2
+    if iota:
+        return int(iota.group(2))
+    named = re.search(r"replica_groups=mesh\[(.*?)\][^{}]*\{(.*?)\}", line)
+    if not named:
+        raise ValueError(f"the groups of this collective cannot be read: {line.strip()[:300]}")
+    sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
+    return math.prod(sizes[axis] for axis in re.findall(r"'([^']+)'", named.group(2)))
 
 
 def trip_counts(text: str) -> dict[str, int]:

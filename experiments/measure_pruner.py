@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optax.microbatching import reshape_batch_axis
 
 from data_pipelines.features import SplitFeatures
 from data_pipelines.schema import Classes
@@ -206,6 +207,14 @@ def make_evaluation(
 
     def measure(params, batch, frozen):
         params = cast_floats(params, dtype)
+        if run.accumulate == 1:
+            return measure_part(params, batch, frozen)
+        # In the parts that a training step takes: a whole batch may not fit the devices.
+        parts = reshape_batch_axis(batch, len(batch["mask"]) // run.accumulate)
+        means, areas = jax.lax.map(lambda part: measure_part(params, part, frozen), parts)
+        return jax.tree.map(jnp.mean, means), jax.tree.map(jnp.sum, areas)
+
+    def measure_part(params, batch, frozen):
         batch = with_tokens(batch, frozen, encode)
         # One key: budgets that differ between evaluations would be noise in the loss.
         loss, metrics = recon_loss(

@@ -27,18 +27,24 @@ PRIOR_PICTURES = 4096  # of a large split; a mean of so many masks is known to a
 PRIOR_BATCH = 64
 ENCODED_AT_ONCE = 4  # pictures a device, for the cache
 
-
-def training_batches(shards: Shards, run: PrunerRun, tokens: TokenCache | None = None) -> Loader:
-    """This process's part of the training batches."""
-    return _loader(shards, "train", run, _training_fields(run), tokens)
+Share = tuple[int, int]  # which of a batch this process reads, and how many there are: `data_share`
 
 
-def validation_batches(shards: Shards, run: PrunerRun) -> Iterator[dict[str, np.ndarray]]:
+def training_batches(
+    shards: Shards, run: PrunerRun, share: Share, tokens: TokenCache | None = None
+) -> Loader:
+    """This process's share of the training batches."""
+    return _loader(shards, "train", run, share, _training_fields(run), tokens)
+
+
+def validation_batches(
+    shards: Shards, run: PrunerRun, share: Share
+) -> Iterator[dict[str, np.ndarray]]:
     """Whole batches of about `eval_pictures` pictures, of a split that is smaller all of them."""
     size = run.loader.batch_size
     count = max(1, min(run.eval_pictures, shards.records("val")) // size)
     plain = {"flip": False, "jitter": NO_JITTER, "shuffle": True}
-    batches = iter(_loader(shards, "val", run, _training_fields(run), **plain))
+    batches = iter(_loader(shards, "val", run, share, _training_fields(run), **plain))
     try:
         yield from itertools.islice(batches, count)
     finally:
@@ -46,19 +52,21 @@ def validation_batches(shards: Shards, run: PrunerRun) -> Iterator[dict[str, np.
 
 
 def measured_batches(
-    shards: Shards, run: PrunerRun, pictures: int
+    shards: Shards, run: PrunerRun, share: Share, pictures: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Pictures of val with their labels, each once; the last batch filled up, see "valid".
 
     Args:
         shards: The data set.
         run: The setting.
+        share: See `Share`.
         pictures: How many are drawn, rounded up to whole batches; 0 takes all.
     """
     batches = _loader(
         shards,
         "val",
         run,
+        share,
         ("image", "labels", "camera", "scene"),
         flip=False,
         jitter=NO_JITTER,
@@ -148,13 +156,13 @@ def cached_tokens(
     return open_token_cache(folder)
 
 
-def _loader(shards, split, run, fields, tokens=None, **changes):
+def _loader(shards, split, run, share, fields, tokens=None, **changes):
     """Batches of this process."""
-    hosts = jax.process_count()
+    index, count = share
     config = replace(
-        run.loader, batch_size=run.loader.batch_size // hosts, fields=fields, **changes
+        run.loader, batch_size=run.loader.batch_size // count, fields=fields, **changes
     )
-    return make_loader(shards, split, config, jax.process_index(), hosts, tokens)
+    return make_loader(shards, split, config, index, count, tokens)
 
 
 def _training_fields(run: PrunerRun) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ OUT gets checkpoints/, metrics.jsonl, the exported pruner in export/ and results
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from jax.experimental import multihost_utils
 from data_pipelines.feature_loader import FeatureLoaderConfig, make_feature_loader
 from data_pipelines.features import SplitFeatures
 from data_pipelines.shards import open_shards
-from experiments.configs.pruner import CAMVID, MAY_CHANGE, PRUNER_RUNS, PrunerRun
+from experiments.configs.pruner import CAMVID, PRUNER_RUNS, PrunerRun, may_change
 from experiments.encoders import FrozenEncoder, load_encoder
 from experiments.measure_pruner import (
     evaluate_pictures,
@@ -48,8 +49,13 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import write_rows
 from fastdrive_jax.export.pruner import write_pruner
 from fastdrive_jax.models.attention import attention_kernel
-from fastdrive_jax.parallel.hosts import HostsConfig, connect
-from fastdrive_jax.parallel.mesh import batch_parts, make_mesh, replicated_sharding
+from fastdrive_jax.parallel.hosts import HostsConfig, all_alike, connect
+from fastdrive_jax.parallel.mesh import (
+    batch_parts,
+    data_share,
+    make_mesh,
+    replicated_sharding,
+)
 from fastdrive_jax.parallel.rules import tree_shardings
 from fastdrive_jax.training.best import Best
 from fastdrive_jax.training.loop import FitResult, fit
@@ -129,6 +135,7 @@ def train_on_shards(config: TrainPrunerConfig) -> FitResult:
     run = config.run
     mesh = make_mesh(run.data, run.fsdp, run.tensor)
     check_batch(run, mesh)
+    share = data_share(mesh)
     shards = open_shards(config.shards, skip_bad=config.skip_bad)
     if missing := {"train", "val"} - set(shards.samples):
         raise UserError(
@@ -137,6 +144,8 @@ def train_on_shards(config: TrainPrunerConfig) -> FitResult:
         )
     encoder = load_encoder(run.encoder, config.weights, mesh, jnp.dtype(run.dtype), config.quiet)
     check_width(run, encoder.dim)
+    picture = jax.ShapeDtypeStruct((1, *run.loader.image_size, 3), jnp.uint8)
+    jax.eval_shape(encoder.apply, encoder.params, picture)  # refuses a size that it does not take
     prior = shards_prior(shards, run)
     if jax.process_index() == 0:
         kernel = attention_kernel(run.dtype, run.recon.decoder.head_dim)
@@ -145,15 +154,19 @@ def train_on_shards(config: TrainPrunerConfig) -> FitResult:
     tokens = None
     if config.cache is not None:
         tokens = cached_tokens(config.cache, shards, run, encoder, config.weights, config.quiet)
+    identity = RunIdentity(run, encoder.digest, shards.digest)
+    own = replace(run.loader, num_workers=0, read_threads=1)  # a host's own affair
+    alike = replace(identity, run=replace(run, loader=own))
+    all_alike("The setting, the weights or the data", (metadata.version("fastdrive-jax"), alike))
     result = fit_pruner(
         config.out,
         run,
-        iter(training_batches(shards, run, tokens)),
+        iter(training_batches(shards, run, share, tokens)),
         mesh=mesh,
         encoder=encoder,
         prior=prior,
-        validation=functools.partial(validation_batches, shards, run),
-        identity=RunIdentity(run, encoder.digest, shards.digest),
+        validation=functools.partial(validation_batches, shards, run, share),
+        identity=identity,
         watch=config.watch,
         quiet=config.quiet,
     )
@@ -228,7 +241,8 @@ def fit_pruner(
             watch=watch,
             images=make_images(run, encode, frozen, mesh),
             on_log=on_log,
-            ignore=tuple(prefix + name for name in MAY_CHANGE),
+            ignore=tuple(prefix + name for name in may_change(run)),
+            loops=run.accumulate,
             name="pruner",
             quiet=quiet,
         )
@@ -281,7 +295,7 @@ def _write_results(config, pruner, result, shards, encoder, prior, mesh) -> None
         rows = evaluate_pictures(
             pruner,
             run,
-            measured_batches(shards, run, config.measure_pictures),
+            measured_batches(shards, run, data_share(mesh), config.measure_pictures),
             frozen,
             encoder.apply,
             prior,
@@ -300,16 +314,12 @@ def check_batch(run: PrunerRun, mesh: jax.sharding.Mesh) -> None:
     """Refuses a batch that does not divide among devices and hosts.
 
     Raises:
-        UserError: It does not.
+        UserError: It does not, or see `data_share`.
     """
-    parts, hosts = batch_parts(mesh), jax.process_count()
-    if run.loader.batch_size % (parts * run.accumulate) or run.loader.batch_size % hosts:
+    data_share(mesh)
+    parts = batch_parts(mesh)
+    if run.loader.batch_size % (parts * run.accumulate):
         raise UserError(
             f"loader.batch_size={run.loader.batch_size} must be a multiple of {parts} parts of the "
-            f"mesh times accumulate={run.accumulate}, and of {hosts} hosts."
-        )
-    if parts % hosts:
-        raise UserError(
-            f"A mesh whose batch is in {parts} parts (data x fsdp) leaves some of {hosts} hosts "
-            "without one; give --data -1, which takes all devices, or a multiple of the hosts."
+            f"mesh times accumulate={run.accumulate}."
         )

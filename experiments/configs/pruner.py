@@ -88,18 +88,28 @@ class PrunerRun:
             check_decay(self.ema_decay)
 
 
-# What may change when a run goes on: it does not change what is trained on.
-MAY_CHANGE = (
+_MAY_CHANGE = (
     "data",
     "fsdp",
     "tensor",
     "evaluate_every",
-    "eval_pictures",
     "checkpoint_every",
     "log_every",
     "loader.num_workers",
     "loader.read_threads",
+    "recon.remat",
 )
+
+
+def may_change(run: PrunerRun) -> tuple[str, ...]:
+    """Fields that may change when a run goes on, since they do not change what is trained."""
+    more: tuple[str, ...] = ()
+    if run.best is None:  # else the best would be of other pictures than those before
+        more += ("eval_pictures",)
+    if run.recon.mask_mode == "sign":  # it draws nothing, which parts would draw differently
+        more += ("accumulate",)
+    return _MAY_CHANGE + more
+
 
 # A layer as wide as the tokens of DINOv2 ViT-S, of the same proportions as the 3B model's.
 DINO_LAYER = DecoderConfig(

@@ -1,14 +1,25 @@
-"""Joining the hosts of a job; call `connect` before anything else that uses JAX's devices."""
+"""Joining the hosts of a job, and what they must agree on.
+
+Call `connect` before anything else that uses JAX's devices.
+"""
 
 import functools
+import hashlib
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
+
+_REFUSAL_BYTES = 4096  # of a sentence that host 0 tells the others
 
 
 @dataclass(frozen=True)
@@ -125,4 +136,65 @@ def _check_same(config: HostsConfig) -> None:
         raise UserError(
             f"This process is host {here[1]} of {here[0]} already, so it cannot become host "
             f"{config.index} of {config.count}; start another process."
+        )
+
+
+def on_first(check: Callable[[], None]) -> None:
+    """Runs something on host 0 that may refuse to go on; then all hosts refuse alike.
+
+    Without this the others would wait for host 0 until JAX ends them.
+
+    Raises:
+        UserError: what host 0 raised.
+    """
+    refusal = ""
+    if jax.process_index() == 0:
+        try:
+            check()
+        except UserError as error:
+            refusal = str(error)
+    text = np.zeros(_REFUSAL_BYTES, np.uint8)
+    content = refusal.encode()[:_REFUSAL_BYTES]
+    text[: len(content)] = list(content)
+    told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text)).tolist()).rstrip(b"\0")
+    if told:
+        raise UserError(told.decode(errors="ignore"))
+
+
+def all_alike(what: str, value: Any) -> None:
+    """Refuses hosts that were started with different settings, weights or data.
+
+    They would train what is meant to be one copy apart, without an error.
+
+    Args:
+        what: names the value in the refusal.
+        value: anything whose `repr` tells it apart.
+
+    Raises:
+        UserError: on all hosts, if it differs.
+    """
+    digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
+    found = np.asarray(multihost_utils.process_allgather(digest)).reshape(-1, digest.size)
+    other = [host for host, own in enumerate(found) if not np.array_equal(own, found[0])]
+    if other:
+        raise UserError(
+            f"{what} of host {', '.join(map(str, other))} differs from host 0's; start all hosts "
+            "with the same command, library, weights and data."
+        )
+
+
+def sees_what_first_wrote(path: Path) -> None:
+    """Refuses hosts that do not share a folder.
+
+    Args:
+        path: a file that host 0 has written.
+
+    Raises:
+        UserError: on all hosts, if one does not see it.
+    """
+    found = np.asarray(multihost_utils.process_allgather(np.array([path.exists()]))).reshape(-1)
+    if not found.all():
+        raise UserError(
+            f"Host {int(np.argmin(found))} does not see {path}, which host 0 has written: all "
+            "hosts must share the folder of the run."
         )

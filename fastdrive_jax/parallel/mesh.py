@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fastdrive_jax.errors import UserError
@@ -35,7 +36,7 @@ def make_mesh(
         devices: to choose from, by default all of the job.
 
     Raises:
-        UserError: there are not so many devices.
+        UserError: there are not so many devices, or their network cannot be cut like this.
     """
     devices = jax.devices() if devices is None else devices
     if data == -1 and min(fsdp, tensor) > 0:
@@ -53,12 +54,67 @@ def make_mesh(
             "all."
         )
     chosen = devices[: math.prod(shape)]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
+    return Mesh(mesh_devices(shape, chosen), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_devices(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices [data, fsdp, tensor], neighbours in the network along the last axes.
+
+    Raises:
+        UserError: their network cannot be cut like this.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise UserError(
+            f"data={shape[0]} must be a multiple of the {slices} slices: only batches are split "
+            "over the network between them."
+        )
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        within = shape[0] // slices, *shape[1:]
+        given = within, (slices, 1, 1), devices
+        return mesh_utils.create_hybrid_device_mesh(*given, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"The network of these {len(devices)} devices cannot be cut into {shape[0]} x "
+            f"{shape[1]} x {shape[2]} (data x fsdp x tensor): {error}. Choose other numbers."
+        ) from error
 
 
 def batch_parts(mesh: Mesh) -> int:
     """How many parts a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of each batch this process reads, and how many shares there are.
+
+    Processes whose devices hold the same parts of a batch, as where a tensor axis crosses hosts,
+    read the same share.
+
+    Raises:
+        UserError: a process has no device in the mesh, or parts are shared in any other way.
+    """
+    parts: dict[int, set[int]] = {process: set() for process in range(jax.process_count())}
+    for part, devices in enumerate(mesh.devices.reshape(batch_parts(mesh), -1)):
+        for device in devices:
+            parts.setdefault(device.process_index, set()).add(part)
+    idle = sorted(process for process, own in parts.items() if not own)
+    if idle:
+        raise UserError(
+            f"A mesh whose batch is in {batch_parts(mesh)} parts (data x fsdp) does not divide "
+            f"among {len(parts)} hosts: host {idle[0]} has no device in it; give --data -1, which "
+            "takes all devices."
+        )
+    shares = sorted({tuple(sorted(own)) for own in parts.values()})
+    flat = [part for share in shares for part in share]
+    if len(flat) != len(set(flat)) or len({len(share) for share in shares}) > 1:
+        raise UserError(
+            f"Over a mesh of {dict(mesh.shape)} the hosts' devices hold overlapping parts of a "
+            "batch; choose a tensor axis that lies within a host, or takes whole hosts."
+        )
+    return shares.index(tuple(sorted(parts[jax.process_index()]))), len(shares)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -75,23 +131,18 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Put a host batch on the devices, split over its leading axis.
 
     Args:
-        batch: tree of numpy arrays `[b, ...]`, this process's part of the batch.
+        batch: tree of numpy arrays `[b, ...]`, this process's share of the batch.
         mesh: from `make_mesh`.
 
     Returns:
-        The same tree of global arrays `[b * processes, ...]`.
+        The same tree of global arrays `[b * shares, ...]`.
 
     Raises:
-        UserError: the batch does not divide among the devices, or the mesh not among the hosts.
+        UserError: the batch does not divide among the devices, or see `data_share`.
     """
     sharding = batch_sharding(mesh)
-    processes = jax.process_count()
-    if batch_parts(mesh) % processes:
-        raise UserError(
-            f"A mesh of {dict(mesh.shape)} does not divide among {processes} hosts: choose data x "
-            "fsdp as a multiple of them."
-        )
-    parts = batch_parts(mesh) // processes
+    processes, shares = jax.process_count(), data_share(mesh)[1]
+    parts = batch_parts(mesh) // shares
 
     def put(leaf):
         leaf = np.asarray(leaf)
@@ -102,7 +153,8 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
             )
         if processes == 1:
             return jax.device_put(leaf, sharding)
-        return jax.make_array_from_process_local_data(sharding, leaf)
+        whole = leaf.shape[0] * shares, *leaf.shape[1:]
+        return jax.make_array_from_process_local_data(sharding, leaf, whole)
 
     return jax.tree.map(put, batch)
 

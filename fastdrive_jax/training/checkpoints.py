@@ -20,9 +20,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.parallel.hosts import on_first, sees_what_first_wrote
 from fastdrive_jax.training.best import Best, preservation
 from fastdrive_jax.training.integrity import verify_checksums, write_checksums
-from fastdrive_jax.training.run_config import claim_run_folder
+from fastdrive_jax.training.run_config import CONFIG_FILE, claim_run_folder
 
 ASIDE = "aside-"  # and the step: a checkpoint that is being written anew
 _NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -85,10 +86,9 @@ class RunCheckpoints:
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        if jax.process_index() == 0 and not read_only:
-            claim_run_folder(folder, config, ignore)
-        if jax.process_index() == 0 and not read_only:
-            bring_back(folder)
+        if not read_only:
+            on_first(lambda: (claim_run_folder(folder, config, ignore), bring_back(folder)))
+            sees_what_first_wrote(folder / CONFIG_FILE)
         self.folder, self._read_only = folder, read_only
         self._root = (folder / "checkpoints").absolute()
         self._saving: int | None = None

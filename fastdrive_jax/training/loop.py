@@ -78,6 +78,7 @@ def fit(
     images: Images | None = None,
     on_log: Callable[[Record], None] | None = None,
     ignore: Collection[str] = (),
+    loops: int = 1,
     name: str = "train",
     quiet: bool = False,
 ) -> FitResult:
@@ -111,6 +112,8 @@ def fit(
         images: `(state, batch) -> {name: uint8 [H, W, 3]}`, called as `watch` says.
         on_log: gets each new record.
         ignore: dotted names of config fields that may differ on resume.
+        loops: in how many rounds of one loop the step computes its batch, of which XLA counts the
+            FLOPs of one.
         name: shown by the progress bar.
         quiet: no progress bar.
 
@@ -189,7 +192,7 @@ def fit(
                 watcher.before_step(step, state, batch, meter.paused)
                 if step == first and watch.peak_flops:
                     lowered = jitted.lower(state, batch, *more)
-                    meter.flops = watch.flops_per_step or xla_flops(lowered)
+                    meter.flops = watch.flops_per_step or loops * xla_flops(lowered)
                 compiling = meter.paused("compile_s") if step == first else contextlib.nullcontext()
                 with (
                     compiling,

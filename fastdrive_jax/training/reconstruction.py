@@ -18,6 +18,7 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.decoder import DecoderLayer, mrope_angles
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.layers import RMSNorm
+from fastdrive_jax.parallel.rules import constrain
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 from fastdrive_jax.training.losses import SsimConfig, reconstruction_loss
 
@@ -164,6 +165,9 @@ class ReconDecoder(nn.Module):
         # Masked tokens are zero, and at zero RMSNorm multiplies gradients by 1 / sqrt(eps) in every
         # layer: where a mask keeps all or nothing they overflowed. From here no place is zero.
         x = x + self.param("start", nn.initializers.normal(1.0), (config.hidden_size,))
+        # Left as `in_proj` gives it, split over its hidden units, XLA's partitioner made wrong
+        # gradients of it on meshes of three axes (jax 0.10.2, on CPUs; right losses all the same).
+        x = constrain(x, "batch", "token", "embed")
         angles = None
         if self.rope:
             angles = mrope_angles(config, grid_position_ids(x.shape[0], grid))

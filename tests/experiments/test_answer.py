@@ -20,7 +20,6 @@ from fastdrive_jax.models.qwen2_5_vl.sequence import collate
 from fastdrive_jax.pruning import make_pruner
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 
-jax.config.update("jax_num_cpu_devices", 8)
 PROMPTS = ("Where to?", "See <image> and <image>.", "And this?", "No picture.", "Last <image>!")
 PRUNER = ReconPrunerConfig(layer=CONFIG.text)
 SIZES = ((), ((56, 84), (112, 56)), ((84, 84),), (), ((60, 100),))

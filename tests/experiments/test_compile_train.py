@@ -12,6 +12,7 @@ PROGRAM = """
 ENTRY %main (x: f32[4]) -> f32[4] {
   %sum = (f32[10]{0}, f32[2,3]{1,0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}
   %w = f32[4] while(%x), body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %m = f32[7]{0} all-gather(%d), replica_groups=mesh['a'=2,'c'=8], device_ids=([16]) {'a','c'}
   %one = bf16[100]{0} collective-permute(%c), source_target_pairs={{0,1}}
 }
 """
@@ -21,10 +22,15 @@ def test_bytes_of_collectives():
     """Rings: n - 1 of n parts are sent in a gather, twice that in a sum; loops count each round."""
     moved = collective_bytes(PROGRAM)
     assert trip_counts(PROGRAM) == {"body.1": 5}
-    assert moved["all-gather"] == 5 * 8 * 16 * 2 * 3 / 4
+    assert moved["all-gather"] == 5 * 8 * 16 * 2 * 3 / 4 + 7 * 4 * 15 / 16
     assert moved["all-reduce"] == (10 + 6) * 4 * 2 * 1 / 2
     assert moved["collective-permute"] == 200
     assert moved["reduce-scatter"] == 0
+
+
+def test_groups_that_cannot_be_read_are_not_guessed():
+    with pytest.raises(ValueError, match=r"cannot be read: .*replica_groups=anything"):
+        collective_bytes("  %x = f32[7]{0} all-gather(%d), replica_groups=anything")
 
 
 def test_the_published_run():

@@ -28,7 +28,6 @@ from fastdrive_jax.training.optimizer import OptimizerConfig
 from fastdrive_jax.training.reconstruction import ReconConfig
 from fastdrive_jax.training.watch import WatchConfig
 
-jax.config.update("jax_num_cpu_devices", 8)
 RUN = PrunerRun(
     recon=ReconConfig(
         pruner=ReconPrunerConfig(layer=replace(CONFIG.text, num_layers=1)),

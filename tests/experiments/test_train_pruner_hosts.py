@@ -16,7 +16,7 @@ from data_pipelines.synthetic.generate import generate
 COMMAND = "import sys; from experiments.cli import main; sys.exit(main())"
 FLAGS = (
     "tiny",
-    "--loader.image-size=56 84",
+    "--loader.image-size=224 392",
     "--loader.batch-size=4",
     "--optimizer.total-steps=20",
     "--optimizer.warmup-steps=2",

@@ -26,8 +26,6 @@ from fastdrive_jax.models.qwen2_5_vl.sequence import Sample, collate
 from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
 from fastdrive_jax.parallel.mesh import make_mesh, shard_where_it_divides
 
-jax.config.update("jax_num_cpu_devices", 8)
-
 CONFIG = QwenVLConfig(
     VisionConfig(
         depth=2,

@@ -8,8 +8,6 @@ import pytest
 from fastdrive_jax.models.attention import attention
 from fastdrive_jax.parallel.mesh import make_mesh
 
-jax.config.update("jax_num_cpu_devices", 8)
-
 
 def inputs(batch, heads, groups, count=24, size=8):
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +10,14 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.parallel.mesh import batch_sharding, make_mesh, replicated_sharding, shard_batch
+from fastdrive_jax.parallel.mesh import (
+    batch_sharding,
+    data_share,
+    make_mesh,
+    mesh_devices,
+    replicated_sharding,
+    shard_batch,
+)
 
 PROGRAM = """
 import json, sys
@@ -103,6 +111,64 @@ def test_a_mesh_without_a_part_for_every_host_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="does not divide among 2 hosts"):
         shard_batch({"x": np.zeros((2, 3))}, mesh)
+
+
+class Hosts:
+    """What `data_share` reads of a mesh: whose device each is."""
+
+    def __init__(self, devices):
+        self.devices = np.vectorize(lambda host: SimpleNamespace(process_index=host))(devices)
+        self.shape = dict(zip(("data", "fsdp", "tensor"), self.devices.shape, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("devices", "shares"),
+    [
+        ([[[0], [0]], [[1], [1]]], [(0, 2), (1, 2)]),
+        ([[[1], [0]], [[1], [0]]], [(1, 2), (0, 2)]),  # parts that are not next to each other
+        ([[[0, 1]], [[0, 1]]], [(0, 1), (0, 1)]),  # a layer over two hosts: the same pictures
+        ([[[0, 1]], [[2, 3]]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_hosts_that_hold_the_same_parts_read_the_same_share(devices, shares, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: len(shares))
+    for host, share in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        assert data_share(Hosts(devices)) == share
+
+
+def test_parts_that_overlap_between_hosts_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="hold overlapping parts"):
+        data_share(Hosts([[[0, 0]], [[0, 1]]]))
+
+
+class Chip:
+    """A TPU that is not there."""
+
+    def __init__(self, number, side, slice_index=0):
+        self.coords = number % side, number // side % side, 0
+        self.id, self.core_on_chip, self.slice_index = number, 0, slice_index
+        self.process_index, self.platform = number // 4, "tpu"
+        self.device_kind = "TPU v6 lite"
+
+
+def test_a_network_of_chips_is_cut_through_its_axes():
+    """fsdp 8 of a network of 16 x 16 takes half of one of its axes."""
+    chips = [Chip(number, 16) for number in range(256)]
+    laid = mesh_devices((32, 8, 1), chips)
+    assert laid.shape == (32, 8, 1)
+    assert len({chip.id for chip in laid.flat}) == 256
+    with pytest.raises(UserError, match=r"cannot be cut into 3 x 8 x 1|must be a multiple"):
+        mesh_devices((3, 8, 1), chips[:24])
+
+
+def test_only_batches_are_split_between_slices():
+    chips = [Chip(number % 16, 4, number // 16) for number in range(32)]
+    laid = mesh_devices((4, 8, 1), chips)
+    assert [len({chip.slice_index for chip in group.flat}) for group in laid] == [1] * 4
+    with pytest.raises(UserError, match=r"data=1 must be a multiple of the 2 slices"):
+        mesh_devices((1, 32, 1), chips)
 
 
 def test_all_devices_means_all():

@@ -10,8 +10,6 @@ from jax.sharding import PartitionSpec
 from fastdrive_jax.parallel.mesh import make_mesh
 from fastdrive_jax.parallel.rules import ACTIVATIONS, constrain, parameter_spec, tree_shardings
 
-jax.config.update("jax_num_cpu_devices", 8)
-
 
 @pytest.mark.parametrize(
     ("path", "shape", "spec"),
