@@ -57,41 +57,41 @@ BUDGET = {"budget_weight": 1.0, "budget": 0.5}
 VARIANTS = (
     Variant("faithful", "the published objective"),
     Variant("faithful+foreground_only", "no background pass to compete with", {"alpha": 1.0}),
-    Variant("faithful+mse_only", "pixels without structure", {"ssim_weight": 0.0}),
-    Variant("faithful+ssim_only", "structure without pixels", {"ssim_weight": 1.0}),
+    Variant("faithful+mse_only", "MSE alone, no SSIM", {"ssim_weight": 0.0}),
+    Variant("faithful+ssim_only", "SSIM alone, no MSE", {"ssim_weight": 1.0}),
     Variant(
         "faithful+mask_only",
-        "the mask is predicted and nothing painted",
+        "predicts the mask, no reconstruction",
         {"pixel_weight": 0.0, "mask_weight": 1.0},
     ),
     Variant(
-        "faithful+mask_3", "a direct term for the mask beside the pixels", {"mask_weight": 3.0}
+        "faithful+mask_3", "a direct mask term in addition to the pixels", {"mask_weight": 3.0}
     ),
-    Variant("faithful+budget", "a term for the share of tokens that are kept", BUDGET),
-    Variant("faithful+top_k", "the best tokens of a drawn budget", TOP_K),
+    Variant("faithful+budget", "a term for the share of tokens kept", BUDGET),
+    Variant("faithful+top_k", "the best tokens of a randomly drawn budget", TOP_K),
     Variant(
-        "faithful+top_k_sigmoid", "such a budget, and a slope that falls off it", TOP_K_SIGMOID
+        "faithful+top_k_sigmoid", "a drawn budget with a sigmoid surrogate slope", TOP_K_SIGMOID
     ),
-    Variant("faithful+fill_mean", "targets filled with the picture's mean", {"fill": "mean"}),
+    Variant("faithful+fill_mean", "targets filled with the image's mean", {"fill": "mean"}),
     Variant("faithful+window_7", "a smaller SSIM window", {"ssim_window": 7}),
     Variant("faithful+window_15", "a larger SSIM window", {"ssim_window": 15}),
-    Variant("faithful+norm", "tokens of unit size", pruner={"input_norm": True}),
+    Variant("faithful+norm", "tokens normalized to unit size", pruner={"input_norm": True}),
     Variant("faithful+rope", "positions in the pruner", pruner={"rope": True}),
     Variant("faithful+scorer_zero", "all scores start at 0", {"scorer_init": "zero"}),
     Variant("faithful+query_1", "a query as large as a token", pruner={"query_std": 1.0}),
     Variant("tuned", "the default of this data set"),
-    Variant("tuned-pixels", "its mask term alone, nothing painted", {"pixel_weight": 0.0}),
+    Variant("tuned-pixels", "the mask term alone, no reconstruction", {"pixel_weight": 0.0}),
     Variant("tuned-mask", "without the mask term", {"mask_weight": 0.0}),
     Variant("tuned+mask_1", "another weight of the mask term", {"mask_weight": 1.0}),
     Variant("tuned+mask_3", "another weight of the mask term", {"mask_weight": 3.0}),
-    Variant("tuned-surprise", "all foreground ranks alike", {"mask_surprise": 0.0}),
+    Variant("tuned-surprise", "the same target for all foreground", {"mask_surprise": 0.0}),
     Variant("tuned+surprise_4", "a stronger surprise", {"mask_surprise": 0.4}),
     Variant("tuned+sign", "the sign mask", SIGN),
     Variant("tuned+sign_budget", "the sign mask and a term for its share", SIGN | BUDGET),
-    Variant("tuned+top_k", "the best tokens of a drawn budget", TOP_K),
-    Variant("tuned+top_k_sigmoid", "such a budget, and a slope that falls off it", TOP_K_SIGMOID),
+    Variant("tuned+top_k", "the best tokens of a randomly drawn budget", TOP_K),
+    Variant("tuned+top_k_sigmoid", "a drawn budget with a sigmoid surrogate slope", TOP_K_SIGMOID),
     Variant("tuned+fill_zero", "targets filled with black", {"fill": "zero"}),
-    Variant("tuned-norm", "tokens of their own size", pruner={"input_norm": False}),
+    Variant("tuned-norm", "tokens not normalized", pruner={"input_norm": False}),
     Variant("tuned+rope", "positions in the pruner", pruner={"rope": True}),
 )
 
