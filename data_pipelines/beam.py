@@ -26,7 +26,7 @@ def beam_runner(options: Sequence[str]) -> Callable[[Sequence[ShardJob], Path], 
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise UserError(
-            "Apache Beam is not installed; run pip install 'fastdrive-jax[beam]'."
+            "Apache Beam is not installed; run `pip install -e '.[beam]'` in the clone."
         ) from error
 
     def run(jobs: Sequence[ShardJob], folder: Path) -> Iterable[ShardNote]:

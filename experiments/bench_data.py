@@ -83,7 +83,7 @@ def bench_data(args: BenchDataArgs) -> Path:
     try:
         import torch
     except ImportError as error:
-        raise UserError("bench-data needs torch: pip install '.[parity]'.") from error
+        raise UserError("bench-data needs torch: pip install -e '.[parity]'.") from error
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         _write_pictures(Path(folder) / "pictures", args.pictures)

@@ -125,7 +125,7 @@ def _torch():
     try:
         import torch
     except ImportError as error:
-        raise UserError("bench-train needs torch on a CPU: pip install '.[parity]'.") from error
+        raise UserError("bench-train needs torch on a CPU: pip install -e '.[parity]'.") from error
     torch.set_num_threads(os.cpu_count() or 1)
     return torch
 

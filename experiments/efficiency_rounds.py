@@ -195,7 +195,7 @@ def wanted_peer(args: BenchEfficiencyArgs, dtype: jnp.dtype) -> Any:
     if not args.peer:
         return None
     if not has_torch():
-        print("transformers is not compared: it needs pip install '.[parity]'.", flush=True)
+        print("transformers is not compared: it needs pip install -e '.[parity]'.", flush=True)
         return None
     device = torch_device()
     if device is None:

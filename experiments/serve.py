@@ -61,7 +61,7 @@ def serve(args: ServeArgs) -> None:
         from fastdrive_jax.serving.server import serve as run
     except ImportError as error:
         raise UserError(
-            f"fastdrive serve needs {error.name}: pip install 'fastdrive-jax[serve]'."
+            f"fastdrive serve needs {error.name}: run `pip install -e '.[serve]'` in the clone."
         ) from error
     policy, params = served_policy(args.bundle, args.method)
     run(policy, params, args.service, demo_drives(policy.model.config, args.demo))

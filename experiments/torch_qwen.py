@@ -53,7 +53,7 @@ def random_peer(
         UserError: transformers is not there.
     """
     if not has_torch():
-        raise UserError("The comparison needs transformers: pip install '.[parity]'.")
+        raise UserError("The comparison needs transformers: pip install -e '.[parity]'.")
     import torch
     import transformers
 

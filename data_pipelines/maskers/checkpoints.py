@@ -49,7 +49,7 @@ def require_torch() -> tuple[Any, Any]:
     except ImportError as error:
         raise UserError(
             f"This masker needs torch and transformers ({error}): "
-            "pip install 'fastdrive-jax[masks]'."
+            "run `pip install -e '.[masks]'` in the clone."
         ) from error
     return torch, transformers
 

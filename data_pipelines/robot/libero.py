@@ -144,9 +144,7 @@ def absent() -> str | None:
         ("robosuite", "robosuite 1.4.0"),
     ):
         if importlib.util.find_spec(name) is None:
-            return (
-                f"{what} is not installed; install the extra: pip install 'fastdrive-jax[libero]'."
-            )
+            return f"{what} is not installed; run `pip install -e '.[libero]'` in the clone."
     return None
 
 

@@ -31,7 +31,7 @@ def load_mujoco():
 def absent() -> str | None:
     """What rendering lacks here, as a sentence; None where it lacks nothing."""
     if importlib.util.find_spec("mujoco") is None:
-        return "MuJoCo is not installed; install the extra: pip install 'fastdrive-jax[robot]'."
+        return "MuJoCo is not installed; run `pip install -e '.[robot]'` in the clone."
     osmesa = os.environ.get("MUJOCO_GL", "osmesa") == "osmesa"
     if osmesa and ctypes.util.find_library("OSMesa") is None:
         return (

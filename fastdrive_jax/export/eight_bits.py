@@ -137,7 +137,7 @@ def need_qwix() -> Any:
         import qwix
     except ImportError as error:
         raise UserError(
-            "Eight-bit weights need qwix; install the extra: pip install 'fastdrive-jax[export]'."
+            "Eight-bit weights need qwix; run `pip install -e '.[export]'` in the clone."
         ) from error
     return qwix
 

@@ -105,8 +105,7 @@ def need_flatbuffers() -> None:
     """Refuses what `jax.export` would fail in the middle of."""
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError(
-            "StableHLO programs need flatbuffers; install the extra: pip install "
-            "'fastdrive-jax[export]'."
+            "StableHLO programs need flatbuffers; run `pip install -e '.[export]'` in the clone."
         )
 
 

@@ -113,7 +113,7 @@ def _protos() -> Any:
         from tensorboardX.proto.event_pb2 import Event
     except ImportError as error:
         raise UserError(
-            'TensorBoard files need tensorboardX: pip install "fastdrive-jax[watch]", or leave '
-            "tensorboard off."
+            "TensorBoard files need tensorboardX: run `pip install -e '.[watch]'` in the clone, or "
+            "leave tensorboard off."
         ) from error
     return Event

@@ -399,7 +399,7 @@ def test_cuda_that_is_not_there_is_named(folders):
 
 def test_without_torch_the_extra_is_named(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"pip install 'fastdrive-jax\[masks\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[masks\]'"):
         load_grounded_sam(folders.detector, folders.sam)
 
 

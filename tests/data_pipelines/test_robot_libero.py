@@ -50,7 +50,7 @@ def test_what_is_missing_is_named(monkeypatch):
     ):
         gone = lambda asked, name=name: None if asked == name else True  # noqa: E731
         monkeypatch.setattr(libero.importlib.util, "find_spec", gone)
-        with pytest.raises(UserError, match=rf"{named}.*fastdrive-jax\[libero\]"):
+        with pytest.raises(UserError, match=rf"{named}.*pip install -e '\.\[libero\]'"):
             make_suite("libero_goal")
 
 

@@ -213,5 +213,5 @@ def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(UserError, match="libosmesa6"):
         Tabletop(SIZE)
     there["mujoco"] = False
-    with pytest.raises(UserError, match=r"fastdrive-jax\[robot\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[robot\]'"):
         Tabletop(SIZE)

@@ -274,7 +274,7 @@ def test_without_torch_transformers_is_left_out_with_a_sentence(monkeypatch, cap
     monkeypatch.setattr(efficiency_rounds, "has_torch", lambda: False)
     args = BenchEfficiencyArgs(**TINY | {"peer": True})
     assert efficiency_rounds.wanted_peer(args, jnp.float32) is None
-    assert "not compared: it needs pip install '.[parity]'" in capsys.readouterr().out
+    assert "not compared: it needs pip install -e '.[parity]'" in capsys.readouterr().out
 
 
 def test_where_torch_lacks_the_device_transformers_is_left_out(monkeypatch, capsys):

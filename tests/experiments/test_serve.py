@@ -90,7 +90,7 @@ def test_a_folder_that_is_no_bundle_is_said(tmp_path):
 
 def test_without_the_extra_one_is_told_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastdrive_jax.serving.server", None)
-    with pytest.raises(UserError, match=r"fastdrive-jax\[serve\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[serve\]'"):
         serve_module.serve(ServeArgs())
 
 

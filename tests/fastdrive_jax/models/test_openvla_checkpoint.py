@@ -238,7 +238,7 @@ def test_a_damaged_pickle_and_a_missing_torch(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"action_head--50_checkpoint\.pt holds no PyTorch tensors"):
         load(tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"needs PyTorch; run `pip install 'fastdrive-jax\[parity"):
+    with pytest.raises(UserError, match=r"needs PyTorch; run `pip install -e '\.\[parity"):
         load(tmp_path)
 
 

@@ -91,5 +91,5 @@ def test_what_is_no_picture():
 
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    with pytest.raises(UserError, match=r"pip install 'fastdrive-jax\[openvla\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[openvla\]'"):
         jpeg_round_trip(pattern())

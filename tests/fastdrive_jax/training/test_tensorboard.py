@@ -96,5 +96,5 @@ def test_a_resumed_run_has_the_log_in_tensorboard_once(tmp_path):
 
 def test_the_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX.proto.event_pb2", None)
-    with pytest.raises(UserError, match=r'pip install "fastdrive-jax\[watch\]"'):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[watch\]'"):
         run(tmp_path, 2, watch=WatchConfig(tensorboard=True))
