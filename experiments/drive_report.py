@@ -153,7 +153,7 @@ def markdown(
         lines += [
             "",
             "Of the correction that the world's driver plans, the unpruned model plans "
-            f"{_cell(found[0])} when it is put off sideways, {_cell(found[1])} when turned.",
+            f"{_cell(found[0])} when displaced sideways, {_cell(found[1])} when rotated.",
         ]
     return "\n".join(lines) + "\n"
 

@@ -58,17 +58,17 @@ step {{ facts.step }}{% endif %}.
 {% if differences -%}
 ## Check
 
-On {{ differences[0].n }} {{ frames }}, read back from this folder, beside the training code on \
-{{ device }}:
+On {{ differences[0].n }} {{ frames }}, read back from this folder and compared with the \
+training code on {{ device }}:
 
-| form | quantity | largest difference | kept tokens the same |
+| form | quantity | largest difference | same kept tokens |
 | --- | --- | --- | --- |
 {% for one in differences -%}
 | {{ one.form }} | {{ one.quantity }} | {{ "%.2g" | format(one.largest) }} | \
 {% if one.kept is not none %}{{ "%.2f%%" | format(100 * one.kept) }}{% endif %} |
 {% endfor %}
 {% if lowered %}
-Of the programs ({{ lowered }}) only those for this device were run.
+Of the programs for {{ lowered }}, only those for this device were run.
 {% endif %}
 {% else -%}
 Not checked: {{ unchecked }}
@@ -78,7 +78,7 @@ Not checked: {{ unchecked }}
 
 {% if facts.training -%}
 Encoder: {{ facts.training.encoder }}\
-{% if facts.encoder %} (`{{ facts.encoder }}`){% endif %}. The whole setting of the run:
+{% if facts.encoder %} (`{{ facts.encoder }}`){% endif %}. The complete setting of the run:
 
 ```json
 {{ setting }}
@@ -116,8 +116,8 @@ none.
 ## Figures
 
 {% if rows -%}
-From `{{ facts.results }}`, which has more: measured by the run on the split `val`, n pictures or \
-samples, with 95% intervals.
+From `{{ facts.results }}`, which has more. Measured by the run on the split `val`, on n images \
+or samples, with 95% intervals.
 
 | metric | kept | {{ methods | join(" | ") }} | n |
 | --- | --- |{{ " --- |" * (methods | length + 1) }}
@@ -133,9 +133,9 @@ samples, with 95% intervals.
 
 ## Licences
 
-The code, `run.py` and the PyTorch module among it: {{ license }}. The run states no licence of \
-these weights. The terms of the data and of the encoder named above apply to what was made of \
-them; they are for whoever passes this on to check.
+The code, including `run.py` and the PyTorch module: {{ license }}. The run records no licence \
+for these weights. The terms of the data and of the encoder named above apply to everything \
+derived from them; check them before you redistribute this export.
 """
 
 LOADING = {
@@ -147,7 +147,8 @@ from fastdrive_jax.export.pruner import read_pruner
 config, params = read_pruner("pruner")            # "orbax" as second argument: the same
 ```
 
-Without JAX, in PyTorch, by the one file `torch_pruner.py` beside this page (torch, safetensors):
+Without JAX, in PyTorch, with the single file `torch_pruner.py` next to this card (torch,
+safetensors):
 
 ```python
 from torch_pruner import keep, load_pruner
@@ -155,7 +156,7 @@ scores = load_pruner("pruner")(tokens)            # [B * C, n, D] to [B * C, n]:
 kept = keep(scores.reshape(B, -1), k)             # [B, K] of the C pictures of a sample together
 ```
 
-A pruner with positions (`rope`) takes `ids` [3, B * C, n] too: 0, row and column in the picture.
+A pruner with positions (`rope`) also takes `ids` [3, B * C, n]: 0, row and column in the image.
 """,
     "policy": """\
 `policy/`: the whole pruned policy, safetensors and Orbax.
@@ -190,8 +191,8 @@ planned = jax.jit(quantized_plan(quantized))(tensors, images, speed, command)
 ```
 """,
     "onnx": """\
-`onnx/`: ONNX with the weights inside, for onnxruntime and what reads opset {opset}; static shapes,
-see `onnx/config.json`.
+`onnx/`: ONNX with the weights inside, for onnxruntime and other readers of opset {opset}; static
+shapes, see `onnx/config.json`.
 
 ```python
 import onnxruntime
@@ -224,8 +225,8 @@ text = processor.chat.decode(found.ids[0][: found.lengths[0]])
 """,
     "stablehlo": """\
 `stablehlo/`: the whole model as programs for {platforms}, without this library (jax, flatbuffers,
-safetensors). Buckets: {buckets}. `ids` are those of the checkpoint's tokenizer with one mark for
-each picture, filled up; `lengths` counts the real ones.
+safetensors). Buckets: {buckets}. `ids` come from the checkpoint's tokenizer, with one placeholder
+per image, padded; `lengths` counts the real ones.
 
 ```python
 from stablehlo.run import load_program

@@ -43,7 +43,7 @@ def image_report(found: ImageFindings) -> Report:
     middle = len(found.val.images) // 2
     scores = scores_of(found.val, found.trained, found.run, np.array([middle]))
     was, now = tuple(found.shards.image_size), found.val.images.shape[1:3]
-    resized = f" Pictures of {was[0]} x {was[1]} pixels were resized to {now[0]} x {now[1]}."
+    resized = f" Images of {was[0]} x {was[1]} pixels were resized to {now[0]} x {now[1]}."
     cards = []
     for ratio in (0.5, 0.25):
         for metric, label in (("object_recall", "objects"), ("foreground_recall", "foreground")):
@@ -53,7 +53,7 @@ def image_report(found: ImageFindings) -> Report:
         title=f"ReconPruner on {found.shards.name}",
         summary=(
             "A ReconPruner was trained by foreground and background reconstruction on tokens of a "
-            "frozen DINOv2 ViT-S/14. Validation pictures were not trained on."
+            "frozen DINOv2 ViT-S/14. The validation images were held out from training."
             + (resized if was != now else "")
         ),
         cards=tuple(cards),

@@ -44,7 +44,7 @@ METHODS = (
     Method("prior", "position prior", "control"),
     Method("ground_truth", "ground-truth mask", "reference"),
 )
-ORACLE = Method("oracle", "the tokens with most of it", "reference")
+ORACLE = Method("oracle", "oracle (tokens with most of it)", "reference")
 KEPT_METRICS = (
     Metric("object_recall", "object area kept", better="higher", digits=1, percent=True),
     Metric("foreground_recall", "foreground area kept", better="higher", digits=1, percent=True),
@@ -82,14 +82,17 @@ def flipbook(image: np.ndarray, scores: np.ndarray, name: str) -> Flipbook:
             Figure(
                 f"{name}_{round(100 * ratio)}",
                 keep_overlay(image, kept),
-                f"What ReconPruner keeps of {len(scores)} tokens: {len(kept)}.",
+                f"ReconPruner keeps {len(kept)} of {len(scores)} tokens.",
                 photo=True,
             )
         )
         labels.append(f"{ratio:.0%}")
     figures.append(
         Figure(
-            f"{name}_scores", score_map(image, scores), "Scores: dark is dropped first.", photo=True
+            f"{name}_scores",
+            score_map(image, scores),
+            "Scores: dark tokens are dropped first.",
+            photo=True,
         )
     )
     return Flipbook("Tokens kept", tuple(figures), (*labels, "scores"))
@@ -103,7 +106,7 @@ def kept_section(rows: Sequence[Row]) -> Section:
         "What is kept",
         (
             ResultTable(
-                "Foreground and objects in the kept tokens, validation pictures",
+                "Foreground and objects in the kept tokens, validation images",
                 tuple(rows),
                 KEPT_METRICS,
                 (*METHODS, ORACLE),
@@ -140,8 +143,8 @@ def reconstruction_section(
         "Reconstruction",
         (
             Text(
-                "In training the scores split the tokens: one decoder paints the foreground from "
-                "those that are kept and the background from the rest."
+                "During training the scores split the tokens: one decoder reconstructs the "
+                "foreground from the kept tokens and the background from the rest."
             ),
             Gallery(
                 (
@@ -149,7 +152,7 @@ def reconstruction_section(
                         Figure(
                             f"reconstruction_{number}",
                             panel,
-                            "Targets and reconstructions, half of the tokens on each side.",
+                            "Targets and reconstructions, with half of the tokens on each side.",
                             photo=True,
                         )
                         for number, panel in enumerate(panels)
@@ -193,11 +196,11 @@ def run_section(config: Any, run: PrunerRun, shards: Shards, bundle: Path) -> Se
     pictures = {split: shards.records(split) for split in shards.samples}
     flat = _flatten(to_plain(run))
     return Section(
-        "What was run",
+        "Run details",
         (
             KeyValues(
                 {
-                    "pictures": ", ".join(f"{split} {n}" for split, n in pictures.items()),
+                    "images": ", ".join(f"{split} {n}" for split, n in pictures.items()),
                     "exported model": f"{bundle} (model.safetensors, orbax/, config.json)",
                     "device": f"{jax.devices()[0].device_kind} ({platform.machine()})",
                     **_versions(),

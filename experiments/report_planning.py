@@ -119,8 +119,8 @@ def _main_table(results: Results) -> Table:
         tuple(lines),
         "L2 at t seconds is the mean over the steps up to t; rel is unpruned / method, as in the "
         "paper. Collisions in Impromptu-VLA's protocol, leaving the drivable area in OmniDrive's. "
-        "Brackets: 95% bootstrap intervals over scenes; the rank's is of the order of all methods "
-        "on the same redrawn scenes.",
+        "Brackets: 95% bootstrap intervals over scenes; that of the rank comes from ranking all "
+        "methods on the same resampled scenes.",
     )
 
 
@@ -151,11 +151,11 @@ def _protocol_table(results: Results, metrics: Sequence[str]) -> Table:
         lines.append((kept_share(key[1]), key[0], *line))
     names = [f"{kind}, {name}, %" for kind, _, name in (m.partition("_") for m in metrics)]
     return Table(
-        "Each public protocol",
+        "Every public protocol",
         ("kept", "method", "L2 no average, m", "mean of six, m", "last, m", *names),
         tuple(lines),
         "Means of 1, 2 and 3 s. The protocols are not interchangeable: impromptu averages over the "
-        "steps, omnidrive and bevplanner count any step, noavg the last.",
+        "steps, omnidrive and bevplanner count any step, noavg only the last.",
     )
 
 
@@ -177,7 +177,7 @@ def _comparison_table(results: Results) -> Table:
         ("kept", "method", "minus unpruned, m", f"{OURS} minus it, m", "p", "p, Holm"),
         tuple(lines),
         "On the same frames, with bootstrap intervals and sign-flip tests over scenes; below zero "
-        "the first is better. Holm's correction is over the methods of one ratio.",
+        "the first is better. Holm's correction is over the methods at one ratio.",
     )
 
 
@@ -195,7 +195,8 @@ def _group_table(results: Results) -> Table:
         "L2 by command and by what was driven, m",
         ("kept", "method", *heads),
         tuple(lines),
-        "Frames in brackets. A turn ends more than 2 m aside; stopped is below 0.5 m/s at the end.",
+        "Number of frames in brackets. A turn ends more than 2 m to the side; stopped means below "
+        "0.5 m/s at the end.",
     )
 
 
@@ -221,7 +222,7 @@ def page(
         summary=f"Evaluated on {case.title}.",
         sections=(
             Section(
-                "What each method costs the plan",
+                "How each method affects the plan",
                 (
                     Text("\n\n".join((*case.notes, *_absent_notes(results)))),
                     Gallery(tuple(filter(None, (_bars(results, r) for r in ratios))), 420),
@@ -274,7 +275,7 @@ def _pictures(case: Case, results: Results, count: int):
         yield Figure(f"frame_{number}_above", from_above(case.truth, sample, plans, title), title)
         if least is not None:
             sheet = kept_sheet(case, sample, results.plans[OURS, least].kept[sample])
-            caption = f"What ReconPruner keeps of it at {100 * least:g}%."
+            caption = f"Tokens that ReconPruner keeps at {100 * least:g}%."
             yield Figure(f"frame_{number}_kept", sheet, caption, photo=True)
 
 

@@ -42,7 +42,7 @@ PLAN_METRICS = (
     Metric("l2_temavg", "L2 error, mean of 1-3 s as published", "m"),
     Metric("fde", "L2 error at 3 s", "m"),
 )
-PAIRED = Metric(HEADLINE + DIFFERENCE, "L2 error, ReconPruner minus the other", "m", "none")
+PAIRED = Metric(HEADLINE + DIFFERENCE, "L2 error, ReconPruner minus the other method", "m", "none")
 OTHERS = tuple(
     Method(f"reconpruner - {method.name}", method.label, method.role) for method in METHODS[1:]
 )
@@ -88,8 +88,8 @@ def world_report(found: WorldFindings) -> Report:
         title="FastDrive-JAX quick start",
         summary=(
             "A ReconPruner was trained by foreground and background reconstruction on a synthetic "
-            "driving world and put in front of a tiny driving VLA that was not retrained. Below: "
-            "what it keeps, and what that does to the plan."
+            "driving world and placed in front of a tiny driving VLA that was not retrained. This "
+            "report shows what it keeps and how that affects the plan."
         ),
         cards=_world_cards(found.rows),
         hero=flipbook(found.data.images[first, 0], found.scores[first], "hero"),
@@ -105,19 +105,19 @@ def world_report(found: WorldFindings) -> Report:
                         "95% bootstrap intervals over scenes. Random is the mean of five draws.",
                     ),
                     ResultTable(
-                        "ReconPruner minus each of the others on the same samples",
+                        "ReconPruner minus each other method on the same samples",
                         tuple(found.rows),
                         (PAIRED,),
                         OTHERS,
-                        "Paired bootstrap over scenes: below zero ReconPruner plans better, and an "
-                        "interval without zero means that this is no chance.",
+                        "Paired bootstrap over scenes: below zero ReconPruner plans better; an "
+                        "interval that excludes zero is unlikely to be chance.",
                     ),
                     Figure(
                         "planning_error",
                         ratio_curves(
                             curves(found.rows, HEADLINE, METHODS),
                             "L2 error [m]",
-                            "Planning error and tokens kept",
+                            "Planning error by share of tokens kept",
                             ("unpruned", value_of(found.rows, "unpruned", 1.0, HEADLINE)),
                         ),
                         "Mean L2 error over the six waypoints, with 95% intervals.",
@@ -128,7 +128,7 @@ def world_report(found: WorldFindings) -> Report:
             kept_section(found.rows),
             reconstruction_section(found.val, found.trained, run, found.history),
             Section(
-                "Time of a frame",
+                "Frame time",
                 (
                     Figure(
                         "frame_time",
@@ -137,7 +137,7 @@ def world_report(found: WorldFindings) -> Report:
                             "One frame at batch 1",
                         ),
                         "Median milliseconds of each stage, measured side by side. The encoder "
-                        "sees the whole picture, so a pruner behind it can only save what follows.",
+                        "processes the whole image, so a pruner only shortens the stages after it.",
                     ),
                 ),
             ),
@@ -196,7 +196,7 @@ def _plan_figures(found: WorldFindings, shown: np.ndarray):
         yield Figure(
             f"sample_{number}_plan",
             birds_eye(found.data.future[index], plans),
-            "Its plans from above, beside what was driven.",
+            "Plans from above, with the trajectory that was driven.",
         )
 
 

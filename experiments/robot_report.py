@@ -29,8 +29,8 @@ HEADS = (
     "actions to success",
     *(f"{stage}, ms" for stage in STAGES),
     "policy, ms",
-    "environment, ms an action",
-    "actions a second of the policy",
+    "environment, ms per action",
+    "actions per second, policy alone",
     "with the environment",
 )
 

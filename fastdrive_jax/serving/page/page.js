@@ -34,7 +34,7 @@ async function start() {
     await choose("0");
     play(!matchMedia("(prefers-reduced-motion: reduce)").matches);
   } else {
-    say("There is no demo drive here: drop frames of your own.");
+    say("No demo drive is available: drop frames of your own.");
   }
 }
 
@@ -44,7 +44,7 @@ async function whenReady() {
       const found = await (await fetch("/v1/info")).json();
       pill(found.progress, found.ready ? "ready" : "waiting");
       document.querySelector("main").inert = !found.ready;
-      say(found.ready ? "" : "The service compiles its programs; the drive begins when it is done.");
+      say(found.ready ? "" : "The service is compiling its programs; the drive starts when they are ready.");
       if (found.ready) return found;
     } catch {
       pill("no connection", "waiting");
@@ -98,8 +98,8 @@ function take(list) {
   const named = groups.every((group) => group.length === groups[0].length && group.length);
   const count = named ? groups[0].length : files.length / info.cameras.length;
   if (!count || count % 1) {
-    say(`A frame needs ${info.cameras.length} pictures (${info.cameras.join(", ")}); ` +
-        `${files.length} do not come out even.`);
+    say(`A frame needs ${info.cameras.length} image${info.cameras.length > 1 ? "s" : ""} ` +
+        `(${info.cameras.join(", ")}); ${files.length} files do not make whole frames.`);
     return;
   }
   const blobs = (frame) => info.cameras.map((_, camera) =>
