@@ -38,25 +38,25 @@ class LoaderConfig:
     """How batches are made.
 
     Attributes:
-        batch_size: Pictures (or samples) in a batch of this process.
+        batch_size: Images (or samples) in a batch of this process.
         image_size: Height and width in pixels, each a multiple of 28.
         resize: "bicubic" as the published Qwen2.5-VL processor, or "area"; see `decode_image`.
-        cameras: Which cameras to read; None means all that the shards have.
-        group: "picture" gives one picture an item, "sample" all chosen cameras of a moment.
-        fields: Arrays to make, of `examples.PICTURE_FIELDS` or `SAMPLE_FIELDS`; None gives the
-            usual ones.
-        shuffle: Another order each epoch; off gives the order of the shards.
-        seed: Root of shuffling and augmentation.
+        cameras: Cameras to read; None reads all in the shards.
+        group: "picture" makes each image an item, "sample" all chosen cameras of a moment.
+        fields: Arrays to return, from `examples.PICTURE_FIELDS` or `SAMPLE_FIELDS`; None returns
+            the usual ones.
+        shuffle: Reshuffle every epoch; otherwise items come in the order of the shards.
+        seed: Seed of shuffling and augmentation.
         num_epochs: Passes over the data; None means endless.
-        flip: Mirror half of the items, with calibration, ways and command. Samples need cameras
-            that change places: all six, or the front and back ones.
-        jitter: Random colours, one draw an item.
-        remainder: What becomes of the last batch of all hosts that is not full: "drop" leaves it
-            out, "keep" gives it smaller (one host only), "pad" fills it with its last example and
-            adds an array "valid", bool [B], to every batch.
+        flip: Mirror half of the items, with calibration, trajectories and command. Samples need
+            cameras that swap places: all six, or the front and back ones.
+        jitter: Random colour changes, drawn once per item.
+        remainder: What happens to the last, incomplete batch of all hosts: "drop" leaves it out,
+            "keep" returns it smaller (one host only), "pad" fills it with its last example and adds
+            an array "valid", bool [B], to every batch.
         max_agents: Rows of the agents' arrays, nearest first.
-        num_workers: Processes that decode; 0 uses threads of this one.
-        read_threads: Threads of each process, each of which makes whole batches.
+        num_workers: Decoding processes; 0 uses threads of this process.
+        read_threads: Threads per process, each of which makes whole batches.
     """
 
     batch_size: int

@@ -45,28 +45,28 @@ LENGTH_STEP = 128  # prompts are filled up to a multiple, so that few programs a
 
 @dataclass(frozen=True)
 class AnswerArgs:
-    """Answer prompts about pictures with a Qwen2.5-VL checkpoint.
+    """Answer prompts about images with a Qwen2.5-VL checkpoint.
 
     Attributes:
         checkpoint: Folder with config.json, safetensors, tokenizer, chat template and
             preprocessor_config.json.
         prompt: One prompt.
-        images: Its pictures.
-        requests: Instead of both, a file of JSON lines.
-        out: File of JSON lines for the answers; needed with `requests`.
+        images: Images of the prompt.
+        requests: A file of JSON lines, instead of `prompt` and `images`.
+        out: File of JSON lines for the answers; required with `requests`.
         batch_size: Requests answered at once.
-        max_new_tokens: Longest answer.
-        temperature: 0 is greedy; None takes the checkpoint's own generation settings.
-        repetition_penalty: None takes the checkpoint's own.
-        max_pixels: Instead of the checkpoint's.
-        method: Of pruning; by default none, or reconpruner where `pruner` is given.
-        pruner: Exported ReconPruner (`train-pruner`'s export/) of this checkpoint's tokens.
-        keep_ratio: Of the visual tokens of all pictures of a request together, in (0, 1].
-        dtype: Of weights and arithmetic.
-        data: Groups of devices that share a batch, each with all weights.
-        fsdp: Devices of a group that share batch and weights.
-        tensor: Devices that share a layer.
-        seed: Draws the tokens, if the temperature is above 0.
+        max_new_tokens: Maximum number of answer tokens.
+        temperature: 0 is greedy; None uses the checkpoint's generation settings.
+        repetition_penalty: None uses the checkpoint's.
+        max_pixels: Overrides the checkpoint's value.
+        method: Pruning method; by default none, or reconpruner if `pruner` is given.
+        pruner: Exported ReconPruner (`train-pruner`'s export/) trained on this checkpoint's tokens.
+        keep_ratio: Share kept of the visual tokens of all images of a request together, in (0, 1].
+        dtype: Dtype of weights and arithmetic.
+        data: Groups of devices that split the batch, each with all weights.
+        fsdp: Devices of a group that shard batch and weights.
+        tensor: Devices that share each layer.
+        seed: Sampling seed, used if the temperature is above 0.
     """
 
     checkpoint: Path

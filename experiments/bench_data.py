@@ -50,16 +50,18 @@ USED_SHARE = 0.4  # of that in a good training step
 
 @dataclass(frozen=True)
 class BenchDataArgs:
-    """Time the data loader beside torch's DataLoader.
+    """Compare the data loader's speed with torch's DataLoader.
 
     Attributes:
         out: Folder for data.json.
-        pictures: Folder of JPEGs, searched to the bottom; none draws photo-like ones of 1600 x 900.
+        pictures: Folder of JPEGs, searched recursively; None generates photo-like ones of 1600 x
+            900.
         sizes: Heights and widths to resize to.
-        workers: Worker processes, or threads, of a loader; a core each.
-        items: Pictures that a loader gives in a round.
+        workers: Worker processes, or threads, of a loader; one core each.
+        items: Images that a loader delivers in a round.
         rounds: Timed rounds; the sides take turns.
-        images_per_second: What one accelerator trains on; none derives it (`step_flops`).
+        images_per_second: What one accelerator consumes in training; None derives it
+            (`step_flops`).
     """
 
     out: Path = Path("runs/bench_data")

@@ -40,18 +40,18 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class BenchExportArgs:
-    """Error, size and time of the exported forms of a pruned VLA.
+    """Compare error, size and time of the exported forms of a pruned VLA.
 
     Attributes:
-        run: Folder of a run, or a bundle.
+        run: A run folder, or a bundle.
         out: Folder for export.json.
-        keep_ratio: In (0, 1].
-        batch: Frames of a call.
-        frames: On which errors are measured.
-        repeats: Timed calls of each form, in turn.
+        keep_ratio: Share of tokens kept, in (0, 1].
+        batch: Frames per call.
+        frames: Frames on which errors are measured.
+        repeats: Timed calls of each form; the forms take turns.
         vla: See `fastdrive export`.
         cameras: See `fastdrive export`.
-        qwen: Shapes, if the VLA is a Qwen2.5-VL.
+        qwen: Shapes, for a Qwen2.5-VL.
     """
 
     run: Path

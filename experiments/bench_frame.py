@@ -119,12 +119,12 @@ def timing_rows(
 
 @dataclass(frozen=True)
 class BenchFrameArgs:
-    """Time the bundled VLA's frame with a ReconPruner of random weights.
+    """Time the stages of a frame of the bundled VLA, with a ReconPruner of random weights.
 
     Attributes:
         image: A JPEG to plan from.
         out: Folder for frame.json.
-        ratios: Keep ratios, side by side in one run.
+        ratios: Keep ratios, compared in one run.
         repeats: Timed rounds.
     """
 

@@ -61,13 +61,13 @@ STAGES = ("vision", "prefill", "decode")
 
 @dataclass(frozen=True)
 class BenchModelArgs:
-    """Time a Qwen2.5-VL of about 105M parameters beside transformers.
+    """Compare the speed of a Qwen2.5-VL of about 105M parameters with transformers.
 
     Attributes:
         out: Folder for model.json.
-        new_tokens: Tokens decoded greedily.
-        text_tokens: Prompt tokens beside the picture.
-        repeats: Timed rounds after one of warming up; the two take turns.
+        new_tokens: Tokens to decode greedily.
+        text_tokens: Prompt tokens in addition to the image.
+        repeats: Timed rounds after a warm-up round; the two take turns.
     """
 
     out: Path = Path("runs/bench_model")

@@ -50,17 +50,17 @@ UNIT = 256  # the width is a whole number of these, so that M-RoPE's sections ar
 
 @dataclass(frozen=True)
 class BenchPrunersArgs:
-    """Time what each pruner costs, beside the prefill of a 3B model.
+    """Time each pruner and compare it with the prefill of a 3B model.
 
     Attributes:
         out: Folder for pruners.json.
-        methods: Names, or FILE.py:FUNCTION; the default is all that come with the library.
+        methods: Names, or FILE.py:FUNCTION; by default all methods of the library.
         batch: Batch sizes.
-        n: Visual tokens N of a sample.
-        dim: D; another than 2,048 scales the whole decoder's widths.
+        n: Visual tokens N per sample.
+        dim: Token width D; values other than 2,048 scale the widths of the whole decoder.
         k: Tokens kept.
-        repeats: Timed rounds after one of warming up; prefill and methods take turns.
-        whole: Time all decoder layers rather than one.
+        repeats: Timed rounds after a warm-up round; prefill and methods take turns.
+        whole: Time all decoder layers instead of one.
     """
 
     out: Path = Path("runs/bench_pruners")

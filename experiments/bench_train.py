@@ -53,18 +53,18 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @dataclass(frozen=True)
 class BenchTrainArgs:
-    """Time ReconPruner's training step beside PyTorch, or on an accelerator by its peak.
+    """Compare ReconPruner's training step with PyTorch's, or with an accelerator's peak.
 
     Attributes:
         out: Folder for train.json.
-        config: Which steps: "tiny" of the quick start, "100m" of 107M trained parameters, both on
-            8 x 14 tokens; "3b", 540M trained parameters on 57 x 57 tokens behind the frozen vision
-            encoder of Qwen2.5-VL-3B, on accelerators only.
-        rounds: Timed rounds after one of warming up; the sides take turns.
-        seconds: Least length of a side's part of a round; at least 2 steps.
-        batch_size: Pictures in a batch; none takes the config's.
-        remat: What the backward pass computes again, see `ReconConfig`.
-        peak_flops: Of the accelerator, FLOP/s; none looks in a table.
+        config: Which steps: "tiny" is the quick start's, "100m" has 107M trained parameters, both
+            on 8 x 14 tokens; "3b" has 540M trained parameters on 57 x 57 tokens after the frozen
+            vision encoder of Qwen2.5-VL-3B, on accelerators only.
+        rounds: Timed rounds after a warm-up round; the two sides take turns.
+        seconds: Minimum duration of one side's part of a round; at least 2 steps.
+        batch_size: Images in a batch; None uses the config's.
+        remat: What the backward pass recomputes, see `ReconConfig`.
+        peak_flops: Peak FLOP/s of the accelerator; None looks it up in a table.
     """
 
     out: Path = Path("runs/bench_train")

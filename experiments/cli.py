@@ -49,11 +49,11 @@ from fastdrive_jax.models.qwen2_5_vl.bundled import save_vla
 
 @dataclass(frozen=True)
 class WorldArgs:
-    """Write a synthetic driving data set in the nuScenes layout, and its shards.
+    """Generate a synthetic driving data set in the nuScenes layout, and its shards.
 
     Attributes:
         out: Folder for world/ and shards/.
-        world: What it contains.
+        world: Size and content of the data set.
     """
 
     out: Path
@@ -62,11 +62,11 @@ class WorldArgs:
 
 @dataclass(frozen=True)
 class TrainVLAArgs:
-    """Train the tiny driving VLA from nothing; this made the bundled weights.
+    """Train the tiny driving VLA from scratch; the bundled weights were made this way.
 
     Attributes:
         out: Run folder; a run found there is resumed.
-        config: The run.
+        config: Configuration of the training.
     """
 
     out: Path
@@ -75,7 +75,7 @@ class TrainVLAArgs:
 
 @dataclass(frozen=True)
 class DataArgs:
-    """From nuScenes as downloaded to checked shards of nuScenes-FG.
+    """Turn nuScenes as downloaded into checked shards of nuScenes-FG.
 
     Attributes:
         command: What to do.
@@ -92,7 +92,7 @@ class DataArgs:
 
 @dataclass(frozen=True)
 class RobotArgs:
-    """Robots: demonstrations to learn from, and policies run in simulation (extra `robot`).
+    """Robots: record demonstrations, train, and run policies in simulation (extra `robot`).
 
     Attributes:
         command: What to do.

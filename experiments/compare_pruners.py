@@ -61,13 +61,12 @@ class ComparePrunersArgs:
 
     Attributes:
         out: Folder of the results.
-        quickstart: The world, and the ReconPruner that is trained on it.
-        methods: Names, or FILE.py:FUNCTION for one of your own; by default all that come with the
-            library.
+        quickstart: The world, and the ReconPruner trained on it.
+        methods: Names, or FILE.py:FUNCTION for your own; by default all methods of the library.
         ratios: Keep ratios.
-        split: "val" are unseen scenes; "train" those to choose settings by.
-        scenes: That are driven at once.
-        rounds: Of timing, in which all methods take turns.
+        split: "val" has unseen scenes; use "train" to choose settings.
+        scenes: Scenes planned at once.
+        rounds: Timing rounds, in which all methods take turns.
     """
 
     out: Path = Path("runs/compare")

@@ -45,13 +45,13 @@ TENSOR_MOST = 4  # divides the heads and hidden units of all models, eight does 
 
 @dataclass(frozen=True)
 class CompileModelArgs:
-    """Compile a published VLA without its weights.
+    """Compile a published VLA without its weights and report what each device needs.
 
     Attributes:
         model: Qwen2.5-VL's 3B or 7B, OpenVLA, OpenVLA-OFT or pi0.
-        devices: Virtual devices to lay it over.
-        prompt_tokens: Text tokens beside the pictures.
-        out: Folder of the figures.
+        devices: Virtual devices to shard it over.
+        prompt_tokens: Text tokens in addition to the images.
+        out: Folder for the figures.
     """
 
     model: Literal["3b", "7b", "openvla_7b", "openvla_oft_7b", "pi0"] = "3b"

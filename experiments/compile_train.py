@@ -50,18 +50,19 @@ _TRAFFIC = {
 
 @dataclass(frozen=True)
 class CompileTrainArgs:
-    """Compile a training step without weights or data.
+    """Compile a training step without weights or data and report what each device needs.
 
     Attributes:
-        run: Its setting.
-        devices: Virtual devices.
-        fsdp: Devices that share the parameters; the others copy them.
-        tensor: Devices that share a layer.
-        per_device: Pictures of a batch for each group of `tensor` devices.
-        peak_flops: Of a device, for the prediction; an H100's dense bfloat16 by default.
-        link: Bytes a second that a device sends; NVLink within an H100 node by default.
+        run: Setting to compile.
+        devices: Number of virtual devices.
+        fsdp: Devices that shard the parameters; the others hold copies.
+        tensor: Devices that share each layer.
+        per_device: Images per batch for each group of `tensor` devices.
+        peak_flops: Peak FLOP/s of a device, for the prediction; by default an H100's dense
+            bfloat16.
+        link: Bytes per second that a device sends; by default NVLink within an H100 node.
         used: Share of `peak_flops` that a step without communication reaches.
-        out: Folder of the figures.
+        out: Folder for the figures.
     """
 
     run: Literal["fastdrivevla_3b", "fastdrivevla_7b"] = "fastdrivevla_3b"

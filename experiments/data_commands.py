@@ -46,9 +46,9 @@ class GroundedSamArgs:
     Attributes:
         detector: Folder or hub repository of the detector.
         segmenter: Folder or hub repository of the segmenter.
-        prompts: What is searched, with thresholds.
+        prompts: What to search for, with thresholds.
         dtype: "float32", "bfloat16" or "float16".
-        device: As torch names it; the first GPU by default, else the CPU.
+        device: torch device; by default the first GPU, else the CPU.
     """
 
     detector: str = "IDEA-Research/grounding-dino-base"
@@ -64,9 +64,9 @@ class Sam3Args:
 
     Attributes:
         checkpoint: Folder or hub repository.
-        prompts: What is searched, with thresholds.
+        prompts: What to search for, with thresholds.
         dtype: "float32", "bfloat16" or "float16".
-        device: As torch names it; the first GPU by default, else the CPU.
+        device: torch device; by default the first GPU, else the CPU.
     """
 
     checkpoint: str = "facebook/sam3"
@@ -77,13 +77,13 @@ class Sam3Args:
 
 @dataclass(frozen=True)
 class LabelArgs:
-    """Masks from label maps that are there already.
+    """Masks from existing label maps.
 
     Attributes:
-        labels: Folder of the label maps, with the names of the pictures.
-        table: One of the built-in tables ("coco" with `segments`), or a JSON file of one.
-        suffix: What stands behind a picture's name.
-        segments: COCO panoptic JSON file, for such label maps.
+        labels: Folder of the label maps, named like the images.
+        table: A built-in table ("coco" together with `segments`), or the path of a JSON table.
+        suffix: What follows an image's name in the name of its label map.
+        segments: COCO panoptic JSON file, for label maps of that kind.
     """
 
     labels: Path
@@ -102,16 +102,16 @@ MaskerArgs = (
 
 @dataclass(frozen=True)
 class MaskArgs:
-    """Write foreground masks and class maps of pictures.
+    """Write foreground masks and class maps of images.
 
     Attributes:
-        out: Folder for masks/, labels/ and classes.json; the root itself will do.
-        nuscenes: Root of a nuScenes set, whose key frames are masked; or
-        images: any folder of pictures.
-        version: Table folder, needed if there are several.
-        masker: How.
-        batch_size: Pictures at once.
-        skip_bad: How many damaged pictures are left out, each named.
+        out: Folder for masks/, labels/ and classes.json; may be the root itself.
+        nuscenes: Root of a nuScenes set, whose key frames are masked; or give `images`.
+        images: Any folder of images, instead of `nuscenes`.
+        version: Table folder, required if there are several.
+        masker: How the masks are made.
+        batch_size: Images processed at once.
+        skip_bad: Maximum number of damaged images to skip; each is named.
         part: Index and count of this process among those that share the work.
     """
 
@@ -132,20 +132,20 @@ class MaskArgs:
 
 @dataclass(frozen=True)
 class BuildArgs:
-    """Pack pictures and masks into shards.
+    """Pack images and masks into shards.
 
     Attributes:
-        out: New folder of the shards.
-        nuscenes: Root of a nuScenes set; or
-        images: a folder of one's own, see the quick start.
+        out: New folder for the shards.
+        nuscenes: Root of a nuScenes set; or give `images`.
+        images: A folder of your own, see the quick start, instead of `nuscenes`.
         masks: Folder that `mask` wrote, if it is not the root.
-        version: Table folder, needed if there are several.
-        split: Name for the one split of a set that has no splits.
-        foreground: Class ids of the foreground of `images` with labels.
-        records_per_shard: Pictures in a shard, at most.
+        version: Table folder, required if there are several.
+        split: Name of the single split of a set without splits.
+        foreground: Class ids that count as foreground, for `images` with labels.
+        records_per_shard: Maximum number of images in a shard.
         workers: Processes that write shards.
-        skip_bad: How many bad samples are left out, each named.
-        beam: Write on Apache Beam (extra `beam`).
+        skip_bad: Maximum number of bad samples to skip; each is named.
+        beam: Write with Apache Beam (extra `beam`).
         beam_options: Beam's options, as in --beam-options="--runner=FlinkRunner --parallelism=64".
     """
 
@@ -178,11 +178,11 @@ class BuildArgs:
 
 @dataclass(frozen=True)
 class VerifyArgs:
-    """Read all shards and compare their checksums.
+    """Read all shards and check their checksums.
 
     Attributes:
         shards: Folder of the shards.
-        skip_bad: How many bad samples there may be, each named.
+        skip_bad: Maximum number of bad samples allowed; each is named.
     """
 
     shards: Path

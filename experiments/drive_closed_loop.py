@@ -48,25 +48,25 @@ class DriveArgs:
     """Drive with pruned tokens in a closed loop.
 
     Attributes:
-        out: Folder of the results.
-        quickstart: The world, the VLA and the ReconPruner that is trained on it.
-        methods: Names, or FILE.py:FUNCTION for one of your own; the controls are always driven.
+        out: Folder for the results.
+        quickstart: The world, the VLA and the ReconPruner trained on it.
+        methods: Names, or FILE.py:FUNCTION for your own; the controls are always driven.
         ratios: Keep ratios.
-        routes: Routes of the world.
-        first: Number of their first scene in the validation split; those below may have been
-            planned in other measurements.
-        seconds: Duration of a route of the world.
-        logs: Folder of ScenarioNet logs scene-*.json.gz; by default the one under
-            FASTDRIVE_SHARED, if it is there.
+        routes: Number of routes in the synthetic world.
+        first: Index of their first scene in the validation split; lower ones may have been planned
+            in other measurements.
+        seconds: Duration of a route in the synthetic world.
+        logs: Folder of ScenarioNet logs scene-*.json.gz; by default the one under FASTDRIVE_SHARED,
+            if it exists.
         log_seconds: Duration of a log.
-        latency: Seconds from a picture to its plan; not with `target_ms`, which says it.
-        latency_scale: If above 0, the latency is this times the measured seconds of a frame.
-        target_ms: Drive each method at one ratio alone, the largest of `ratios` with which a frame
-            is planned within this; its plans arrive when that has passed.
-        batch: Routes that are planned at once.
-        seed: Of methods that draw, and of the logs' looks.
-        workers: Processes that draw pictures; 0 takes the CPU count.
-        pictures: Routes to draw.
+        latency: Seconds from an image to its plan; not with `target_ms`, which sets it.
+        latency_scale: If above 0, the latency is this factor times the measured seconds of a frame.
+        target_ms: Drive each method at a single ratio, the largest of `ratios` at which a frame is
+            planned within this time; plans arrive after that time.
+        batch: Routes planned at once.
+        seed: Seed of methods that draw random numbers, and of how the logs look.
+        workers: Rendering processes; 0 uses the CPU count.
+        pictures: Number of routes to plot.
     """
 
     out: Path = Path("runs/drive")

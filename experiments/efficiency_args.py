@@ -24,26 +24,26 @@ MOST_BATCH = 64
 
 @dataclass(frozen=True)
 class BenchEfficiencyArgs:
-    """Time and count frames of a driving VLA under pruning methods.
+    """Measure time and FLOPs of frames of a driving VLA under pruning methods.
 
     Attributes:
         out: Folder for efficiency.json, efficiency.md and the plot.
         config: Size of the model.
-        methods: Names, or FILE.py:FUNCTION; the default is all that come with the library.
+        methods: Names, or FILE.py:FUNCTION; by default all methods of the library.
         ratios: Keep ratios.
         batch: Batch sizes.
-        height: Of each picture, in pixels.
-        width: Of each picture.
-        cameras: Pictures of a sample.
-        text: Text tokens of a sample; more than 6 are an instruction before the driving prompt.
-        repeats: Timed rounds after one of warming up.
-        encoder_repeats: Of them, rounds in which the vision encoder runs; 0 is all.
-        image: A JPEG to decode; None draws one of 1600 x 900.
-        peer: Time transformers too.
-        memory: Measure each setting's peak in a process of its own, which compiles it again.
+        height: Height of each image in pixels.
+        width: Width of each image in pixels.
+        cameras: Images per sample.
+        text: Text tokens per sample; more than 6 are an instruction before the driving prompt.
+        repeats: Timed rounds after a warm-up round.
+        encoder_repeats: Number of those rounds in which the vision encoder runs; 0 means all.
+        image: A JPEG to decode; None generates one of 1600 x 900.
+        peer: Also time transformers.
+        memory: Measure each setting's peak in a separate process, which compiles it again.
         errors: JSON of `compare-pruners` or `eval-planning`, for the plot.
-        predict: Count only.
-        accelerators: Whose rates predictions are for.
+        predict: Only count and predict, without measuring.
+        accelerators: Accelerators to predict for.
     """
 
     out: Path = Path("runs/bench_efficiency")

@@ -39,21 +39,21 @@ READY = "ready.json"
 
 @dataclass(frozen=True)
 class EvalPlanningArgs:
-    """Measure planning with pruned tokens.
+    """Evaluate planning with pruned tokens.
 
     Attributes:
-        out: Folder of everything.
-        methods: Names, or FILE.py:FUNCTION for one of your own.
+        out: Folder for all outputs.
+        methods: Names, or FILE.py:FUNCTION for your own.
         ratios: Keep ratios.
         benchmark: The tiny benchmark; not used with a checkpoint.
         qwen: A Qwen2.5-VL driving VLA instead.
-        draws: Of methods that draw.
-        scenes: Of the benchmark driven at once.
-        protocols: Collisions and intersections are counted in; those for which the data has no
-            truth are left out and named.
+        draws: Draws of methods that use random numbers.
+        scenes: Benchmark scenes planned at once.
+        protocols: Protocols for collisions and intersections; those for which the data has no
+            ground truth are skipped and listed.
         pictures: Samples shown in the report.
         parts: Processes that share the scenes.
-        part: Which of them this is, from 0.
+        part: Index of this process, from 0.
         wait_minutes: How long other parts wait for part 0 to prepare the benchmark.
         quiet: No progress bars.
     """

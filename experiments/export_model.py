@@ -49,21 +49,21 @@ class ExportArgs:
     """Export a trained pruner and its policy as bundles, PyTorch, StableHLO, int8 and ONNX.
 
     Attributes:
-        run: Folder of a run, or a bundle.
-        out: Folder to make.
-        forms: What to write; None takes pruner, policy and stablehlo, of which a pruner without its
-            VLA has the first.
-        keep_ratio: Of the policy, in (0, 1]; several make a program each. None takes the bundle's,
-            or 0.5.
-        batch: Frames of a call of the programs, and of ONNX; several make one each.
-        platforms: Of the programs.
-        vla: Of the VLA that the pruner was trained on, where it is not the packaged: weights of a
-            tiny one, or the folder of a Qwen2.5-VL checkpoint.
-        cameras: That a tiny VLA looks through, in its order. Needed where the file of --vla does
-            not say so; without --vla all six take the packaged VLA of six cameras.
+        run: A run folder, or a bundle.
+        out: Folder to create.
+        forms: What to write; None writes pruner, policy and stablehlo (for a pruner without its
+            VLA, only the first).
+        keep_ratio: Keep ratio of the policy, in (0, 1]; several produce one program each. None uses
+            the bundle's, or 0.5.
+        batch: Frames per call of the programs and of ONNX; several produce one each.
+        platforms: Platforms of the programs.
+        vla: The VLA that the pruner was trained on, if it is not the packaged one: weights of a
+            tiny VLA, or the folder of a Qwen2.5-VL checkpoint.
+        cameras: Cameras of a tiny VLA, in order. Required if the file of --vla does not record
+            them; without --vla, naming all six selects the packaged six-camera VLA.
         check: Read everything back and compare it with the training code.
-        check_frames: On how many frames of the synthetic world.
-        qwen: Shapes, if it is a Qwen2.5-VL.
+        check_frames: Number of frames of the synthetic world used for the check.
+        qwen: Shapes, for a Qwen2.5-VL.
     """
 
     run: Path

@@ -56,11 +56,13 @@ class QwenExport:
     """Shapes of a Qwen2.5-VL's programs.
 
     Attributes:
-        pictures: Of a prompt.
-        image_size: Their height and width in pixels; None takes what the pruner was trained on.
-        prompt_ids: Ids of a prompt at most, with one for each picture; shorter ones are filled up.
-        max_new_tokens: Longest answer.
-        dtype: Of weights and arithmetic; None takes that of the training.
+        pictures: Images per prompt.
+        image_size: Height and width of the images in pixels; None uses what the pruner was trained
+            on.
+        prompt_ids: Maximum number of prompt ids, including one per image; shorter prompts are
+            padded.
+        max_new_tokens: Maximum number of answer tokens.
+        dtype: Dtype of weights and arithmetic; None uses that of the training.
     """
 
     pictures: int = 1

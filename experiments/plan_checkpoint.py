@@ -58,30 +58,30 @@ VIEWS = {"6v": CAMERAS, "1v": CAMERAS[:1]}
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A Qwen2.5-VL driving VLA and what it drives on.
+    """A Qwen2.5-VL driving VLA and the data it is evaluated on.
 
     Attributes:
-        checkpoint: Folder in the Hugging Face layout; none takes the tiny benchmark instead.
-        shards: Folder of `fastdrive data build`.
-        root: The data set in the nuScenes layout, for its boxes, maps and lidar; without it
-            collisions are counted with the shards' agents, intersections cannot be, and the
-            lidar's places are guessed, up to some decimetres wrong in slow turns.
-        split: Of the shards.
-        pruners: Exported ReconPruners (`train-pruner`'s export/), each a training of its own; their
-            tokens must be this checkpoint's.
+        checkpoint: Folder in the Hugging Face layout; None uses the tiny benchmark instead.
+        shards: Folder written by `fastdrive data build`.
+        root: The data set in the nuScenes layout, for its boxes, maps and lidar; without it,
+            collisions are counted with the shards' agents, intersections cannot be counted, and the
+            lidar's positions are guessed, up to some decimetres wrong in slow turns.
+        split: Split of the shards.
+        pruners: Exported ReconPruners (`train-pruner`'s export/), each from a separate training;
+            their tokens must be this checkpoint's.
         views: The front camera or all six.
-        frame: Whose places the checkpoint was trained on.
-        samples: That are planned, from the first on; 0 takes all.
+        frame: Coordinate frame of the waypoints the checkpoint was trained on.
+        samples: Number of samples to plan, from the first one; 0 plans all.
         batch_size: Samples planned at once.
-        max_new_tokens: Longest answer.
-        max_pixels: A larger picture is first shrunk to this area, as LLaMA-Factory does, with
-            which Impromptu-VLA was trained; then the checkpoint's processor resizes it.
+        max_new_tokens: Maximum number of answer tokens.
+        max_pixels: A larger image is first shrunk to this area, as in LLaMA-Factory, with which
+            Impromptu-VLA was trained; then the checkpoint's processor resizes it.
         shrink: Filter of that first step; LLaMA-Factory's at the time.
         image_size: Height and width that the model sees, instead of both steps, such as 1596 1596
             for FastDriveVLA.
-        dtype: Of weights and arithmetic.
-        fsdp: Devices of this host that share batch and weights.
-        tensor: Devices that share a layer.
+        dtype: Dtype of weights and arithmetic.
+        fsdp: Devices of this host that shard batch and weights.
+        tensor: Devices that share each layer.
     """
 
     checkpoint: Path | None = None

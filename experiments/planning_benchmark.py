@@ -64,15 +64,15 @@ class BenchmarkConfig:
     """What is planned, and by which VLA.
 
     Attributes:
-        cameras: Through how many the VLA looks: the front one, or all six, of which the front one
-            shows what decides the plan.
-        vla: Weights for these cameras, of `fastdrive train-vla` or `widen-vla`; None takes the
+        cameras: Cameras of the VLA: the front one, or all six, of which the front one shows what
+            decides the plan.
+        vla: Weights for these cameras, from `fastdrive train-vla` or `widen-vla`; None uses the
             package's.
-        train_scenes: That ReconPruners and the ego-history control learn from.
-        scenes: That are planned, of six frames each.
-        world_seed: Of the data set.
-        pruner: ReconPruner's training; its seed is replaced.
-        seeds: Of the trainings.
+        train_scenes: Scenes that ReconPruners and the ego-history control are trained on.
+        scenes: Scenes to plan, of six frames each.
+        world_seed: Seed of the data set.
+        pruner: Training of ReconPruner; its seed is replaced.
+        seeds: Seeds of the trainings.
     """
 
     cameras: Literal["one", "six"] = "one"

@@ -27,13 +27,13 @@ Series = dict[str, tuple[list[int], list[float]]]  # name -> (steps, values)
 
 @dataclass(frozen=True)
 class PlotMetricsArgs:
-    """Draw the metrics of training runs over their steps.
+    """Plot the metrics of training runs over their steps.
 
     Attributes:
-        runs: Run folders, those that hold metrics.jsonl or a folder train/ with it.
-        metrics: Names such as train/loss, eval/l2 or time/items_per_s; none takes the loss and all
+        runs: Run folders that hold metrics.jsonl, or a folder train/ that does.
+        metrics: Names such as train/loss, eval/l2 or time/items_per_s; None plots the loss and all
             evaluation metrics.
-        out: A .png or an .html.
+        out: A .png or an .html file.
         smooth: Width of a running mean in records; the raw curve stays visible behind it.
         log: Logarithmic axes.
     """

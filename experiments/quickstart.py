@@ -52,16 +52,16 @@ class QuickstartConfig:
 
     Attributes:
         out: Run folder; holds the data, the training run, the export and the report.
-        world: The data set to write.
-        planning_scenes: Validation scenes that are planned through the front camera, the first of
-            them those of `world`: a plan varies far more from scene to scene than what is kept.
-        pruner: ReconPruner's training.
-        vla_weights: Of a driving VLA that looks through the front camera, of `train-vla` or
-            `widen-vla`; None takes the bundled ones.
-        train_vla: Train the driving VLA from nothing in place of taking the bundled weights
-            (about an hour more on 2 cores).
-        vla: That training, if it is wanted.
-        keep_ratio: Of the exported model, in (0, 1].
+        world: The data set to generate.
+        planning_scenes: Validation scenes to plan through the front camera, starting with those of
+            `world`: plans vary far more from scene to scene than what is kept.
+        pruner: Training of ReconPruner.
+        vla_weights: Weights of a driving VLA that uses the front camera, from `train-vla` or
+            `widen-vla`; None uses the bundled ones.
+        train_vla: Train the driving VLA from scratch instead of using the bundled weights (about an
+            hour more on 2 cores).
+        vla: That training, with `train_vla`.
+        keep_ratio: Keep ratio of the exported model, in (0, 1].
         quiet: No progress bars.
     """
 

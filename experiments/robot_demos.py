@@ -28,16 +28,16 @@ class RobotDemosArgs:
     """Record demonstrations of the tabletop's scripted expert.
 
     Attributes:
-        out: New folder of the shards.
-        episodes: Of each task, to learn from.
-        val_episodes: Of each task, to validate on.
-        image_size: Height and width of the pictures.
-        noise: Most of an episode's chance to stray at a step: to do something random for one to
-            four steps, while what the expert wants is recorded.
-        policy: File of `fastdrive robot train`, which moves in some episodes.
-        policy_share: Chance of an episode that it does.
-        seed: Of scenes and noise.
-        workers: Processes that simulate.
+        out: New folder for the shards.
+        episodes: Training episodes of each task.
+        val_episodes: Validation episodes of each task.
+        image_size: Height and width of the images.
+        noise: Upper bound of an episode's probability of straying at a step, that is of acting
+            randomly for one to four steps; the recorded actions are the expert's.
+        policy: File from `fastdrive robot train`; this policy acts in some episodes.
+        policy_share: Probability that an episode is one of those.
+        seed: Seed of scenes and noise.
+        workers: Simulation processes.
         quiet: No progress bar.
     """
 

@@ -45,36 +45,37 @@ from fastdrive_jax.training.run_config import claim_run_folder
 
 @dataclass(frozen=True)
 class RobotEvalArgs:
-    """Run robot policies, pruned and unpruned, on the same initial states.
+    """Evaluate robot policies, pruned and unpruned, on the same initial states.
 
     Attributes:
-        out: Folder of the results.
+        out: Folder for the results.
         suites: "tabletop"; LIBERO's "libero_spatial", "libero_object", "libero_goal", "libero_10"
             and "libero_90" (extra `libero`); or SIMPLER's "simpler_pick_coke_can",
             "simpler_move_near", "simpler_drawer", "simpler_bridge" and "simpler_bridge_sink".
         policies: "expert" (of the tabletop), "random", "openvla", "pi0" (of LIBERO), or
-            FILE.py:FUNCTION for one of your own.
-        weights: Of "openvla": a policy file of `fastdrive robot train`, or the folder of a
-            published OpenVLA or OFT checkpoint; none takes the packaged policy of the tabletop. Of
-            "pi0": the folder of an openpi or lerobot checkpoint.
-        methods: How policies choose tokens, training-free ones or FILE.py:FUNCTION; unpruned they
-            are always run.
+            FILE.py:FUNCTION for your own.
+        weights: For "openvla": a policy file from `fastdrive robot train`, or the folder of a
+            published OpenVLA or OFT checkpoint; None uses the packaged tabletop policy. For "pi0":
+            the folder of an openpi or lerobot checkpoint.
+        methods: Training-free pruning methods, or FILE.py:FUNCTION; policies are always run
+            unpruned too.
         ratios: Keep ratios of the methods.
-        per_view: Each view of "openvla" or "pi0" has a budget of its own; otherwise they share one.
-        replan_steps: Actions of a chunk that "pi0" executes before it decides again; openpi's 5.
-        asset_id: Which statistics of an openpi folder's assets "pi0" takes; the only ones by
-            default.
-        seeds: Of policies that draw, and of the tabletop's initial states; LIBERO's are published
-            with seed 7.
-        simulator_seed: Of LIBERO's simulator; by default as published, 7 with "pi0" and 0 with all
-            others.
-        trials: Initial states of each task.
-        tasks: Numbers of tasks; all by default.
-        image_size: Height and width of the pictures; by default 96 x 96 of the tabletop and
-            256 x 256 of LIBERO; SIMPLER's cameras have their own.
-        workers: Processes that simulate; 0 takes the CPU count.
-        batch: Samples that a policy acts for at once, at most as many as workers; 0 takes all.
-        films: Episodes of each setting to film: first trials of the first tasks.
+        per_view: Give each view of "openvla" or "pi0" its own budget; otherwise they share one.
+        replan_steps: Actions of a chunk that "pi0" executes before its next decision; openpi uses
+            5.
+        asset_id: Which statistics of an openpi folder's assets "pi0" uses; by default the only
+            ones.
+        seeds: Seeds of policies that draw random numbers, and of the tabletop's initial states;
+            LIBERO's are published with seed 7.
+        simulator_seed: Seed of LIBERO's simulator; by default as published, 7 with "pi0" and 0 with
+            all others.
+        trials: Initial states per task.
+        tasks: Task numbers; all by default.
+        image_size: Height and width of the images; by default 96 x 96 for the tabletop and 256 x
+            256 for LIBERO; SIMPLER's cameras have their own.
+        workers: Simulation processes; 0 uses the CPU count.
+        batch: Samples that a policy acts for at once, at most as many as workers; 0 means all.
+        films: Episodes of each setting to film: the first trials of the first tasks.
         quiet: No progress bar.
     """
 

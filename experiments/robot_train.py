@@ -69,14 +69,16 @@ class RobotTrainConfig:
     """Train the tiny OpenVLA by behaviour cloning.
 
     Attributes:
-        demos: Folders of `fastdrive robot demos`, read as one; the first's ranges scale actions.
+        demos: Folders from `fastdrive robot demos`, read as one; the ranges of the first scale the
+            actions.
         out: Run folder; a run found there is resumed.
-        start: Run folder whose newest parameters this run starts from; by default random ones.
+        start: Run folder whose newest parameters this run starts from; by default parameters are
+            random.
         model: The VLA; it decodes actions as tokens.
-        loss: Weights of its parts.
-        optimizer: AdamW and its schedule; its total_steps is the length of the run.
-        batch_size: Steps of demonstrations in a step of training.
-        seed: Of parameters and data order.
+        loss: Weights of the parts of the loss.
+        optimizer: AdamW and its schedule; total_steps is the length of the run.
+        batch_size: Demonstration steps per training step.
+        seed: Seed of parameters and data order.
         quiet: No progress bars.
     """
 

@@ -34,13 +34,13 @@ UNTRAINED = "divprune"  # of those that need no training it plans best at 50%
 
 @dataclass(frozen=True)
 class ServeArgs:
-    """Serve plans over HTTP, with a page to look at them.
+    """Serve plans over HTTP, with a web page for viewing them.
 
     Attributes:
-        bundle: Folder of an exported policy; "bundled" for the VLA that comes with the package,
-            "bundled-six" for its six cameras; or a vla.safetensors of `fastdrive widen-vla`, with
-            the cameras that it names, or six.
-        method: Of pruning; by default the bundle's own, or divprune where nothing was trained.
+        bundle: Folder of an exported policy; "bundled" for the VLA in the package, "bundled-six"
+            for its six-camera VLA; or a vla.safetensors from `fastdrive widen-vla`, with the
+            cameras it names, or six.
+        method: Pruning method; by default the bundle's own, or divprune if no pruner was trained.
         demo: Drives of the synthetic world that the page can play.
         service: Address, buckets, batches and limits.
     """

@@ -84,12 +84,12 @@ class StudyPrunerArgs:
         out: Folder for data, features, runs and tables.
         data: Which data sets.
         camvid: Folder of CamVid, with train/ and val/.
-        weights: DINOv2 weights for CamVid; None takes those of the extra "dino".
+        weights: DINOv2 weights for CamVid; None uses those of the extra "dino".
         world: The synthetic data set.
-        variants: Names out of `experiments.study_variants`; none takes all.
-        seeds: One training of each variant for each.
-        steps: Length of each training; none takes the study's.
-        quiet: No lines on the way.
+        variants: Names from `experiments.study_variants`; None runs all.
+        seeds: Seeds; each variant is trained once with each.
+        steps: Length of each training; None uses the study's.
+        quiet: Print no progress lines.
     """
 
     out: Path = Path("runs/study")

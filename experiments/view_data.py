@@ -63,18 +63,18 @@ _REACH = 40.0  # metres ahead of the car on the plan, more where the way is long
 
 @dataclass(frozen=True)
 class ViewArgs:
-    """Look at samples of a data set: pictures, masks, boxes and ways on one HTML page.
+    """View samples of a data set: images, masks, boxes and trajectories on one HTML page.
 
     Attributes:
-        shards: A finished folder of shards; or else:
-        nuscenes: A nuScenes folder (v1.0-*/ and samples/).
-        masks: Folder of masks/, labels/ and classes.json where they do not lie in `nuscenes`.
-        split: Which split; by default the first of train, val and test, or of any there is.
-        samples: How many samples are drawn, of different scenes as far as there are.
-        seed: Which ones.
-        width: Pixels across a picture on the page, at most.
-        out: The page.
-        version: Table folder such as v1.0-mini, where `nuscenes` has several.
+        shards: A finished folder of shards; or give `nuscenes`.
+        nuscenes: A nuScenes folder (v1.0-*/ and samples/), instead of `shards`.
+        masks: Folder of masks/, labels/ and classes.json, if they are not in `nuscenes`.
+        split: Split to show; by default the first of train, val and test, or of any there is.
+        samples: Number of samples to draw, from different scenes where possible.
+        seed: Selects the samples.
+        width: Maximum width of an image on the page, in pixels.
+        out: Path of the page.
+        version: Table folder such as v1.0-mini, if `nuscenes` has several.
     """
 
     shards: Path | None = None

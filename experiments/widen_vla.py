@@ -39,16 +39,16 @@ from fastdrive_jax.training.state import init_train_state, make_train_step
 
 @dataclass(frozen=True)
 class WidenVLAConfig:
-    """A training of the decoder for more cameras.
+    """Train the decoder for more cameras.
 
     Attributes:
         out: Run folder; a run found there is resumed.
-        world: The data set to write and learn from.
-        cameras: That the VLA looks through.
-        loss: Weights of its parts; fewer tokens make faster steps.
-        optimizer: AdamW and its schedule; its total_steps is the length of the run.
-        batch_size: Samples a step.
-        seed: Of parameters and data order.
+        world: The data set to generate and train on.
+        cameras: Cameras of the VLA.
+        loss: Weights of the parts of the loss; fewer tokens make faster steps.
+        optimizer: AdamW and its schedule; total_steps is the length of the run.
+        batch_size: Samples per step.
+        seed: Seed of parameters and data order.
         quiet: No progress bars.
     """
 

@@ -39,10 +39,10 @@ class WorldConfig:
         width: Picture width in pixels; the focal length scales with it.
         cameras: Camera channels to render, front first.
         jpeg_quality: OpenCV JPEG quality, 1 to 100.
-        recovery: Share of scenes that begin as a car's own driving may leave it and its teacher's
-            never does: off the lane's middle, turned, or standing with the way free. A model that
-            is to drive in a closed loop learns from them how to get back and to set off.
-        workers: Worker processes; 0 takes the CPU count. Does not change the bytes written.
+        recovery: Share of scenes that begin in states a car may drive itself into but its teacher
+            never does: off the lane's centre, rotated, or standing with the road clear. A model
+            that drives in a closed loop learns from them to recover and to start moving.
+        workers: Worker processes; 0 uses the CPU count. Does not change the bytes written.
     """
 
     seed: int = 0

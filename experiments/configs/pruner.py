@@ -27,20 +27,21 @@ class PrunerRun:
 
     Attributes:
         recon: The modules and the loss.
-        optimizer: Its `total_steps` is the length of the run.
-        encoder: Whose tokens are pruned, see `encoders.load_encoder`.
-        loader: How pictures are read; its batch size is that of an update, of all devices together.
-        accumulate: Parts that a batch is computed in, one after the other.
-        dtype: Of a Qwen2.5-VL's encoder and of all arithmetic but losses and updates.
-        data: Groups of devices, each with all parameters; -1 takes all devices that are left.
-        fsdp: Devices of a group that share its parameters.
-        tensor: Devices that share a layer.
-        ema_decay: Of an average of the parameters that is measured and exported in their place.
-        best: By which metric of the evaluations the checkpoint to export is known, the least loss
-            or the greatest recall of foreground area; None exports the last.
-        evaluate_every: Steps between evaluations; 0 evaluates at the beginning and the end.
-        eval_pictures: Pictures of an evaluation, in whole batches.
-        seed: Of the parameters and of the drawn budgets.
+        optimizer: AdamW and its schedule; `total_steps` is the length of the run.
+        encoder: Encoder whose tokens are pruned, see `encoders.load_encoder`.
+        loader: How images are read; its batch size is the global one, over all devices.
+        accumulate: Parts that a batch is split into and computed one after the other.
+        dtype: Dtype of a Qwen2.5-VL's encoder and of all arithmetic except losses and updates.
+        data: Groups of devices, each with all parameters; -1 uses all remaining devices.
+        fsdp: Devices of a group that shard its parameters.
+        tensor: Devices that share each layer.
+        ema_decay: Decay of a moving average of the parameters, which is evaluated and exported
+            instead of them.
+        best: Evaluation metric that selects the checkpoint to export: the lowest loss or the
+            highest recall of foreground area; None exports the last.
+        evaluate_every: Steps between evaluations; 0 evaluates only at the beginning and the end.
+        eval_pictures: Images of an evaluation, in whole batches.
+        seed: Seed of the parameters and of the drawn budgets.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between records.
     """

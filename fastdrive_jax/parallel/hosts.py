@@ -28,14 +28,14 @@ class HostsConfig:
 
     Attributes:
         coordinator: "host:port" of host 0, the same on all of them; the port must be free there.
-        count: How many hosts.
-        index: Which of them this is, from 0.
+        count: Number of hosts.
+        index: Index of this host, from 0.
         auto: Let JAX find all three: on TPU pods, SLURM, Open MPI and Kubernetes.
         start_seconds: How long to wait for the others at the start.
-        heartbeat_seconds: A host that was silent for so long is taken for dead, which ends all
-            others, whatever they wait for: so the job can be started again as a whole.
-        end_seconds: How long a host that is through waits for the others, which may still write;
-            one that failed with an error ends them after that time.
+        heartbeat_seconds: A host that is silent for this long is considered dead, which ends all
+            others, whatever they are waiting for, so that the whole job can be restarted.
+        end_seconds: How long a host that has finished waits for the others, which may still be
+            writing; a host that failed with an error ends them after that time.
     """
 
     coordinator: str | None = None

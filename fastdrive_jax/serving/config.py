@@ -10,18 +10,18 @@ from fastdrive_jax.pruning.select import num_keep
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what a client may ask of the service.
+    """Limits on what a client may ask of the service.
 
     Attributes:
-        body_mb: Of a whole request.
-        megapixels: Of one picture, before it is decoded.
-        queue: Frames that wait for the model; more are told to come back.
-        body_seconds: Until a request's body must be here.
-        answer_seconds: Until a request that waits is given up.
-        drives: Of which the memory is kept; the one that was silent longest goes first.
-        drive_seconds: Of silence after which a drive is forgotten.
-        connections: Requests for plans that are open at once, from their head to their answer;
-            further ones are told to come back before their bodies are read.
+        body_mb: Maximum size of a request.
+        megapixels: Maximum size of an image, checked before it is decoded.
+        queue: Frames that may wait for the model; further ones are told to come back.
+        body_seconds: Time limit for receiving a request's body.
+        answer_seconds: Time limit for a waiting request.
+        drives: Drives whose memory is kept; the one silent for longest is dropped first.
+        drive_seconds: Silence after which a drive is forgotten.
+        connections: Plan requests open at once, from headers to response; further ones are told to
+            come back before their bodies are read.
     """
 
     body_mb: float = 32.0
@@ -46,18 +46,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """A service.
+    """Configuration of a service.
 
     Attributes:
-        host: Address to listen on; loopback unless told otherwise, for there is no log-in.
-        port: 0 takes a free one.
-        ratios: Keep ratios that are compiled.
-        target_ms: Milliseconds of a frame, from its arrival, that decide the ratio where a request
-            names neither a ratio nor a target.
-        max_batch: Frames that are planned at once.
-        max_wait_ms: That a frame waits for others to share its batch.
-        seed: Of methods that draw.
-        limits: Bounds.
+        host: Address to listen on; loopback unless set, because there is no authentication.
+        port: Port to listen on; 0 picks a free one.
+        ratios: Keep ratios to compile.
+        target_ms: Time limit for a frame in milliseconds, from its arrival; decides the ratio if a
+            request gives neither a ratio nor a target.
+        max_batch: Maximum number of frames planned at once.
+        max_wait_ms: Maximum time a frame waits for others to share its batch.
+        seed: Seed of methods that draw random numbers.
+        limits: Limits on requests.
     """
 
     host: str = "127.0.0.1"
