@@ -216,10 +216,10 @@ def benchmark_case(
         },
         notes=(
             f"{len(bench.truth)} frames of {len(bench.drives.frames)} scenes that neither the VLA "
-            "nor a pruner was trained on. The VLA is given pictures, speed and command, and no "
-            "past: without a picture it cannot know what lies ahead.",
-            f"A method that is trained is the mean over {len(seeds)} trainings, one that draws the "
-            f"mean over {draws} draws, sample by sample.",
+            "nor a pruner was trained on. The VLA is given images, speed and command, but no past: "
+            "without an image it cannot know what lies ahead.",
+            f"Trained methods are means over {len(seeds)} trainings, methods that draw random "
+            f"numbers over {draws} draws, sample by sample.",
         ),
     )
 
