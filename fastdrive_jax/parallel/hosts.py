@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 
-_REFUSAL_BYTES = 4096  # of a sentence that host 0 tells the others
+_REFUSAL_BYTES = 4096  # of a sentence that a host tells the others
 
 
 @dataclass(frozen=True)
@@ -139,26 +139,39 @@ def _check_same(config: HostsConfig) -> None:
         )
 
 
+def refuse_together(check: Callable[[], None]) -> None:
+    """Runs a check on every host; if one refuses, all do.
+
+    Without this the others would wait for that one until JAX ends them.
+
+    Args:
+        check: may do something else on each host.
+
+    Raises:
+        UserError: what the first host that refuses has raised.
+    """
+    refusal = ""
+    try:
+        check()
+    except UserError as error:
+        refusal = str(error)
+        if jax.process_count() == 1:
+            raise
+    text = np.zeros(_REFUSAL_BYTES, np.uint8)
+    content = refusal.encode()[:_REFUSAL_BYTES]
+    text[: len(content)] = list(content)
+    for told in np.asarray(multihost_utils.process_allgather(text)).reshape(-1, _REFUSAL_BYTES):
+        if told.any():
+            raise UserError(bytes(told.tolist()).rstrip(b"\0").decode(errors="ignore"))
+
+
 def on_first(check: Callable[[], None]) -> None:
     """Runs something on host 0 that may refuse to go on; then all hosts refuse alike.
-
-    Without this the others would wait for host 0 until JAX ends them.
 
     Raises:
         UserError: what host 0 raised.
     """
-    refusal = ""
-    if jax.process_index() == 0:
-        try:
-            check()
-        except UserError as error:
-            refusal = str(error)
-    text = np.zeros(_REFUSAL_BYTES, np.uint8)
-    content = refusal.encode()[:_REFUSAL_BYTES]
-    text[: len(content)] = list(content)
-    told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text)).tolist()).rstrip(b"\0")
-    if told:
-        raise UserError(told.decode(errors="ignore"))
+    refuse_together(check if jax.process_index() == 0 else lambda: None)
 
 
 def all_alike(what: str, value: Any) -> None:

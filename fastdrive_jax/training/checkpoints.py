@@ -6,6 +6,7 @@ writing was cut off is never seen, and its remains are removed when the run is o
 
 import contextlib
 import errno
+import fcntl
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.parallel.hosts import on_first, sees_what_first_wrote
+from fastdrive_jax.parallel.hosts import on_first, refuse_together, sees_what_first_wrote
 from fastdrive_jax.training.best import Best, preservation
 from fastdrive_jax.training.integrity import verify_checksums, write_checksums
 from fastdrive_jax.training.run_config import CONFIG_FILE, claim_run_folder
@@ -82,12 +83,19 @@ class RunCheckpoints:
             read_only: touch nothing; the run may be going on in another process.
 
         Raises:
-            UserError: the folder holds a run of another config.
+            UserError: the folder holds a run of another config, or another process writes in it.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
+        self._held = contextlib.ExitStack()
+
+        def claim():
+            claim_run_folder(folder, config, ignore)
+            self._held.enter_context(_held(folder))
+            bring_back(folder)
+
         if not read_only:
-            on_first(lambda: (claim_run_folder(folder, config, ignore), bring_back(folder)))
+            on_first(claim)
             sees_what_first_wrote(folder / CONFIG_FILE)
         self.folder, self._read_only = folder, read_only
         self._root = (folder / "checkpoints").absolute()
@@ -210,7 +218,8 @@ class RunCheckpoints:
         if step is None:
             raise ValueError(f"{self.folder} has no checkpoint to restore")
         folder = self._root / str(step)
-        verify_checksums(folder)
+        share = jax.process_index(), jax.process_count()
+        refuse_together(lambda: verify_checksums(folder, *share))
         wanted = {"state": ocp.args.StandardRestore(abstract)}
         if iterator is not None:
             wanted["data"] = ocp.args.JsonRestore()
@@ -240,6 +249,7 @@ class RunCheckpoints:
         finally:
             self._manager.close()
             logging.getLogger("absl").removeFilter(self._log_filter)
+            self._held.close()
 
     def _ties(self, step: int, metrics: Mapping[str, float] | None) -> bool:
         """Whether a step that is the best one's equal is there without having been measured."""
@@ -273,6 +283,21 @@ class RunCheckpoints:
                     "then run the same command again to go on from the checkpoint before."
                 ) from error
             raise
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Holds a run folder for this process; the system lets go of it when the process dies."""
+    with (folder / CONFIG_FILE).open("r+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"Another process trains in {folder}; wait for it to end, or stop it."
+                ) from error
+            # A network disk may have no locks at all.
+        yield
 
 
 def _check_room(folder: Path, tree: Any) -> None:

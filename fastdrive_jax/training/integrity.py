@@ -12,6 +12,7 @@ from fastdrive_jax.files import read_json, write_json
 
 CHECKSUM_FILE = "checksums.json"
 _BLOCK = 1 << 20
+_ADVICE = "Remove its folder to go on from the one before."
 
 
 def write_checksums(folder: Path) -> None:
@@ -24,8 +25,13 @@ def write_checksums(folder: Path) -> None:
     write_json(folder / CHECKSUM_FILE, sums)
 
 
-def verify_checksums(folder: Path) -> None:
+def verify_checksums(folder: Path, index: int = 0, count: int = 1) -> None:
     """Check the files against what was recorded.
+
+    Args:
+        folder: of a checkpoint.
+        index: which share of the files, from 0, so that hosts can check them together.
+        count: how many shares.
 
     Raises:
         UserError: a file is missing or differs, or nothing was recorded.
@@ -35,16 +41,17 @@ def verify_checksums(folder: Path) -> None:
     sums = read_json(folder / CHECKSUM_FILE)
     if not isinstance(sums, dict):
         raise UserError(f"The checkpoint {folder} is damaged: {CHECKSUM_FILE} holds no object.")
-    for name, expected in sums.items():
+    for name, expected in sorted(sums.items())[index::count]:
         path = folder / name
         try:
             found = _checksum(path)
         except OSError as error:
             raise UserError(
-                f"The checkpoint {folder} is damaged: {name} can't be read ({error.strerror})."
+                f"The checkpoint {folder} is damaged: {name} can't be read ({error.strerror}). "
+                + _ADVICE
             ) from error
         if found != expected:
-            raise UserError(f"The checkpoint {folder} is damaged: {name} has changed.")
+            raise UserError(f"The checkpoint {folder} is damaged: {name} has changed. {_ADVICE}")
 
 
 def _checksum(path: Path) -> list[int]:

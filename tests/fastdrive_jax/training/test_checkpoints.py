@@ -186,3 +186,25 @@ def test_checksums_that_are_no_object_are_damage(tmp_path):
     (tmp_path / "checkpoints/3/checksums.json").write_text("[]")
     with pytest.raises(UserError, match=r"is damaged: checksums\.json holds no object"):
         restore(tmp_path)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fastdrive_jax.training.checkpoints import RunCheckpoints
+with RunCheckpoints(Path(sys.argv[1]), {}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_processs_at_a_time(tmp_path):
+    """The other one is killed, and the folder is free at once."""
+    words = [sys.executable, "-c", HOLD, tmp_path]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"Another process trains in {tmp_path}"):
+            RunCheckpoints(tmp_path, {})
+        RunCheckpoints(tmp_path, {}, read_only=True).close()
+        other.kill()
+    RunCheckpoints(tmp_path, {}).close()
