@@ -9,6 +9,7 @@ from data_pipelines.robot.expert import expert_policy
 from data_pipelines.robot.policies import RobotPolicy, random_policy
 from data_pipelines.robot.simpler_protocol import SUITES as SIMPLER_SUITES
 from experiments.drives import UNPRUNED, check_labels
+from experiments.folder_digest import checkpoint_folder_digest
 from experiments.robot_openvla import openvla_parts
 from experiments.robot_pi0 import Pi0Options, pi0_parts
 from experiments.robot_vla import vla_policy
@@ -123,15 +124,19 @@ def check_policy(name: str, suite: str, weights: Path | None = None) -> None:
 def file_name(name: str, weights: Path | None = None, pi0: Pi0Options | None = None) -> str:
     """A policy's name in files: that of a function of one's own changes with its file.
 
-    So does that of a policy file with its weights, and a checkpoint's with its folder's name; that
-    of "pi0" also with its options.
+    So does that of a policy file with its weights, and a checkpoint's with what its folder holds;
+    that of "pi0" also with its options.
     """
     if name == PI0:
-        return f"{name}-{zlib.crc32(f'{weights.resolve()} {pi0}'.encode()):08x}"
+        held = checkpoint_folder_digest(weights)
+        return f"{name}-{zlib.crc32(f'{held} {pi0}'.encode()):08x}"
     if name == OPENVLA:
         weights = weights or bundled_policy()
-        sum_of = weights.read_bytes() if weights.is_file() else str(weights.resolve()).encode()
-        return f"{name}-{zlib.crc32(sum_of):08x}"
+        if weights.is_file():
+            held = weights.read_bytes()
+        else:
+            held = checkpoint_folder_digest(weights).encode()
+        return f"{name}-{zlib.crc32(held):08x}"
     if ".py:" not in name:
         return name
     file, _, function = name.rpartition(":")
