@@ -24,7 +24,6 @@ from data_pipelines.robot.environment import TABLETOP, Suite, make_suite
 from data_pipelines.robot.worker import Job
 from data_pipelines.robot.workers import Episode, run_episodes
 from experiments.drives import UNPRUNED, check_labels
-from experiments.robot_pi0 import Pi0Options
 from experiments.robot_policies import (
     CONTROLS,
     OPENVLA,
@@ -35,6 +34,7 @@ from experiments.robot_policies import (
     robot_policy,
 )
 from experiments.robot_report import Outcome, Setting, film_gif, markdown, rows_of
+from experiments.robot_vla import AS_PUBLISHED, CheckpointOptions
 from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import write_rows
@@ -63,8 +63,9 @@ class RobotEvalArgs:
         per_view: Give each view of "openvla" or "pi0" its own budget; otherwise they share one.
         replan_steps: Actions of a chunk that "pi0" executes before its next decision; openpi uses
             5.
-        asset_id: Which statistics of an openpi folder's assets "pi0" uses; by default the only
-            ones.
+        asset_id: Which statistics scale a checkpoint's actions: for "openvla" a data set's key in
+            its folder, for "pi0" one of openpi's asset ids; by default those of the suite, or the
+            only ones.
         seeds: Seeds of policies that draw random numbers, and of the tabletop's initial states;
             LIBERO's are published with seed 7.
         simulator_seed: Seed of LIBERO's simulator; by default as published, 7 with "pi0" and 0 with
@@ -86,7 +87,7 @@ class RobotEvalArgs:
     methods: tuple[str, ...] = ()
     ratios: tuple[float, ...] = (0.5, 0.25)
     per_view: bool = False
-    replan_steps: int = Pi0Options.replan_steps
+    replan_steps: int = AS_PUBLISHED.replan_steps
     asset_id: str | None = None
     seeds: tuple[int, ...] = (0,)
     simulator_seed: int | None = None
@@ -115,6 +116,11 @@ class RobotEvalArgs:
                 check_policy(policy, suite, self.weights)
         check_labels(self.policies)
         check_methods(self.methods)
+        if self.asset_id is not None and not (self.weights and self.weights.is_dir()):
+            raise UserError(
+                f"asset_id={self.asset_id!r} chooses among the statistics of a published "
+                "checkpoint: give its folder as --weights."
+            )
         if {OPENVLA, PI0} <= set(self.policies):
             raise UserError("openvla and pi0 have weights of their own: run one at a time.")
 
@@ -126,9 +132,9 @@ class RobotEvalArgs:
         return libero.OPENPI_SEED if PI0 in self.policies else libero.OPENVLA_SEED
 
     @property
-    def pi0(self) -> Pi0Options:
-        """What "pi0" is told besides its weights."""
-        return Pi0Options(self.replan_steps, self.asset_id)
+    def options(self) -> CheckpointOptions:
+        """What the folder of a checkpoint does not tell."""
+        return CheckpointOptions(self.replan_steps, self.asset_id)
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ def run_setting(
     name = "_".join(
         [
             setting.suite,
-            file_name(setting.policy, args.weights, args.pi0),
+            file_name(setting.policy, args.weights, args.options),
             *([] if setting.method is None else [file_name(setting.method), f"{setting.ratio:g}"]),
             f"seed{setting.seed}",
         ]
@@ -233,7 +239,8 @@ def run_setting(
     jobs = [Job(*one, film=one in unseen) for one in wanted if one not in found or one in unseen]
     if jobs:
         how = setting.method, setting.ratio, setting.seed
-        policy = robot_policy(setting.policy, suite, *how, args.weights, args.per_view, args.pi0)
+        told = args.weights, args.per_view, args.options
+        policy = robot_policy(setting.policy, suite, *how, *told)
         for episode in run_episodes(suite, jobs, policy, workers, batch):
             if episode.film is not None:
                 path = film_of(episode.task, episode.trial)

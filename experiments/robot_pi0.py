@@ -1,6 +1,6 @@
 """A published pi0 as a policy of LIBERO, as openpi runs it there."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.robot.policies import ACTION_SIZE, GRIPPER, PROPRIO_SIZE
-from experiments.robot_vla import Body
+from experiments.robot_vla import AS_PUBLISHED, Body, CheckpointOptions
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.pi0.checkpoint import load, read_checkpoint
 from fastdrive_jax.models.pi0.config import PI0, Pi0Config
@@ -24,22 +24,9 @@ _WRIST_NAMES = ("wrist", "hand", "image2")  # "image2" is the wrist's of lerobot
 _PADDING = 1e-3  # what statistics of padding may differ from 0 by
 
 
-@dataclass(frozen=True)
-class Pi0Options:
-    """What a checkpoint's folder does not tell.
-
-    Attributes:
-        replan_steps: Actions of a chunk that are executed before the next decision.
-        asset_id: Which of the folder's statistics; None takes the only ones.
-    """
-
-    replan_steps: int = 5  # openpi's on LIBERO
-    asset_id: str | None = None
-
-
 def pi0_parts(
     weights: Path,
-    options: Pi0Options = Pi0Options(),
+    options: CheckpointOptions = AS_PUBLISHED,
     published: Pi0Config = PI0,
     dtype: jnp.dtype = jnp.bfloat16,
 ) -> tuple[Pi0, dict, Body]:

@@ -11,8 +11,8 @@ from data_pipelines.robot.simpler_protocol import SUITES as SIMPLER_SUITES
 from experiments.drives import UNPRUNED, check_labels
 from experiments.folder_digest import checkpoint_folder_digest
 from experiments.robot_openvla import openvla_parts
-from experiments.robot_pi0 import Pi0Options, pi0_parts
-from experiments.robot_vla import vla_policy
+from experiments.robot_pi0 import pi0_parts
+from experiments.robot_vla import AS_PUBLISHED, CheckpointOptions, vla_policy
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.robot import RobotVLA
 from fastdrive_jax.models.openvla.policy_file import bundled_policy
@@ -33,7 +33,7 @@ def robot_policy(
     seed: int,
     weights: Path | None = None,
     per_view: bool = False,
-    pi0: Pi0Options | None = None,
+    options: CheckpointOptions = AS_PUBLISHED,
 ) -> RobotPolicy:
     """A policy with a pruning method.
 
@@ -48,7 +48,7 @@ def robot_policy(
             policy file of `fastdrive robot train`, and at the tabletop None takes the packaged
             policy.
         per_view: Whether each of their views has a budget of its own.
-        pi0: What "pi0" is told besides; None takes the defaults.
+        options: What the folder of a checkpoint does not tell.
 
     Raises:
         UserError: There is no such policy, or it does not belong to this suite.
@@ -60,9 +60,11 @@ def robot_policy(
         return random_policy(seed)
     if name in (OPENVLA, PI0):
         if name == PI0:
-            model, params, body = pi0_parts(weights, pi0 or Pi0Options())
+            model, params, body = pi0_parts(weights, options)
         else:
-            model, params, body = openvla_parts(suite.name, weights or bundled_policy())
+            model, params, body = openvla_parts(
+                suite.name, weights or bundled_policy(), options.asset_id
+            )
         # A method within the model cuts nothing at a ratio of 1.
         pruner = make_pruner("fastv" if method == UNPRUNED else method)
         if per_view and method != UNPRUNED:
@@ -121,21 +123,20 @@ def check_policy(name: str, suite: str, weights: Path | None = None) -> None:
         raise UserError(f"There is no robot policy {name!r}: {hint}")
 
 
-def file_name(name: str, weights: Path | None = None, pi0: Pi0Options | None = None) -> str:
+def file_name(
+    name: str, weights: Path | None = None, options: CheckpointOptions = AS_PUBLISHED
+) -> str:
     """A policy's name in files: that of a function of one's own changes with its file.
 
-    So does that of a policy file with its weights, and a checkpoint's with what its folder holds;
-    that of "pi0" also with its options.
+    So does that of a policy file with its weights, and a checkpoint's with what its folder holds
+    and with the options.
     """
-    if name == PI0:
-        held = checkpoint_folder_digest(weights)
-        return f"{name}-{zlib.crc32(f'{held} {pi0}'.encode()):08x}"
-    if name == OPENVLA:
+    if name in (OPENVLA, PI0):
         weights = weights or bundled_policy()
         if weights.is_file():
             held = weights.read_bytes()
         else:
-            held = checkpoint_folder_digest(weights).encode()
+            held = f"{checkpoint_folder_digest(weights)} {options}".encode()
         return f"{name}-{zlib.crc32(held):08x}"
     if ".py:" not in name:
         return name

@@ -48,6 +48,23 @@ class Body:
     executed: int | None = None
 
 
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What a published checkpoint's folder does not tell.
+
+    Attributes:
+        replan_steps: Actions of a chunk of pi0 that are executed before the next decision.
+        asset_id: Which of the folder's statistics: an OpenVLA's key of a data set, or openpi's
+            asset id; None takes those of the suite, or the only ones.
+    """
+
+    replan_steps: int = 5  # openpi's on LIBERO
+    asset_id: str | None = None
+
+
+AS_PUBLISHED = CheckpointOptions()
+
+
 def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotPolicy:
     """The policy; what a temporal method remembers goes from decision to decision.
 

@@ -173,6 +173,7 @@ def test_films_show_kept_tokens_of_each_view():
         ({"seeds": (1, 1)}, "each once"),
         ({"policies": ("a.py:model", "b.py:model")}, "a.py:model, b.py:model would all be called"),
         ({"methods": ("fastv", "fastv")}, "'fastv' in tables"),
+        ({"asset_id": "kitchen"}, "asset_id='kitchen'.*folder as --weights"),
     ],
 )
 def test_refusals(change, named):

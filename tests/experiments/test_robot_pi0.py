@@ -28,7 +28,6 @@ from experiments.robot_eval import RobotEvalArgs
 from experiments.robot_pi0 import (
     THIRD_PERSON,
     WRIST,
-    Pi0Options,
     from_libero,
     libero_statistics,
     pi0_parts,
@@ -37,7 +36,7 @@ from experiments.robot_pi0 import (
     views_of,
 )
 from experiments.robot_policies import check_policy, file_name
-from experiments.robot_vla import moment_of, vla_policy
+from experiments.robot_vla import CheckpointOptions, moment_of, vla_policy
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import read_rows
 from fastdrive_jax.inference import pi0
@@ -59,7 +58,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts(folder):
-    options = Pi0Options(replan_steps=4)
+    options = CheckpointOptions(replan_steps=4)
     model, params, body = pi0_parts(folder, options, SIZES, jnp.float32)
     return model, {"vla": params, "pruner": None}, body
 
@@ -195,7 +194,7 @@ def test_the_command_runs_it(folder, tmp_path, monkeypatch):
 def test_a_folder_of_lerobots_is_the_same_policy(folder, parts, tmp_path):
     write_lerobot(tmp_path)
     write_weights(tmp_path)
-    model, params, body = pi0_parts(tmp_path, Pi0Options(), SIZES, jnp.float32)
+    model, params, body = pi0_parts(tmp_path, CheckpointOptions(), SIZES, jnp.float32)
     assert model.config == parts[0].config
     jax.tree.map(np.testing.assert_array_equal, params, parts[1]["vla"])
     assert (body.views, body.executed, body.prompt_tokens) == ((0, 1), 5, 48)
@@ -256,9 +255,9 @@ def test_cameras_by_their_names(cameras, views):
 
 def test_what_does_not_fit_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="replan_steps=8 must be at most 7"):
-        pi0_parts(folder, Pi0Options(8), SIZES)
+        pi0_parts(folder, CheckpointOptions(8), SIZES)
     with pytest.raises(UserError, match="asset id 'droid': choose the asset id from physical-"):
-        pi0_parts(folder, Pi0Options(asset_id="droid"), SIZES)
+        pi0_parts(folder, CheckpointOptions(asset_id="droid"), SIZES)
     write_lerobot(tmp_path, max_state_dim=6, max_action_dim=6)
     with pytest.raises(UserError, match=r"takes 6 numbers of the robot's state; LIBERO has 8"):
         pi0_parts(tmp_path, published=SIZES)
@@ -294,7 +293,7 @@ def test_the_name_asks_for_a_folder_and_for_libero(folder, tmp_path):
     with pytest.raises(UserError, match="replan_steps=0"):
         RobotEvalArgs(replan_steps=0)
     names = {
-        file_name("pi0", weights, Pi0Options(*options))
+        file_name("pi0", weights, CheckpointOptions(*options))
         for weights in (folder, tmp_path)
         for options in ((), (6,), (5, "libero"))
     }

@@ -9,7 +9,8 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 from tiny_pi0 import SIZES, published, write_json, write_tokenizer
 
-from experiments.robot_pi0 import Pi0Options, pi0_parts
+from experiments.robot_pi0 import pi0_parts
+from experiments.robot_vla import CheckpointOptions
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.pi0 import weights
 from fastdrive_jax.models.pi0.checkpoint import load
@@ -158,7 +159,7 @@ def test_it_is_a_policy_without_a_config(downloaded):
     actions = {"mean": [0.0] * 7, "std": [1.0] * 7}
     path = downloaded / "assets" / "libero" / "norm_stats.json"
     write_json(path, {"norm_stats": {"state": one, "actions": actions}})
-    model, params, body = pi0_parts(downloaded, Pi0Options(), SIZES, jnp.float32)
+    model, params, body = pi0_parts(downloaded, CheckpointOptions(), SIZES, jnp.float32)
     assert model.config.horizon == SIZES.horizon
     assert body.views == (0, 1)
     jax.tree.map(np.testing.assert_array_equal, params, load(downloaded, SIZES))
