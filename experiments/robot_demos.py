@@ -19,7 +19,7 @@ from data_pipelines.robot.episodes import Episodes
 from data_pipelines.robot.policies import RobotPolicy
 from data_pipelines.robot.recording import DemoConfig
 from experiments.drives import UNPRUNED
-from experiments.robot_policies import OPENVLA, robot_policy
+from experiments.robot_policies import OPENVLA, check_no_run, robot_policy
 from fastdrive_jax.errors import UserError
 
 
@@ -74,8 +74,9 @@ def file_policy(path: Path) -> FilePolicy:
     """What makes the policy of a file.
 
     Raises:
-        UserError: The file cannot be read.
+        UserError: The file cannot be read, or is the folder of a training.
     """
+    check_no_run(path)
     try:
         return FilePolicy(path.absolute(), hashlib.sha256(path.read_bytes()).hexdigest())
     except OSError as error:

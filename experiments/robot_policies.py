@@ -15,7 +15,7 @@ from experiments.robot_pi0 import pi0_parts
 from experiments.robot_vla import AS_PUBLISHED, CheckpointOptions, vla_policy
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.robot import RobotVLA
-from fastdrive_jax.models.openvla.policy_file import bundled_policy
+from fastdrive_jax.models.openvla.policy_file import POLICY_FILE, bundled_policy
 from fastdrive_jax.own_files import own_function
 from fastdrive_jax.pruning import builds_on_recon, make_pruner
 from fastdrive_jax.pruning.budgets import per_camera
@@ -105,6 +105,7 @@ def check_policy(name: str, suite: str, weights: Path | None = None) -> None:
         weights = weights or bundled_policy()
         if not weights.exists():
             raise UserError(f"There is no policy file or checkpoint folder {weights}.")
+        check_no_run(weights)
         if weights.is_file() and suite != TABLETOP:
             raise UserError(
                 f"A small policy knows the suite {TABLETOP} only; for {suite} give the folder of a "
@@ -121,6 +122,22 @@ def check_policy(name: str, suite: str, weights: Path | None = None) -> None:
         known = f"choose from {', '.join(POLICIES)}, or name FILE.py:FUNCTION of your own."
         hint = f"did you mean {close[0]!r}?" if close else known
         raise UserError(f"There is no robot policy {name!r}: {hint}")
+
+
+def check_no_run(weights: Path) -> None:
+    """Refuses the folder of a training in the place of the file that it wrote.
+
+    Raises:
+        UserError: It is one; the sentence names the file.
+    """
+    path = weights / POLICY_FILE
+    if path.is_file():
+        raise UserError(f"{weights} is the folder of a training; give the policy in it, {path}.")
+    if (weights / "train" / "checkpoints").is_dir():
+        raise UserError(
+            f"{weights} is the folder of a training that has not ended; run it to its end for "
+            f"{path}."
+        )
 
 
 def file_name(

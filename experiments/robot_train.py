@@ -39,7 +39,7 @@ from fastdrive_jax.models.openvla.actions import (
 )
 from fastdrive_jax.models.openvla.config import TINY_OPENVLA, OpenVLAConfig
 from fastdrive_jax.models.openvla.model import OpenVLA
-from fastdrive_jax.models.openvla.policy_file import PolicySpec, save_policy
+from fastdrive_jax.models.openvla.policy_file import POLICY_FILE, PolicySpec, save_policy
 from fastdrive_jax.models.openvla.prompt import word_prompts
 from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding
 from fastdrive_jax.training.checkpoints import RunCheckpoints
@@ -152,7 +152,7 @@ def robot_train(config: RobotTrainConfig) -> Path:
         ignore=("demos", "out", "quiet"),
         name="train robot VLA",
     )
-    path = config.out / "policy.safetensors"
+    path = config.out / POLICY_FILE
     spec = PolicySpec(config.model, prompts, statistics, views)
     save_policy(path, jax.device_get(result.state.params["vla"]), spec)
     return path

@@ -14,6 +14,7 @@ from data_pipelines.robot.environment import make_suite
 from data_pipelines.robot.workers import Film
 from experiments import robot_eval
 from experiments.cli import main
+from experiments.robot_demos import file_policy
 from experiments.robot_eval import RobotEvalArgs
 from experiments.robot_policies import robot_policy
 from experiments.robot_report import Outcome, Setting, film_gif, rows_of
@@ -186,6 +187,18 @@ def test_tasks_that_there_are_not_and_files_that_are_missing_are_refused(args):
         robot_eval.check_jobs(RobotEvalArgs(tasks=(7,)), counting_suite())
     with pytest.raises(UserError, match=r"There is no file nowhere\.py"):
         robot_policy("nowhere.py:model", counting_suite(), "unpruned", 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    "give", [lambda run: RobotEvalArgs(policies=("openvla",), weights=run), file_policy]
+)
+def test_a_trainings_folder_is_told_from_the_policy_in_it(tmp_path, give):
+    (tmp_path / "train" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"not ended; run it to its end for .*policy\.safetensors"):
+        give(tmp_path)
+    (tmp_path / "policy.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"give the policy in it, .*/policy\.safetensors"):
+        give(tmp_path)
 
 
 @simulated

@@ -20,6 +20,7 @@ from fastdrive_jax.models.openvla.prompt import WordPrompts
 from fastdrive_jax.packaged import packaged
 
 BUNDLED = "tiny_robot.safetensors"  # of the tabletop, see docs/robot.md
+POLICY_FILE = "policy.safetensors"  # in the folder of a training
 _KEY = "openvla"  # of the file's metadata
 
 
