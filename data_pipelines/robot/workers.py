@@ -105,7 +105,8 @@ def run_episodes(
         batch: Samples of one call of the policy, at most as many as workers.
 
     Raises:
-        UserError: A worker has died or failed; the sentence names its task, trial and seed.
+        UserError: A worker has died or failed, or the policy gave no actions; the sentence names
+            task, trial and seed.
     """
     if not 1 <= batch <= workers:
         raise UserError(f"batch={batch} must be at least 1 and at most workers={workers}.")
@@ -144,10 +145,16 @@ def _act(
     spent = {POLICY: time.perf_counter() - begin, **acted.seconds}
     spent = {stage: np.broadcast_to(value, (batch,)).tolist() for stage, value in spent.items()}
     if actions.ndim != 3 or actions.shape[::2] != (batch, ACTION_SIZE) or not actions.shape[1]:
-        raise ValueError(f"actions {actions.shape} must be [{batch}, chunk, {ACTION_SIZE}]")
-    if not np.isfinite(actions).all():
-        raise ValueError("the policy gave actions that are not finite")
+        raise UserError(
+            f"The policy gave actions {list(actions.shape)} for {team.where(slots[0])}; they must "
+            f"be [{batch}, chunk, {ACTION_SIZE}]."
+        )
     for row, slot in enumerate(slots):
+        if not np.isfinite(actions[row]).all():
+            raise UserError(
+                f"The policy gave actions that are not finite for {team.where(slot)}; look for "
+                "numbers that are not finite in its weights and statistics."
+            )
         running = team.running[slot]
         running.begun = True
         running.decisions.append(team.waiting[slot].step)
@@ -242,7 +249,8 @@ class _Team:
         except OSError:
             raise self._died(slot) from None
 
-    def _where(self, slot: int) -> str:
+    def where(self, slot: int) -> str:
+        """What a slot simulates, for errors."""
         if slot not in self.running:
             return f"{self._suite.name}, between two episodes"
         job, suite = self.running[slot].job, self._suite
@@ -254,7 +262,7 @@ class _Team:
         process = self._processes[slot]
         process.join(timeout=10)
         return UserError(
-            f"The process that simulates {self._where(slot)} has died (exit code "
+            f"The process that simulates {self.where(slot)} has died (exit code "
             f"{process.exitcode}), most likely for lack of memory; run the same command again with "
             "fewer workers, it goes on where it stopped."
         )
@@ -262,4 +270,4 @@ class _Team:
     def _failed(self, slot: int, failed: Failed) -> Exception:
         if failed.user:
             return UserError(failed.text)
-        return RuntimeError(f"The simulation of {self._where(slot)} failed:\n{failed.text}")
+        return RuntimeError(f"The simulation of {self.where(slot)} failed:\n{failed.text}")

@@ -93,8 +93,19 @@ def test_a_persons_mistake_stays_one_sentence():
 )
 def test_senseless_actions_are_refused(actions, named):
     policy = RobotPolicy(lambda batch: None, lambda o, memory, first: Acted(actions))
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(UserError, match=named) as told:
         run([Job(0, 0)], policy, 1, 1)
+    assert "for counting, task 0 (count to 3), trial 0, seed 4; " in str(told.value)
+
+
+def test_of_a_batch_the_episode_with_senseless_actions_is_named():
+    def act(observations, memory, first):
+        trials = np.array([one.proprio[1] for one in observations])
+        actions = np.zeros((2, 1, 7)) + np.where(trials == 1, np.inf, 0)[:, None, None]
+        return Acted(actions, memory=memory)
+
+    with pytest.raises(UserError, match=r"not finite for counting, task 3 .*, trial 1, seed 4"):
+        run([Job(3, 0), Job(3, 1)], RobotPolicy(lambda batch: None, act), 2, 2)
 
 
 def test_a_batch_larger_than_the_team_is_refused():
