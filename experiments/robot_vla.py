@@ -1,5 +1,6 @@
 """A VLA with a pruning method as a policy of the robot environments."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from data_pipelines.robot.policies import Acted, Observation, RobotPolicy, digest
 from data_pipelines.robot.workers import POLICY
@@ -22,6 +24,7 @@ from fastdrive_jax.inference.robot import (
 )
 from fastdrive_jax.models.pi0.model import Pi0
 from fastdrive_jax.models.prompts import Prompts
+from fastdrive_jax.parallel.mesh import replicated_sharding
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
     warmup = 0 if temporal is None or vla.keep_ratio == 1 else temporal.warmup
     root = jax.random.key(seed)
     pruned, whole = (_stages(one, params) for one in (vla, replace(vla, keep_ratio=1.0)))
-    compiled = set()
+    place, calls = _placement(params), itertools.count()
 
     def decide(observations: Sequence[Observation], memory, first) -> Acted:
         begin, first = time.perf_counter(), np.asarray(first)
@@ -93,15 +96,15 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
             key = _own_keys(root, digests(observations), steps)
         decisions = np.where(first, 0, memory["decisions"])
         warm = decisions < warmup
-        wanted = {whole: warm, pruned: ~warm}
-        # The first call is not timed, so all is compiled in it.
-        done = {
-            run: run(moment, memory["state"], first, key)
-            for run, samples in wanted.items()
-            if samples.any() or (warmup and run not in compiled)
-        }
-        compiled.update(done)
-        used = [done[run] for run, samples in wanted.items() if samples.any()]
+        # A state that lay elsewhere at first would have the programs compiled again.
+        state = jax.device_put(memory["state"], place)
+        # The first call is not timed, so all is compiled in it, with what chooses between the two.
+        both = next(calls) == 0 and warmup > 0
+        used = [
+            run(moment, state, first, key)
+            for run, samples in ((whole, warm), (pruned, ~warm))
+            if both or samples.any()
+        ]
         # A method within the model keeps the same state at every ratio; before it, it has none.
         actions, state = _by_sample(warm, [(acted.actions, acted.state) for acted, _ in used])
         rows = np.asarray(used[-1][0].keep_indices)
@@ -136,6 +139,14 @@ def _stages(vla, params):
         return clock.time("decode", act, params, inputs, moment, seen, key), clock.seconds
 
     return run
+
+
+def _placement(params) -> jax.sharding.Sharding | None:
+    """Where parameters are, for what each of their devices has a copy of; None without any."""
+    for leaf in jax.tree.leaves(params):
+        place = leaf.sharding
+        return replicated_sharding(place.mesh) if isinstance(place, NamedSharding) else place
+    return None
 
 
 def _by_sample(warm, trees):

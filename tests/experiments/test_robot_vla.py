@@ -1,14 +1,20 @@
 """A pruned VLA as a robot's policy: what it remembers, and when it begins to prune."""
 
+import jax
 import numpy as np
 import pytest
+import robot_fakes
 from small_openvla import small_openvla, unit_body
 
-from data_pipelines.robot.policies import Observation
+from data_pipelines.robot.policies import Observation, RobotPolicy
+from data_pipelines.robot.worker import Job
+from data_pipelines.robot.workers import run_episodes
+from experiments.bench_train import compilations
 from experiments.robot_openvla import openvla_body
 from experiments.robot_vla import vla_policy
 from fastdrive_jax.inference.robot import RobotVLA
 from fastdrive_jax.models.openvla.actions import ActionStatistics, Bounds
+from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding
 from fastdrive_jax.pruning import make_pruner
 
 BATCH, TOKENS, KEPT = 2, 18, 4
@@ -65,6 +71,36 @@ def test_an_episode_is_pruned_once_the_method_is_warm(parts):
     rows = np.asarray(memory["state"]["rows"])[:, 0]
     np.testing.assert_array_equal((rows > 0).sum(axis=1), [TOKENS, KEPT])
     assert unpruned.kept[0].shape == (TOKENS,)
+
+
+@pytest.mark.parametrize("placed", [False, True], ids=["anywhere", "on a mesh"])
+def test_no_call_but_the_first_compiles(parts, placed):
+    """Parameters of a checkpoint are on a mesh, where what a method remembers is at first not."""
+    model, params, _ = parts
+    params = jax.device_put(params, replicated_sharding(make_mesh())) if placed else params
+    body = unit_body(
+        robot_fakes.INSTRUCTIONS,
+        model,
+        finish=np.ones_like,  # so that episodes end one after the other
+        picture=lambda image: np.pad(image, ((4, 4), (4, 4), (0, 0))),
+    )
+    policy = vla_policy(RobotVLA(model, make_pruner("vlapruner", window=2), 0.25), params, body)
+    compiled, ages = [], set()
+
+    def act(*given):
+        with compilations() as found:
+            acted = policy.act(*given)
+        compiled.append(len(found))
+        ages.add(tuple(sorted(acted.memory["decisions"])))
+        return acted
+
+    jobs = [Job(task, 0) for task in (0, 2, 1)]
+    counted = RobotPolicy(policy.start, act)
+    episodes = list(run_episodes(robot_fakes.counting_suite(), jobs, counted, workers=2, batch=2))
+    assert [one.steps for one in episodes] == [3, 7, 5]
+    assert {(1, 4), (2, 5), (3, 6)} <= ages  # one was pruned, and then one that warmed up was not
+    assert compiled[0] > 0
+    assert not any(compiled[1:]), compiled
 
 
 def test_what_is_drawn_does_not_depend_on_what_shares_the_batch(parts):
