@@ -244,7 +244,7 @@ def run_setting(
         for episode in run_episodes(suite, jobs, policy, workers, batch):
             if episode.film is not None:
                 path = film_of(episode.task, episode.trial)
-                write_bytes(path, film_gif(episode.film, policy.grid, suite.hz))
+                write_bytes(path, film_gif(episode.film, policy.grid, suite.hz, policy.views))
             outcome = outcome_of(episode)
             if (outcome.task, outcome.trial) not in found:
                 append_outcome(kept, outcome)

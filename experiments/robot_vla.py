@@ -123,7 +123,7 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
         state = start_state(vla, batch, body.prompt_tokens, vla.model.dtype)
         return {"state": state, "decisions": np.zeros(batch, np.int32)}
 
-    return RobotPolicy(start, decide, vla.model.config.token_grid)
+    return RobotPolicy(start, decide, vla.model.config.token_grid, body.views)
 
 
 def _stages(vla, params):

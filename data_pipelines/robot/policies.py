@@ -60,11 +60,14 @@ class RobotPolicy:
         act: (observations, memory, first) to `Acted`; first `[B]` marks samples whose episode
             begins, whose memory is of another one.
         grid: Rows and columns of the visual tokens of each view, to draw which are kept.
+        views: Which of the observation's pictures it looks at, in the order of its tokens; None
+            takes all as they come.
     """
 
     start: Callable[[int], Any]
     act: Callable[[Sequence[Observation], Any, np.ndarray], Acted]
     grid: tuple[int, int] | None = None
+    views: tuple[int, ...] | None = None
 
 
 def random_policy(seed: int = 0, chunk: int = 1) -> RobotPolicy:

@@ -148,20 +148,50 @@ def test_seeds_that_draw_states_of_their_own_are_pooled_with_wilsons_interval(wi
     assert pooled.high - pooled.low > 0.3
 
 
-def test_films_show_kept_tokens_of_each_view():
+@pytest.fixture
+def film():
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (3, 2, 32, 32, 3), np.uint8)
-    film = Film(frames, (0, 2), (np.array([0, 5]), np.array([1, 2])))
+    return Film(frames, (0, 2), (np.array([0, 5]), np.array([1, 2])))
+
+
+def test_films_show_kept_tokens_of_each_view(film):
     data = film_gif(film, (2, 2), 5)
     picture = Image.open(io.BytesIO(data))
     assert picture.n_frames == 3
     assert picture.info["duration"] == 200
     assert picture.size == (56, 28)
-    shown = np.asarray(picture.convert("RGB")).astype(int)
-    colourful = np.ptp(shown, axis=-1).reshape(2, 14, 4, 14).mean((1, 3)) > 30
     # Token 0 of the first view and token 5, which is 1 of the second, keep their colours.
-    np.testing.assert_array_equal(colourful, [[True, False, False, True], [False] * 4])
+    np.testing.assert_array_equal(colourful(picture), [[True, False, False, True], [False] * 4])
     assert Image.open(io.BytesIO(film_gif(film, None, 5))).size == (64, 32)
+
+
+def colourful(picture):
+    """Which of 2 x 4 tokens are not washed out."""
+    shown = np.asarray(picture.convert("RGB")).astype(int)
+    return np.ptp(shown, axis=-1).reshape(2, 14, 4, 14).mean((1, 3)) > 30
+
+
+def test_films_keep_their_size_while_a_method_warms_up(film):
+    film = replace(film, kept=(None, film.kept[0]))
+    picture = Image.open(io.BytesIO(film_gif(film, (2, 2), 5)))
+    assert picture.size == (56, 28)
+    np.testing.assert_array_equal(colourful(picture), [[True] * 4] * 2)
+    picture.seek(2)
+    np.testing.assert_array_equal(colourful(picture), [[True, False, False, True], [False] * 4])
+
+
+@pytest.mark.parametrize(
+    ("views", "left", "right"),
+    [
+        ((1, 0), [[False, True], [False] * 2], [[True, False], [False] * 2]),
+        ((0,), [[True, False], [False] * 2], [[True] * 2] * 2),  # the other one is not seen at all
+        ((1,), [[True] * 2] * 2, [[True, False], [False] * 2]),
+    ],
+)
+def test_films_show_tokens_on_the_pictures_that_the_model_saw(film, views, left, right):
+    picture = Image.open(io.BytesIO(film_gif(film, (2, 2), 5, views)))
+    np.testing.assert_array_equal(colourful(picture), np.hstack([left, right]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """A pruned VLA as a robot's policy: what it remembers, and when it begins to prune."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -43,6 +45,12 @@ def observations(seed):
 def policy(parts, name, ratio, **settings):
     model, params, body = parts
     return vla_policy(RobotVLA(model, make_pruner(name, **settings), ratio), params, body)
+
+
+def test_a_policy_says_which_pictures_its_tokens_are_of(parts):
+    model, params, body = parts
+    vla = RobotVLA(model, make_pruner("fastv"), 1.0)
+    assert vla_policy(vla, params, replace(body, views=(1, 0))).views == (1, 0)
 
 
 def test_an_episode_is_pruned_once_the_method_is_warm(parts):
