@@ -2,7 +2,8 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -11,13 +12,14 @@ from PIL import Image
 from data_pipelines.robot.environment import Suite
 from data_pipelines.robot.workers import ENVIRONMENT, POLICY, Film
 from experiments.drives import UNPRUNED, label
-from fastdrive_jax.evaluation.bootstrap import interval
+from fastdrive_jax.evaluation.bootstrap import Interval, interval
 from fastdrive_jax.evaluation.compare import difference_rows
 from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.pictures import keep_overlay
-from fastdrive_jax.evaluation.proportions import wilson
+from fastdrive_jax.evaluation.proportions import unanimous, wilson
 from fastdrive_jax.evaluation.results import Row, point
 
+Found = TypeVar("Found", Interval, Row)
 SUCCESS = "success"
 STAGES = ("vision", "prefill", "decode")
 _TOKEN = 14  # pixels of a token in films
@@ -86,7 +88,8 @@ def rows_of(outcomes: Outcomes, suites: Mapping[str, Suite]) -> list[Row]:
 
     Success has Wilson's interval where episodes are independent. Several seeds are pooled in rows
     without a seed: where a suite's initial states are few and the same for all seeds, its episodes
-    are not, and states are resampled instead.
+    are not, and states are resampled instead, as they are for differences. Where all states gave
+    the same that has no width, and `unanimous` has.
 
     Args:
         outcomes: Setting to (task, trial) to outcome.
@@ -97,11 +100,11 @@ def rows_of(outcomes: Outcomes, suites: Mapping[str, Suite]) -> list[Row]:
         rows += _setting_rows(setting, list(found.values()), setting.seed)
     for group in _over_seeds(outcomes):
         first, seeds = group[0], [setting.seed for setting in group]
+        states = _states(group, outcomes, suites[first.suite])
         if len(seeds) > 1:
             values = [float(o.success) for s in group for o in outcomes[s].values()]
-            states = _states(group, outcomes, suites[first.suite])
             if suites[first.suite].seed is None:
-                found = interval(values, states)
+                found = _with_width(interval(values, states), states, least=0)
             else:  # each seed draws states of its own
                 found = wilson(int(sum(values)), len(values))
             rows.append(_row(first, _metric(first, SUCCESS), found, None))
@@ -112,12 +115,12 @@ def rows_of(outcomes: Outcomes, suites: Mapping[str, Suite]) -> list[Row]:
                 for one in outcomes[s]
             ]
             if len(pairs) > 1:
-                rows += difference_rows(
+                difference, p_value = difference_rows(
                     _metric(first, SUCCESS), first.ratio, first.label,
                     [a for a, _ in pairs], first.unpruned.label, [b for _, b in pairs],
-                    _states(group, outcomes, suites[first.suite]),
-                    seed=None if len(seeds) > 1 else seeds[0],
+                    states, seed=None if len(seeds) > 1 else seeds[0],
                 )  # fmt: skip
+                rows += [_with_width(difference, states, least=-1), p_value]
     return rows
 
 
@@ -134,6 +137,14 @@ def _states(group: Sequence[Setting], outcomes: Outcomes, suite: Suite) -> np.nd
     drawn = suite.seed is not None
     keys = [(s.seed if drawn else 0, *one) for s in group for one in outcomes[s]]
     return np.unique(np.array(keys), axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _with_width(found: Found, states: np.ndarray, least: float) -> Found:
+    """What was resampled, but for an interval without a width."""
+    if found.low is None or found.low < found.high:
+        return found
+    low, high = unanimous(found.value, len(np.unique(states)), least)
+    return replace(found, low=low, high=high)
 
 
 def _setting_rows(setting: Setting, outcomes: Sequence[Outcome], seed: int | None) -> list[Row]:

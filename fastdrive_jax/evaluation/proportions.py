@@ -1,4 +1,4 @@
-"""How sure a success rate is."""
+"""How sure a success rate is, or the difference of two."""
 
 import math
 from statistics import NormalDist
@@ -31,3 +31,31 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> Interval:
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == trials else centre + half
     return Interval(rate, low, high, trials, trials)
+
+
+def unanimous(
+    value: float, states: int, least: float = 0.0, level: float = 0.95
+) -> tuple[float, float]:
+    """The interval of a mean within [least, 1] that is the same in every state.
+
+    A bootstrap over such states has no width, however few they are. Here a share of all states may
+    differ, as large as Wilson's interval of none in `states` allows, and be anything. Of a rate of
+    0 or 1 this is Wilson's own interval, and of a difference of paired outcomes, one pair a state,
+    Tango's score interval (1998): of none of n pairs that disagree +-z^2 / (n + z^2).
+
+    Args:
+      value: the mean of each state.
+      states: number of independent states.
+      least: -1 for a difference of rates.
+      level: coverage of the interval.
+
+    Returns:
+      Its ends.
+
+    Raises:
+      ValueError: the mean is outside, or there is no state.
+    """
+    if not least <= value <= 1:
+        raise ValueError(f"{value} is outside [{least}, 1]")
+    share = wilson(0, states, level).high
+    return value - share * (value - least), value + share * (1 - value)

@@ -19,6 +19,7 @@ from experiments.robot_eval import RobotEvalArgs
 from experiments.robot_policies import robot_policy
 from experiments.robot_report import Outcome, Setting, film_gif, rows_of
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.bootstrap import paired_difference
 from fastdrive_jax.evaluation.proportions import wilson
 from fastdrive_jax.evaluation.results import read_rows
 
@@ -130,6 +131,50 @@ def test_rows_pair_by_initial_state_and_pool_seeds():
     assert cells["m fastv", "counting_loop_hz", 0].value == pytest.approx(4 / 0.3)
     assert cells["m fastv", "counting_environment_ms", 0].value == pytest.approx(25)
     assert cells["m fastv", "counting_policy_ms", 0].value == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("base", "pruned", "drawn", "low", "high"),
+    [
+        # z^2 / (n + z^2) of n = 8 pairs and of 4 initial states that two seeds share.
+        ([[1, 0, 1, 1]] * 2, [[1, 0, 1, 1]] * 2, True, -0.324408, 0.324408),
+        ([[1, 0, 1, 1]] * 2, [[1, 0, 1, 1]] * 2, False, -0.489891, 0.489891),
+        ([[1] * 4] * 2, [[0] * 4] * 2, True, -1, 2 * 0.324408 - 1),
+        ([[1] * 4] * 2, [[0] * 4, [1] * 4], False, -0.5 - 0.5 * 0.489891, -0.5 + 1.5 * 0.489891),
+    ],
+)
+def test_a_difference_that_all_states_share_has_a_width(base, pruned, drawn, low, high):
+    suite = replace(counting_suite(), seed=5 if drawn else None)
+    found = {}
+    for seed in (0, 1):
+        found[Setting("counting", "m", "unpruned", 1.0, seed)] = outcomes_of(None, base[seed])
+        found[Setting("counting", "m", "fastv", 0.5, seed)] = outcomes_of(None, pruned[seed])
+    rows = rows_of(found, {"counting": suite})
+    (difference,) = [row for row in rows if row.metric == "counting_success_difference"]
+    assert difference.n == 8
+    assert (difference.low, difference.high) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_where_states_differ_they_are_resampled():
+    wins = [1, 1, 1, 0, 1, 1], [1, 0, 1, 0, 0, 1]
+    settings = [Setting("counting", "m", name, 1.0, 0) for name in ("unpruned", "fastv")]
+    found = {one: outcomes_of(one, some) for one, some in zip(settings, wins, strict=True)}
+    rows = rows_of(found, {"counting": counting_suite()})
+    (difference,) = [row for row in rows if row.metric == "counting_success_difference"]
+    expected = paired_difference(wins[1], wins[0])
+    assert (difference.low, difference.high) == (expected.low, expected.high)
+
+
+@pytest.mark.parametrize("wins", [0, 1])
+def test_a_success_that_all_states_share_over_seeds_has_a_width(wins):
+    """LIBERO's initial states are the same for every seed, so 4 of them count as 4."""
+    suite = replace(counting_suite(), seed=None)
+    settings = [Setting("counting", "m", "unpruned", 1.0, seed) for seed in (0, 1)]
+    rows = rows_of({one: outcomes_of(one, [wins] * 4) for one in settings}, {"counting": suite})
+    (pooled,) = [row for row in rows if (row.metric, row.seed) == ("counting_success", None)]
+    expected = wilson(4 * wins, 4)
+    assert (pooled.value, pooled.n) == (wins, 8)
+    assert (pooled.low, pooled.high) == pytest.approx((expected.low, expected.high))
 
 
 @pytest.mark.parametrize("wins", [0, 1])
