@@ -4,6 +4,8 @@ Keys of samples [B] make a draw independent of what else is in the batch, as a r
 must be that shares a server with others.
 """
 
+from collections.abc import Callable
+
 import jax
 from jaxtyping import Array, Float
 
@@ -30,7 +32,24 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
         key: Of the batch, or of its B samples.
         shape: Begins with the batch, or with B times as many parts of it.
     """
+    return _draw(jax.random.uniform, key, shape)
+
+
+def normal(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Numbers of mean 0 and deviation 1; arguments are those of `uniform`."""
+    return _draw(jax.random.normal, key, shape)
+
+
+def gumbel(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Gumbel noise: the K largest of logits with it are a draw of K without putting back.
+
+    Arguments are those of `uniform`.
+    """
+    return _draw(jax.random.gumbel, key, shape)
+
+
+def _draw(draw: Callable, key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     if not is_per_sample(key):
-        return jax.random.uniform(key, shape)
+        return draw(key, shape)
     own = (shape[0] // len(key), *shape[1:])
-    return jax.vmap(lambda one: jax.random.uniform(one, own))(key).reshape(shape)
+    return jax.vmap(lambda one: draw(one, own))(key).reshape(shape)

@@ -6,7 +6,7 @@ import pytest
 
 from fastdrive_jax.pruning import PrunerInputs, make_pruner
 from fastdrive_jax.pruning.budgets import per_camera
-from fastdrive_jax.pruning.draws import fold, is_per_sample, uniform
+from fastdrive_jax.pruning.draws import fold, gumbel, is_per_sample, normal, uniform
 from fastdrive_jax.pruning.interface import keep_tokens
 
 KEYS = jax.random.split(jax.random.key(3), 4)
@@ -46,3 +46,12 @@ def test_methods_that_draw_take_a_key_of_each_sample(name, cameras):
         np.testing.assert_array_equal(found[0], whole[sample])
     if name == "random":
         assert len({tuple(row) for row in np.asarray(whole).tolist()}) > 1
+
+
+@pytest.mark.parametrize("draw", [normal, gumbel])
+def test_other_draws_are_jaxs_of_each_key(draw):
+    jaxs = getattr(jax.random, draw.__name__)
+    np.testing.assert_array_equal(draw(KEYS[0], (4, 5)), jaxs(KEYS[0], (4, 5)))
+    whole = draw(KEYS, (8, 5))
+    for sample, key in enumerate(KEYS):
+        np.testing.assert_array_equal(whole[2 * sample : 2 * sample + 2], jaxs(key, (2, 5)))
