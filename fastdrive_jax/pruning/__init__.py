@@ -61,9 +61,12 @@ def make_pruner(name: str, **settings) -> Pruner:
         settings: Of the method; `config=` for one that `builds_on_recon`.
 
     Raises:
-        UserError: There is no such method.
+        UserError: There is no such method, or a function of your own returns something else.
     """
-    return _maker(name)(**settings)
+    made = _maker(name)(**settings)
+    if not isinstance(made, Pruner):
+        raise UserError(f"{name} returns {made!r}; let it return a fastdrive_jax.pruning.Pruner.")
+    return made
 
 
 def builds_on_recon(name: str) -> bool:

@@ -6,13 +6,14 @@ the others, it chooses K of them itself; or it merges all into K.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from fastdrive_jax.pruning.mistakes import MethodError, answer_of, check_choice, check_scores
 from fastdrive_jax.pruning.select import gather_tokens, num_keep, top_k
 
 Need = Literal[
@@ -168,6 +169,7 @@ class Pruner:
             before the first layer.
 
     Raises:
+        MethodError: It needs what there is not.
         ValueError: Not exactly one of `score`, `choose` and `merge` is given, or it reuses without
             cuts or memory.
     """
@@ -184,6 +186,11 @@ class Pruner:
     reuse: bool = False
 
     def __post_init__(self):
+        if unknown := sorted(set(self.needs) - set(get_args(Need))):
+            raise MethodError(
+                f"The method {self.name!r} needs {', '.join(unknown)}, which no input is called; "
+                f"choose from {', '.join(get_args(Need))}."
+            )
         if self.reuse and (self.cuts is None or self.temporal is None):
             raise ValueError(f"pruner {self.name!r} reuses, so it must have cuts and temporal")
         if sum(part is not None for part in (self.score, self.choose, self.merge)) != 1:
@@ -223,9 +230,11 @@ def keep_tokens(
         key: For methods that draw.
 
     Raises:
-        ValueError: Something that the method needs is absent, or K is not in 1..N.
+        MethodError: The method's answer is not of the shape that it must be, it reads what it does
+            not declare, or something that it needs is absent.
+        ValueError: K is not in 1..N.
     """
-    batch, length = inputs.tokens.shape[:2]
+    length = inputs.tokens.shape[1]
     if not 1 <= k <= length:
         raise ValueError(f"k must be in 1..{length}, got {k}")
     _check_needs(pruner, inputs, key)
@@ -235,11 +244,10 @@ def keep_tokens(
         indices = top_k(pruner_scores(pruner, params, inputs, key), k, valid)
         return Kept(indices, gather_tokens(inputs.tokens, indices))
     if pruner.choose is not None:
-        chosen, merged = pruner.choose(params, inputs, key, k), None
+        chosen, merged = answer_of(pruner, pruner.choose, params, inputs, key, k), None
     else:
-        chosen, merged = pruner.merge(params, inputs, key, k)
-    if chosen.shape != (batch, k):
-        raise ValueError(f"pruner {pruner.name!r} chose {chosen.shape}")
+        chosen, merged = answer_of(pruner, pruner.merge, params, inputs, key, k)
+    check_choice(pruner, inputs, k, chosen, merged)
     order = jnp.argsort(chosen, axis=-1)
     indices = jnp.take_along_axis(chosen, order, axis=-1)
     if merged is None:
@@ -279,16 +287,17 @@ def pruner_scores(
     Padded tokens have scores too, which mean nothing.
 
     Raises:
-        ValueError: The method has no scores, or something that it needs is absent.
+        MethodError: They are not [B, N], the method reads what it does not declare, or something
+            that it needs is absent.
+        ValueError: The method has no scores.
     """
     if pruner.score is None:
         raise ValueError(
             f"pruner {pruner.name!r} chooses tokens together and has no scores: use keep_tokens"
         )
     _check_needs(pruner, inputs, key)
-    scores = pruner.score(params, inputs, key)
-    if scores.shape != inputs.tokens.shape[:2]:
-        raise ValueError(f"pruner {pruner.name!r} gave scores {scores.shape}")
+    scores = answer_of(pruner, pruner.score, params, inputs, key)
+    check_scores(pruner, inputs, scores)
     return scores.astype(jnp.float32)
 
 
@@ -350,4 +359,6 @@ def _check_needs(pruner: Pruner, inputs: PrunerInputs, key: jax.Array | None) ->
     given = {need: key if need == "key" else getattr(inputs, need) for need in pruner.needs}
     absent = sorted(need for need, value in given.items() if value is None)
     if absent:
-        raise ValueError(f"pruner {pruner.name!r} needs {', '.join(absent)}, which is not given")
+        raise MethodError(
+            f"The method {pruner.name!r} needs {', '.join(absent)}, which is not given here."
+        )
