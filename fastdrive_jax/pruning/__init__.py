@@ -7,11 +7,12 @@ from types import MappingProxyType
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.own_files import own_function
+from fastdrive_jax.pruning.budgets import keep_indices
 from fastdrive_jax.pruning.cd_pruner import cd_pruner
 from fastdrive_jax.pruning.div_prune import div_prune
 from fastdrive_jax.pruning.fast_v import fast_v
 from fastdrive_jax.pruning.ground_truth import ground_truth
-from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, keep_indices, pruner_scores
+from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, pruner_scores
 from fastdrive_jax.pruning.joint_pruner import joint_pruner
 from fastdrive_jax.pruning.position_prior import position_prior
 from fastdrive_jax.pruning.prune2drive import prune2drive

@@ -42,7 +42,8 @@ class PrunerInputs(flax.struct.PyTreeNode):
     """What methods may look at; the caller fills what the chosen one declares.
 
     With C pictures in a sample their tokens follow each other, N = C * rows * columns. Behind an
-    earlier cut N is what that one kept.
+    earlier cut N is what that one kept. A method that scores and stands before the language model,
+    and one within `budgets.per_camera`, is shown each picture as a sample of its own, with C = 1.
 
     Attributes:
         tokens: Visual tokens [B, N, D]: as they enter the language model or, for a method that
@@ -153,8 +154,10 @@ class Pruner:
 
     Attributes:
         name: In tables and on the command line.
-        score: (params, inputs, key) to scores [B, N], higher is kept; pure and traceable. The key
-            is the batch's, or each sample's own [B]: draw with `draws.uniform`.
+        score: (params, inputs, key) to scores [B, N], higher is kept; pure and traceable. Before
+            the language model each picture is scored as a sample of its own, B being batch times
+            pictures, and the K best of all of a sample's pictures stay; within it all pictures'
+            tokens come together. The key is the batch's, or each sample's own: draw with `draws`.
         needs: Fields of `PrunerInputs` that it reads, and "key" for one that draws.
         choose: (params, inputs, key, k) to the indices [B, K] of the kept tokens in any order; k is
             static. It heeds `inputs.count`.
@@ -209,6 +212,11 @@ class Kept(flax.struct.PyTreeNode):
     tokens: Float[Array, "B K D"]
 
 
+def stands_before(pruner: Pruner) -> bool:
+    """Whether a method is done before the language model, which then need not know it."""
+    return pruner.cuts is None and not pruner.renumber
+
+
 def real_tokens(inputs: PrunerInputs) -> Bool[Array, "B N"]:
     """True for tokens that are no padding."""
     batch, length = inputs.tokens.shape[:2]
@@ -253,30 +261,6 @@ def keep_tokens(
     if merged is None:
         return Kept(indices, gather_tokens(inputs.tokens, indices))
     return Kept(indices, gather_tokens(merged, order).astype(inputs.tokens.dtype))
-
-
-def keep_indices(
-    pruner: Pruner,
-    params: Any,
-    inputs: PrunerInputs,
-    keep_ratio: float,
-    key: jax.Array | None = None,
-) -> Int[Array, "B K"]:
-    """Tokens that `pruner` keeps, [B, K] in raster order; see `keep_tokens`.
-
-    Args:
-        pruner: The method; static.
-        params: Its parameters; None for methods without.
-        inputs: At least what it needs.
-        keep_ratio: In (0, 1]; static, for it sets K.
-        key: For methods that draw.
-
-    Raises:
-        UserError: The ratio is outside (0, 1].
-        ValueError: Something that the method needs is absent.
-    """
-    k = pruner.budget(inputs.tokens.shape[1], keep_ratio)
-    return keep_tokens(pruner, params, inputs, k, key).indices
 
 
 def pruner_scores(

@@ -3,7 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastdrive_jax.pruning import PRUNERS, Pruner, PrunerInputs, builds_on_recon, make_pruner
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.pruning import (
+    PRUNERS,
+    Pruner,
+    PrunerInputs,
+    builds_on_recon,
+    keep_indices,
+    make_pruner,
+)
 from fastdrive_jax.pruning.budgets import (
     camera_budgets,
     per_camera,
@@ -11,7 +19,7 @@ from fastdrive_jax.pruning.budgets import (
     slice_tokens,
     split_pictures,
 )
-from fastdrive_jax.pruning.interface import keep_tokens
+from fastdrive_jax.pruning.interface import Cuts, Temporal, keep_tokens
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
 
 GRID, CAMERAS, BATCH, DIM = (2, 5), 3, 4, 8
@@ -176,3 +184,98 @@ def test_memory_of_tokens_goes_with_their_picture():
     split = split_pictures(inputs.replace(state=state))
     np.testing.assert_array_equal(split.state["tokens"], split.tokens[..., 0])
     np.testing.assert_array_equal(split.state["sample"], np.repeat(np.arange(BATCH), CAMERAS))
+
+
+def test_memory_is_split_along_its_axis_of_tokens_wherever_that_is():
+    inputs = drawn()
+    rows = jax.random.normal(jax.random.key(0), (BATCH, 3, LENGTH, 2))
+    ids = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
+    split = split_pictures(inputs.replace(state=rows, ids=ids))
+    assert split.state.shape == (BATCH * CAMERAS, 3, 10, 2)
+    np.testing.assert_array_equal(split.state[4], rows[1, :, 10:20])
+    np.testing.assert_array_equal(split.ids, [np.arange(10)] * BATCH * CAMERAS)
+    with pytest.raises(UserError, match=r"\(4, 30, 30\).*one such axis, as in \[B, N, \.\.\.\]"):
+        split_pictures(inputs.replace(state=jnp.zeros((BATCH, LENGTH, LENGTH))))
+    one = inputs.replace(grid=(3, 10), state=jnp.zeros((BATCH, LENGTH, LENGTH)))
+    assert split_pictures(one).state.shape == (BATCH, LENGTH, LENGTH)
+
+
+def test_memory_of_several_views_scores_with_one_budget_and_with_one_for_each():
+    """A method with a memory [B, w, N], which never looks at `ids`."""
+    rows = jax.random.normal(jax.random.key(1), (BATCH, 4, LENGTH))
+    inputs = drawn().replace(state={"rows": rows, "frames": jnp.ones(BATCH, int)})
+    scores = np.asarray(rows.mean(axis=1))
+    method = Pruner(
+        name="windowed",
+        score=lambda params, inputs, key: inputs.state["rows"].mean(axis=1),
+        needs=frozenset({"tokens", "state"}),
+        temporal=Temporal(lambda inputs: inputs.state, lambda state, seen: state),
+    )
+    whole = keep_indices(method, None, inputs, 0.4)
+    np.testing.assert_array_equal(whole, np.sort(np.argsort(-scores, axis=1)[:, :12], axis=1))
+    each = keep_indices(per_camera(method), None, inputs, 0.4)
+    best = np.argsort(-scores.reshape(BATCH, CAMERAS, 10), axis=2)[..., :4]
+    want = np.sort(best, axis=2) + 10 * np.arange(CAMERAS)[:, None]
+    np.testing.assert_array_equal(each, want.reshape(BATCH, 12))
+
+
+def test_behind_a_cut_ids_count_within_the_picture():
+    """A method that takes its memory by `ids`, as those within the model do."""
+
+    def score(params, inputs, key):
+        return jnp.take_along_axis(inputs.state, inputs.ids, axis=1)
+
+    method = per_camera(Pruner(name="ids", score=score, needs=frozenset({"state"})), CAMERAS)
+    worth = jax.random.normal(jax.random.key(2), (BATCH, LENGTH))
+    ids = jnp.broadcast_to(jnp.arange(0, LENGTH, 2), (BATCH, LENGTH // 2))
+    inputs = PrunerInputs(jnp.zeros((BATCH, 15, DIM)), ids=ids, state=worth, grid=GRID)
+    kept = np.asarray(keep_tokens(method, None, inputs, 6).indices)
+    best = np.argsort(-np.asarray(worth)[:, ::2].reshape(BATCH, CAMERAS, 5), axis=2)[..., :2]
+    want = np.sort(best, axis=2) + 5 * np.arange(CAMERAS)[:, None]
+    np.testing.assert_array_equal(kept, want.reshape(BATCH, 6))
+
+
+def test_a_budget_for_another_number_of_cameras_is_refused():
+    inputs = drawn()
+    for cameras in (2, 6):
+        with pytest.raises(UserError, match=rf"over {cameras} cameras, but a sample has 3, of 10"):
+            keep_tokens(per_camera(make_pruner("divprune"), cameras), None, inputs, 12)
+        unnamed = inputs.replace(camera=None)
+        with pytest.raises(UserError, match=rf"over {cameras} cameras, but a sample has 3, of 10"):
+            keep_tokens(per_camera(make_pruner("divprune"), cameras), None, unnamed, 12)
+    with pytest.raises(ValueError, match="do not have 31 tokens"):
+        camera_budgets(31, 10, (1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_as_many_budgets_as_there_are_pictures(weights):
+    inputs = drawn()
+    given, asked = (per_camera(make_pruner("divprune"), c, weights) for c in (CAMERAS, None))
+    for some in (inputs, inputs.replace(camera=None)):
+        want = keep_tokens(given, None, some, 12).indices
+        np.testing.assert_array_equal(keep_tokens(asked, None, some, 12).indices, want)
+    within = Pruner(name="within", score=lambda p, i, k: None, cuts=Cuts(lambda layers: (1,)))
+    assert "camera" in per_camera(within).needs  # behind a cut N does not say how many there are
+
+
+def test_indices_are_those_that_a_policy_keeps():
+    """A method that compares tokens with their mean: with its picture's, as policies have it."""
+
+    def score(params, inputs, key):
+        return jnp.linalg.norm(inputs.tokens - inputs.tokens.mean(1, keepdims=True), axis=-1)
+
+    inputs = drawn()
+    inputs = inputs.replace(tokens=inputs.tokens.at[:, :10].add(5.0))
+    pictures = np.asarray(inputs.tokens, np.float64).reshape(BATCH, CAMERAS, 10, DIM)
+    far = np.linalg.norm(pictures - pictures.mean(axis=2, keepdims=True), axis=-1)
+    best = np.sort(np.argsort(-far.reshape(BATCH, LENGTH), axis=1)[:, :12], axis=1)
+    method = Pruner(name="far", score=score)
+    np.testing.assert_array_equal(keep_indices(method, None, inputs, 0.4), best)
+    # Without a grid nothing tells pictures apart, and within the model they come together.
+    together = keep_tokens(method, None, inputs, 12).indices
+    assert (together != best).any()
+    np.testing.assert_array_equal(
+        keep_indices(method, None, inputs.replace(grid=None), 0.4), together
+    )
+    within = Pruner(name="far", score=score, cuts=Cuts(lambda layers: (1,)))
+    np.testing.assert_array_equal(keep_indices(within, None, inputs, 0.4), together)
