@@ -305,6 +305,7 @@ def example_inputs(
         "tokens": lambda: normal(n, dim),
         "position_ids": lambda: jnp.broadcast_to(jnp.arange(n), (3, batch, n)),
         "text": lambda: normal(TEXT, dim),
+        "text_valid": lambda: jnp.ones((batch, TEXT), bool),
         "foreground": lambda: share(n),
         "relevance": lambda: normal(n),
         "camera": lambda: jnp.zeros((batch, 1), jnp.int32),
@@ -317,7 +318,10 @@ def example_inputs(
         "vision_keys": lambda: normal(n, TOWER.hidden_size // TOWER.num_heads),
         "pixels": lambda: share(n, PIXELS),
     }
-    fields = {need: draw[need]() for need in {"tokens", *pruner.needs} - {"state", "key"}}
+    asked = {"tokens", *pruner.needs} - {"state", "key"}
+    if asked & {"text", "text_rows"}:
+        asked |= {"text_valid"}  # policies always say which text is instruction
+    fields = {need: draw[need]() for need in asked}
     if n < whole:
         order = np.argsort(rng.random((batch, whole)), axis=1)[:, :n]
         fields["ids"] = jnp.asarray(np.sort(order, axis=1), jnp.int32)

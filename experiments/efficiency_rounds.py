@@ -46,9 +46,8 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, point
 from fastdrive_jax.files import write_text
 from fastdrive_jax.inference.policy import start_state
-from fastdrive_jax.inference.pruned import stands_before
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
-from fastdrive_jax.pruning.interface import VISION
+from fastdrive_jax.pruning.interface import VISION, stands_before
 
 PEER = "transformers"
 Times = dict[str, list[float]]  # milliseconds of each round by stage

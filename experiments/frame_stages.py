@@ -29,10 +29,9 @@ from fastdrive_jax.inference.policy import (
     choose_inputs,
     read_prompt,
 )
-from fastdrive_jax.inference.pruned import stands_before
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PrunerInputs, make_pruner
-from fastdrive_jax.pruning.interface import Need
+from fastdrive_jax.pruning.interface import Need, stands_before
 
 STAGES = ("preprocess", "vision", "pruner", "prefill", "decode")
 BUSY = "busy_"

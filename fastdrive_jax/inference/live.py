@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from fastdrive_jax.models.live import Live
-from fastdrive_jax.pruning.interface import Kept, PrunerInputs
+from fastdrive_jax.pruning.cd_pruner import text_relevance
+from fastdrive_jax.pruning.interface import Kept, Need, PrunerInputs
 
 
 def keep_live(live: Live, kept: Kept, renumber: bool = False) -> Live:
@@ -60,11 +61,40 @@ def instruction(live: Live) -> Bool[Array, "B L"]:
     return (live.text > last + live.state) & (live.text < live.prompt[:, None])
 
 
-def first_inputs(live: Live, inputs: PrunerInputs | None) -> PrunerInputs:
-    """What is known before the first layer: `inputs`, and what follows from the sequence."""
+def first_inputs(
+    live: Live, inputs: PrunerInputs | None, needs: frozenset[Need] = frozenset()
+) -> PrunerInputs:
+    """What is known before the first layer: `inputs`, and what follows from the sequence.
+
+    Args:
+        live: The sequence.
+        inputs: What the method needs of the pictures.
+        needs: Of the method: relevance that it asks for and is not given is that to the text.
+    """
     first = visual_tokens(live)
     start = PrunerInputs(first) if inputs is None else inputs.replace(tokens=first)
-    return start.replace(embeddings=first, text=text_tokens(live), text_valid=instruction(live))
+    relevance = "relevance" in needs and start.relevance is None
+    return with_prompt(start, text_tokens(live), instruction(live), relevance)
+
+
+def with_prompt(
+    inputs: PrunerInputs,
+    text: Float[Array, "B L D"],
+    text_valid: Bool[Array, "B L"],
+    relevance: bool,
+) -> PrunerInputs:
+    """The inputs with what the prompt tells before the language model.
+
+    Args:
+        inputs: Of the pictures.
+        text: Embeddings of the prompt.
+        text_valid: Which are real.
+        relevance: Whether to fill that in.
+    """
+    given = {"text": text, "text_valid": text_valid, "embeddings": inputs.tokens}
+    if relevance:
+        given["relevance"] = text_relevance(inputs.tokens, text, text_valid)
+    return inputs.replace(**given)
 
 
 def cut_inputs(start: PrunerInputs, live: Live, number: int) -> PrunerInputs:

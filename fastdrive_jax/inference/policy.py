@@ -10,14 +10,12 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from fastdrive_jax.inference import reuse
 from fastdrive_jax.inference.generate import decode, live_prompt, prefill
+from fastdrive_jax.inference.live import with_prompt
 from fastdrive_jax.inference.pictures import driving_inputs, picture_inputs, token_pixels
 from fastdrive_jax.inference.pruned import (
-    before_model,
-    keep_before,
     next_memory,
     observed_layers,
     reset_state,
-    stands_before,
     start_memory,
 )
 from fastdrive_jax.inference.segments import Prefilled
@@ -27,11 +25,11 @@ from fastdrive_jax.models.qwen2_5_vl.driving import (
     positions,
     visual_positions,
 )
-from fastdrive_jax.pruning.interface import (
-    Pruner,
-    PrunerInputs,
-)
+from fastdrive_jax.pruning.budgets import keep_before
+from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, stands_before
 from fastdrive_jax.pruning.select import gather_position_ids
+
+PROMPT = frozenset({"text", "text_valid", "embeddings"})  # what the prompt fills in
 
 
 @dataclass(frozen=True)
@@ -145,10 +143,10 @@ def choose_inputs(
     """First stage of `plan_tokens`: what a method that stands before the model does."""
     model, pruner = policy.model, policy.pruner
     relevance = "relevance" in pruner.needs and inputs.relevance is None
-    if stands_before(pruner) and (relevance or {"text", "embeddings"} & pruner.needs):
+    if stands_before(pruner) and (relevance or PROMPT & pruner.needs):
         variables = {"params": params["vla"]}
         text = model.apply(variables, prompt, method=lambda vla, ids: vla.language_model.embed(ids))
-        inputs = before_model(inputs, text, jnp.ones(prompt.shape, bool), relevance)
+        inputs = with_prompt(inputs, text, jnp.ones(prompt.shape, bool), relevance)
     batch, total = inputs.tokens.shape[:2]
     where = visual_positions(model.config, batch)
     if not stands_before(pruner):

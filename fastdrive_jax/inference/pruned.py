@@ -9,23 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fastdrive_jax.inference import reuse, segments
-from fastdrive_jax.inference.live import first_inputs, keep_live
+from fastdrive_jax.inference.live import first_inputs, keep_live, with_prompt
 from fastdrive_jax.models.attention import plain_operations
 from fastdrive_jax.models.decoder import Decoder
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.live import Live
-from fastdrive_jax.pruning.budgets import split_pictures
-from fastdrive_jax.pruning.cd_pruner import text_relevance
-from fastdrive_jax.pruning.interface import (
-    Kept,
-    Pruner,
-    PrunerInputs,
-    Seen,
-    cut_plan,
-    keep_tokens,
-    pruner_scores,
-)
-from fastdrive_jax.pruning.select import gather_tokens, top_k
+from fastdrive_jax.pruning.budgets import keep_before
+from fastdrive_jax.pruning.interface import Pruner, PrunerInputs, Seen, cut_plan, stands_before
 
 
 class Decoded(flax.struct.PyTreeNode):
@@ -53,57 +43,6 @@ class Read(flax.struct.PyTreeNode):
     prefilled: segments.Prefilled
     kept: Int[Array, "B K"]
     reused: reuse.Reused | None = None
-
-
-def stands_before(pruner: Pruner) -> bool:
-    """Whether a method is done before the language model, which then need not know it."""
-    return pruner.cuts is None and not pruner.renumber
-
-
-def before_model(
-    inputs: PrunerInputs,
-    text: Float[Array, "B L D"],
-    text_valid: Bool[Array, "B L"],
-    relevance: bool,
-) -> PrunerInputs:
-    """The inputs with what the prompt tells a method that stands before the language model.
-
-    Args:
-        inputs: Of the pictures.
-        text: Embeddings of the prompt.
-        text_valid: Which are real.
-        relevance: Whether to fill that in.
-    """
-    given = {"text": text, "text_valid": text_valid, "embeddings": inputs.tokens}
-    if relevance:
-        given["relevance"] = text_relevance(inputs.tokens, text, text_valid)
-    return inputs.replace(**given)
-
-
-def keep_before(
-    pruner: Pruner,
-    params: Any,
-    inputs: PrunerInputs,
-    keep_ratio: float,
-    key: jax.Array | None = None,
-) -> Kept:
-    """What a method that stands before the language model keeps.
-
-    Scores are made of each picture by itself, for one budget; other methods see all pictures.
-
-    Args:
-        pruner: The method.
-        params: Its parameters.
-        inputs: Of whole pictures, without padding.
-        keep_ratio: In (0, 1].
-        key: For methods that draw.
-    """
-    k = pruner.budget(inputs.tokens.shape[1], keep_ratio)
-    if pruner.score is None:
-        return keep_tokens(pruner, params, inputs, k, key)
-    scores = pruner_scores(pruner, params, split_pictures(inputs), key)
-    indices = top_k(scores.reshape(inputs.tokens.shape[:2]), k)
-    return Kept(indices, gather_tokens(inputs.tokens, indices))
 
 
 def observed_layers(pruner: Pruner, num_layers: int) -> tuple[int, ...]:
@@ -151,7 +90,7 @@ def read_pruned(
     if stands_before(pruner):
         first = first_inputs(live, None)
         relevance = "relevance" in pruner.needs and inputs.relevance is None
-        inputs = before_model(inputs, first.text, first.text_valid, relevance)
+        inputs = with_prompt(inputs, first.text, first.text_valid, relevance)
         live = keep_live(live, keep_before(pruner, pruner_params, inputs, keep_ratio, key))
         given, within = (decoder, params, live, next_position, room), ()
     read = segments.prefill(*given, *within, observe=observe, acting=acting, total=total)

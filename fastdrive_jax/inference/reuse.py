@@ -126,7 +126,7 @@ def prefill(
         raise ValueError(f"pruner {pruner.name!r} needs state, which is not given")
     num_layers = decoder.config.num_layers
     plan = cut_plan(pruner, live.visual.shape[1], keep_ratio, num_layers)
-    start = first_inputs(live, inputs).replace(state=inputs.state.frame)
+    start = first_inputs(live, inputs, pruner.needs).replace(state=inputs.state.frame)
     first = plan[0][0] if plan else num_layers
     whole, places, held = live, None, ()
     filled: list[LayerCache] = []

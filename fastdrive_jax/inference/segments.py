@@ -76,7 +76,7 @@ def prefill(
     count = live.visual.shape[1]
     total = count if total is None else total
     plan = () if pruner is None else cut_plan(pruner, count, keep_ratio, config.num_layers)
-    start = first_inputs(live, inputs)
+    start = first_inputs(live, inputs, frozenset() if pruner is None else pruner.needs)
     segments: list[Segment] = []
     rows: list[Float[Array, "B N"]] = []
     at = 0

@@ -20,6 +20,7 @@ Need = Literal[
     "tokens",
     "position_ids",
     "text",
+    "text_valid",
     "foreground",
     "relevance",
     "camera",

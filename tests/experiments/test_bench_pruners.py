@@ -87,3 +87,10 @@ def test_refusals(tmp_path):
     ):
         with pytest.raises(UserError, match=match):
             BenchPrunersArgs(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("need", ["text", "text_rows", "text_valid"])
+def test_which_text_is_real_is_said_with_it(need):
+    inputs = example_inputs(within({need}), CONFIG, 2, [48], jnp.float32)
+    assert inputs.text_valid.shape == (2, 256)
+    assert inputs.text_valid.all()

@@ -15,9 +15,10 @@ from fastdrive_jax.inference.policy import (
     plan_tokens,
     start_state,
 )
-from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
-from fastdrive_jax.pruning import PRUNERS, builds_on_recon, make_pruner
-from fastdrive_jax.pruning.interface import cut_plan
+from fastdrive_jax.models.qwen2_5_vl.driving import VISION_END, DrivingVLA
+from fastdrive_jax.pruning import PRUNERS, Pruner, builds_on_recon, make_pruner
+from fastdrive_jax.pruning.cd_pruner import text_relevance
+from fastdrive_jax.pruning.interface import Cuts, cut_plan
 
 CAMERAS, N, LAYERS, BATCH = 2, 20, 5, 2
 
@@ -130,3 +131,54 @@ def test_a_method_that_warms_up_watches_without_pruning(deep):
     assert kept == [N, N, 6]
     plain = DrivingPolicy(DrivingVLA(config), make_pruner("fastv"), 0.3)
     assert frame_policy(plain, 0) is plain
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 3)])
+def test_relevance_is_that_to_the_text_within_the_model_too(deep, layers):
+    """By hand: the cosine of each token to the prompt behind the pictures, before the first layer.
+
+    At a second cut it is that of the tokens that are left.
+    """
+    config, params = deep
+    model, variables = DrivingVLA(config), {"params": params["vla"]}
+    seen = []
+
+    def score(params, inputs, key):
+        jax.debug.callback(lambda *found: seen.append(found), inputs.relevance, inputs.ids)
+        return inputs.relevance
+
+    pruner = Pruner(
+        name="relevant",
+        score=score,
+        needs=frozenset({"relevance"}),
+        cuts=Cuts(lambda num_layers: layers, lambda n, ratio: (12, 8)[-len(layers) :]),
+    )
+    images, _, speed, command = frame(3)
+    given = {"vla": params["vla"], "pruner": None}
+    run = jax.jit(plan, static_argnums=0)
+    planned = run(DrivingPolicy(model, pruner, 0.4), given, images, speed, command)
+    jax.effects_barrier()
+
+    tokens = model.apply(variables, images, method="encode")
+    prompt = config.vocabulary.prompt(speed, command)
+    prompt = jnp.pad(prompt, ((0, 0), (1, 0)), constant_values=VISION_END)
+    text = model.apply(variables, prompt, method=lambda vla, ids: vla.language_model.embed(ids))
+    want = np.asarray(text_relevance(tokens, text))
+    assert len(seen) == len(layers)
+    for relevance, ids in seen:
+        np.testing.assert_allclose(relevance, np.take_along_axis(want, ids, axis=1), atol=1e-5)
+    best = np.sort(np.argsort(-want, axis=1)[:, :8], axis=1)
+    np.testing.assert_array_equal(planned.keep_indices, best)
+
+
+def test_a_method_before_the_model_is_told_which_text_is_real(deep):
+    config, params = deep
+
+    def score(params, inputs, key):
+        return inputs.tokens[..., 0] * inputs.text_valid.sum(axis=1, keepdims=True)
+
+    pruner = Pruner("asks", score, frozenset({"tokens", "text_valid"}))
+    images, _, speed, command = frame(4)
+    given = {"vla": params["vla"], "pruner": None}
+    policy = DrivingPolicy(DrivingVLA(config), pruner, 0.4)
+    assert plan(policy, given, images, speed, command).keep_indices.shape == (BATCH, 8)
