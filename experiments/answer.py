@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from experiments.drives import NEED_DATA, own_file_sum
+from experiments.drives import NEED_DATA, any_method, own_file_sum
 from experiments.trained_pruner import read_trained
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export import manifest
@@ -36,8 +36,8 @@ from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.processor import Processor, read_processor
 from fastdrive_jax.models.qwen2_5_vl.sequence import Batch, Sample, collate, visual_tokens
 from fastdrive_jax.parallel.mesh import make_mesh, shard_where_it_divides
-from fastdrive_jax.pruning import Pruner, builds_on_recon, make_pruner
-from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
+from fastdrive_jax.pruning import builds_on_recon, make_pruner
+from fastdrive_jax.pruning.mistakes import check_kept
 from fastdrive_jax.pruning.select import num_keep
 
 LENGTH_STEP = 128  # prompts are filled up to a multiple, so that few programs are compiled
@@ -107,7 +107,7 @@ class AnswerArgs:
                 f"{self.pruned} prunes by {NEED_DATA[self.pruned]}, which a prompt does not have."
             )
         if self.pruned is not None:
-            check_single_prompts(self._method())
+            check_single_prompts(any_method(self.pruned))
         groups = max(self.data, 1) * max(self.fsdp, 1)
         if self.batch_size < 1 or self.batch_size % groups:
             raise UserError(
@@ -127,11 +127,6 @@ class AnswerArgs:
             return {}
         return {"method": self.pruned, "keep_ratio": self.keep_ratio}
 
-    def _method(self) -> Pruner:
-        """The method of `pruned`, whose sizes do not matter."""
-        given = {} if self.pruner is None else {"config": ReconPrunerConfig()}
-        return make_pruner(self.pruned, **given)
-
     def digest(self, sampling: SamplingConfig) -> str:
         """Changes with all that an answer depends on besides the request."""
         bundle, own, draws = None, (), sampling.temperature > 0
@@ -139,7 +134,7 @@ class AnswerArgs:
             manifest.load(self.pruner)
             bundle = file_sum(self.pruner / manifest.NAME)
         if self.pruned is not None:
-            own, draws = own_file_sum(self.pruned), draws or "key" in self._method().needs
+            own, draws = own_file_sum(self.pruned), draws or "key" in any_method(self.pruned).needs
         drawn = (self.seed, self.batch_size) if draws else None  # a batch is drawn together
         given = self.said, bundle, own, sampling, self.max_pixels, self.dtype, drawn
         known = f"{checkpoint_digest(self.checkpoint)} {given}"
@@ -229,6 +224,8 @@ def _asker(args: AnswerArgs, config, params, sampling: SamplingConfig) -> Callab
         grid = tuple(side // merge for side in grids.pop())
         both = {"vla": params, "pruner": weights}
         found = run(model, pruner, args.keep_ratio, grid, sampling, both, batch, key)
+        tokens = counts.pop() * grid[0] * grid[1]
+        check_kept(found.keep_indices, tokens, pruner.name, args.keep_ratio)
         return found.ids, found.lengths
 
     return pruned

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from experiments.camera_budgets import EACH, SHARED, budget_rows
 from experiments.drives import (
-    DRAWN,
     UNPRUNED,
     Drives,
     Trained,
@@ -27,6 +26,7 @@ from experiments.drives import (
     drive,
     drives_from,
     frame_of,
+    is_drawn,
     label,
     method_of,
     step,
@@ -122,7 +122,9 @@ def trained_of(world: WorldRun) -> Trained:
 def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[Row]:
     """Rows of all methods, and of the unpruned model, each compared with ReconPruner."""
     data = drives.data
-    jobs = [(UNPRUNED, 1.0)] + [(name, ratio) for ratio in args.ratios for name in args.methods]
+    jobs = [(name, ratio) for ratio in args.ratios for name in args.methods]
+    # Methods of one's own come first: a mistake in one shows before minutes of others.
+    jobs = [(UNPRUNED, 1.0), *sorted(jobs, key=lambda job: job[0] in PRUNERS)]
     rows: list[Row] = []
     samples, programs = {}, {}
     for name, ratio in tqdm(jobs, desc="drives", unit="setting", disable=args.quickstart.quiet):
@@ -130,7 +132,8 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
         policy = DrivingPolicy(world.model, pruner, ratio)
         params = {"vla": world.params, "pruner": weights}
         programs[label(name), ratio] = policy, params
-        draws = range(RANDOM_DRAWS if name in DRAWN else 1)
+        drawn = is_drawn(name)
+        draws = range(RANDOM_DRAWS if drawn else 1)
         runs = [drive(policy, params, drives, args.scenes, seed) for seed in draws]
         errors = [planning_errors(w, data.future, data.future_valid) for w, _ in runs]
         used = data.scene[errors[0].used]
@@ -139,7 +142,7 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
         )
         rows += planning_rows(label(name), ratio, mean_errors(errors), data.scene)
         trained_seed = args.quickstart.pruner.seed if weights is world.trained["pruner"] else None
-        seed = 0 if name in DRAWN else trained_seed
+        seed = 0 if drawn else trained_seed
         rows += foreground_rows(label(name), ratio, drives.areas, runs[0][1], data.scene, seed)
         rows += cost_rows(world.model, pruner, ratio, name)
     for (name, ratio), values in samples.items():

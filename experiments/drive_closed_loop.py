@@ -27,7 +27,7 @@ from data_pipelines.closed_loop.simulate import Drives, LoopConfig, simulate_bat
 from experiments.drive_recovery import recovery_rows
 from experiments.drive_report import draw_drives, markdown, rows_of
 from experiments.drive_target import ratio_within
-from experiments.drives import DRAWN, UNPRUNED, check_methods, label, own_file_sum
+from experiments.drives import UNPRUNED, check_methods, is_drawn, label, own_file_sum
 from experiments.driving_policies import CONTROLS, NO_IMAGE, driving_policy, frame_seconds
 from experiments.quickstart import RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.configs import check_least
@@ -119,7 +119,8 @@ def drive_closed_loop(args: DriveArgs) -> Path:
     }
     latencies = {setting: latency for setting, (_, latency) in found.items()}
     timings = {setting: drives[0] for setting, (drives, _) in found.items()}
-    seeds = {setting: args.seed if setting[0] in DRAWN else None for setting in found}
+    drawn = {label(name) for name in args.methods if is_drawn(name)}
+    seeds = {setting: args.seed if setting[0] in drawn else None for setting in found}
     rows = rows_of(courses, verdicts, latencies, timings, seeds)
     rows += read_rows(args.out / RECOVERY)[0]
     write_text(args.out / "drive.md", markdown(rows, courses, list(verdicts)))

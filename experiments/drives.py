@@ -20,11 +20,11 @@ from fastdrive_jax.inference.pictures import driving_inputs, picture_inputs, tok
 from fastdrive_jax.inference.policy import DrivingPolicy, Plan, plan_tokens, start_state
 from fastdrive_jax.pruning import Pruner, builds_on_recon, make_pruner
 from fastdrive_jax.pruning.interface import VISION
+from fastdrive_jax.pruning.mistakes import check_kept
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.pruning.select import num_keep
 
 UNPRUNED = "unpruned"
-DRAWN = {"random", "prune2drive"}
 NEED_DATA = {"prior": "the mean training mask", "ground_truth": "the true foreground"}
 
 
@@ -120,6 +120,21 @@ def own_file_sum(name: str) -> tuple[str, ...]:
     return (f"{zlib.crc32(Path(file).read_bytes()):08x}",) if file else ()
 
 
+def any_method(name: str) -> Pruner:
+    """A method to ask what it is; one that takes a training's sizes has the default ones.
+
+    Raises:
+        UserError: There is no such method.
+    """
+    given = {"config": ReconPrunerConfig()} if builds_on_recon(name) else {}
+    return make_pruner(name, **given)
+
+
+def is_drawn(name: str) -> bool:
+    """Whether a method draws, so that it is measured as the mean over several draws."""
+    return name != UNPRUNED and "key" in any_method(name).needs
+
+
 def label(name: str) -> str:
     """A method's name in tables."""
     return name.rpartition(":")[2]
@@ -189,6 +204,9 @@ def drive(
         seed: Of methods that draw.
         cached: Take the tokens that are there, where the method reads nothing else of the encoder.
         place: Puts a batch on the devices.
+
+    Raises:
+        UserError: The method keeps tokens that there are not, or one twice.
     """
     count, found = len(drives.frames), []
     scenes = min(scenes, count)
@@ -208,6 +226,8 @@ def drive(
             # Fetched at the end: the next frame's pictures are read while this one is planned.
             found.append((rows, planned.waypoints, planned.keep_indices))
     rows, waypoints, kept = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    tokens = policy.model.config.visual_tokens
+    check_kept(kept, tokens, policy.pruner.name, policy.keep_ratio)
     # A scene that had ended gave its first frame again; what was planned of it first counts.
     _, first = np.unique(rows, return_index=True)
     return waypoints[first], kept[first]

@@ -15,6 +15,7 @@ from experiments.quickstart import WorldRun
 from fastdrive_jax.inference.generate import generate
 from fastdrive_jax.inference.policy import DrivingPolicy, start_state
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA, visual_positions
+from fastdrive_jax.pruning.mistakes import check_kept
 
 NO_IMAGE = "no_image"
 CONTROLS = {"expert": EXPERT, "constant_velocity": CONSTANT_VELOCITY}
@@ -48,7 +49,9 @@ def vla_policy(policy: DrivingPolicy, params: dict, seed: int = 0) -> Policy:
         key = jax.random.fold_in(jax.random.key(seed), view.frame)
         given = view.images[:, None], None, view.foreground, view.speed, view.command
         planned = step(policy, params, *given, key, state)
-        return np.asarray(planned.waypoints), np.asarray(planned.keep_indices), planned.state
+        kept = np.asarray(planned.keep_indices)
+        check_kept(kept, policy.model.config.visual_tokens, policy.pruner.name, policy.keep_ratio)
+        return np.asarray(planned.waypoints), kept, planned.state
 
     return Policy(plan, lambda count: start_state(policy, count))
 

@@ -26,7 +26,7 @@ from data_pipelines.schema import CAN_FIELDS
 from data_pipelines.shards import Shards, open_shards, record_source, sample_tokens
 from data_pipelines.token_mask import mask_fractions
 from experiments.answer import padded
-from experiments.drives import DRAWN, UNPRUNED, label
+from experiments.drives import UNPRUNED, any_method, is_drawn, label
 from experiments.planned import Case, Planned, Setting
 from experiments.trained_pruner import read_trained
 from fastdrive_jax.errors import UserError
@@ -51,7 +51,7 @@ from fastdrive_jax.models.qwen2_5_vl.sequence import Sample
 from fastdrive_jax.models.resize import resize_bicubic
 from fastdrive_jax.parallel.mesh import make_mesh, shard_where_it_divides
 from fastdrive_jax.pruning import Pruner, builds_on_recon, make_pruner
-from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
+from fastdrive_jax.pruning.mistakes import check_kept
 
 VIEWS = {"6v": CAMERAS, "1v": CAMERAS[:1]}
 
@@ -152,7 +152,7 @@ def checkpoint_case(
             own: Sequence[int | None] = (None,)
             if builds_on_recon(name):
                 own = range(len(config.pruners))
-            elif name in DRAWN:
+            elif is_drawn(name):
                 own = range(draws)
             settings += [Setting(label(name), ratio, seed, name) for seed in own]
     driven = read_sequences(shards, config)
@@ -197,8 +197,7 @@ def _usable(methods: Sequence[str], config: CheckpointConfig) -> tuple[list[str]
         if builds_on_recon(name) and not config.pruners:
             untrained.append(name)
             continue
-        settings = {"config": ReconPrunerConfig()} if builds_on_recon(name) else {}
-        pruner = make_pruner(name, **settings)
+        pruner = any_method(name)
         if pruner.needs & UNFILLED or pruner.temporal is not None or pruner.reuse:
             past.append(name)
         else:
@@ -339,6 +338,7 @@ class _Driver:
             both = {"vla": params, "pruner": weights}
             static = model, pruner, setting.ratio, self.grid, sampling
             found = _PRUNED(*static, both, batch, key, jnp.asarray(foreground))
+        check_kept(found.keep_indices, self.total, pruner.name, setting.ratio)
         return [np.asarray(x) for x in (found.ids, found.lengths, found.keep_indices)]
 
     def _method(self, setting: Setting) -> tuple[Pruner, Any]:

@@ -25,12 +25,12 @@ from data_pipelines.synthetic.generate import generate
 from data_pipelines.synthetic.truth import world_truth
 from experiments.configs.pruner import TINY, PrunerRun
 from experiments.drives import (
-    DRAWN,
     UNPRUNED,
     Drives,
     Trained,
     drive,
     drives_from,
+    is_drawn,
     label,
     method_of,
 )
@@ -191,7 +191,7 @@ def benchmark_case(
     settings.insert(0, Setting(UNPRUNED, 1.0, None, UNPRUNED))
     for ratio in ratios:
         for name in methods:
-            own = seeds if _is_trained(name) else range(draws) if name in DRAWN else (None,)
+            own = seeds if _is_trained(name) else range(draws) if is_drawn(name) else (None,)
             settings += [Setting(label(name), ratio, seed, name) for seed in own]
     data, config = bench.drives.data, bench.model.config
     own = {f"training-{k}": one.pruner for k, one in zip(seeds, bench.trained, strict=True)}

@@ -25,6 +25,7 @@ from fastdrive_jax.inference.robot import (
 from fastdrive_jax.models.pi0.model import Pi0
 from fastdrive_jax.models.prompts import Prompts
 from fastdrive_jax.parallel.mesh import replicated_sharding
+from fastdrive_jax.pruning.mistakes import check_kept
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def vla_policy(vla: RobotVLA, params: dict, body: Body, seed: int = 0) -> RobotP
         others = _by_sample(warm, [sum(spent.values()) for _, spent in used[::-1]])
         total = time.perf_counter() - begin
         seconds[POLICY] = total - others if len(used) > 1 else total
+        check_kept(rows, vla.model.config.visual_tokens, vla.pruner.name, vla.keep_ratio)
         return Acted(finished, kept, after, seconds)
 
     def start(batch: int):

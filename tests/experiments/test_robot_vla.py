@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import robot_fakes
@@ -14,10 +15,11 @@ from data_pipelines.robot.workers import run_episodes
 from experiments.bench_train import compilations
 from experiments.robot_openvla import openvla_body
 from experiments.robot_vla import vla_policy
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.robot import RobotVLA
 from fastdrive_jax.models.openvla.actions import ActionStatistics, Bounds
 from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding
-from fastdrive_jax.pruning import make_pruner
+from fastdrive_jax.pruning import Pruner, make_pruner
 
 BATCH, TOKENS, KEPT = 2, 18, 4
 INSTRUCTIONS = ("pick up the red cube", "put the ball in the tray")
@@ -136,3 +138,13 @@ def test_actions_come_in_the_units_of_the_robot(parts):
     scaled = vla_policy(vla, params, own)
     found = [one.act(observations(0), one.start(BATCH), first).actions for one in (unit, scaled)]
     np.testing.assert_allclose(found[1], -(0.5 * (found[0] + 1) * 2 + low), atol=1e-5)
+
+
+def test_a_choice_that_is_none_is_refused(parts):
+    def choose(params, inputs, key, k):
+        return jnp.zeros((len(inputs.tokens), k), int)
+
+    model, params, body = parts
+    stuck = vla_policy(RobotVLA(model, Pruner("stuck", choose=choose), 0.25), params, body)
+    with pytest.raises(UserError, match=r"'stuck' at a keep ratio of 0\.25 keeps a token twice"):
+        stuck.act(observations(0), stuck.start(BATCH), np.ones(BATCH, bool))

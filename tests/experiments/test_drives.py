@@ -1,0 +1,98 @@
+"""Drives of a small VLA with methods of one's own: what is drawn, and what is refused."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny_policy import small_config, small_params
+
+from experiments.drives import UNPRUNED, Drives, drive, is_drawn
+from experiments.driving_policies import vla_policy
+from fastdrive_jax.errors import UserError
+from fastdrive_jax.inference.policy import DrivingPolicy
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
+from fastdrive_jax.pruning import PRUNERS, make_pruner
+
+MINE = """
+import jax
+import jax.numpy as jnp
+from fastdrive_jax.pruning import Pruner
+from fastdrive_jax.pruning.draws import gumbel
+from fastdrive_jax.pruning.interface import Cuts
+
+def chosen(places):
+    return lambda params, inputs, key, k: jnp.tile(places(k), (len(inputs.tokens), 1))
+
+def drawn():
+    def score(params, inputs, key):
+        return gumbel(key, inputs.tokens.shape[:2])
+    return Pruner(name="drawn", score=score, needs=frozenset({"tokens", "key"}))
+
+def trained(config):
+    return Pruner(name="trained", score=lambda params, inputs, key: inputs.tokens[..., 0])
+
+def twice():
+    return Pruner(name="twice", choose=chosen(lambda k: jnp.arange(k) // 2))
+
+def beyond():
+    return Pruner(name="beyond", choose=chosen(lambda k: 7 + jnp.arange(k)))
+
+def within():
+    cuts = Cuts(lambda layers: (1,))
+    return Pruner(name="within", choose=chosen(lambda k: jnp.arange(k) // 2), cuts=cuts)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    return lambda name: f"{file}:{name}"
+
+
+@pytest.fixture(scope="module")
+def vla():
+    config = small_config()
+    config = replace(config, text=replace(config.text, num_layers=2))
+    return DrivingVLA(config), small_params(config)["vla"]
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    rng = np.random.default_rng(0)
+    data = SimpleNamespace(
+        images=rng.integers(0, 256, (4, 1, 56, 140, 3), np.uint8),
+        speed=rng.uniform(0, 15, 4).astype(np.float32),
+        command=np.ones(4, np.int32),
+    )
+    areas = SimpleNamespace(foreground=np.ones((4, 10)))
+    return Drives(data, areas, np.array([[0, 1], [2, 3]]))
+
+
+def test_methods_that_draw_are_those_that_take_a_key(mine):
+    assert {name for name in PRUNERS if is_drawn(name)} == {"random", "prune2drive"}
+    assert is_drawn(mine("drawn"))
+    assert not is_drawn(mine("trained"))
+    assert not is_drawn(UNPRUNED)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("twice", "a token twice"), ("beyond", "not: N is 10"), ("within", "a token twice")],
+)
+def test_a_choice_that_is_none_is_refused(mine, vla, scenes, name, message):
+    model, params = vla
+    policy = DrivingPolicy(model, make_pruner(mine(name)), 0.5)
+    given = {"vla": params, "pruner": None}
+    with pytest.raises(UserError, match=rf"'{name}' at a keep ratio of 0\.5 .*{message}"):
+        drive(policy, given, scenes, 2)
+    view = SimpleNamespace(
+        images=scenes.data.images[:2, 0],
+        foreground=np.ones((2, 10), np.float32),
+        speed=scenes.data.speed[:2],
+        command=scenes.data.command[:2],
+        frame=0,
+    )
+    with pytest.raises(UserError, match=rf"'{name}' at a keep ratio of 0\.5 .*{message}"):
+        vla_policy(policy, given).plan(None, view)
