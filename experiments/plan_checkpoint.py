@@ -34,7 +34,7 @@ from fastdrive_jax.evaluation.protocols import LIDAR_AHEAD
 from fastdrive_jax.evaluation.truth import Agents, DrivingTruth, LidarWays
 from fastdrive_jax.export.bundle import read_bundle_safetensors
 from fastdrive_jax.export.manifest import NAME as MANIFEST
-from fastdrive_jax.inference.answering import UNFILLED, answer_pruned
+from fastdrive_jax.inference.answering import answer_pruned, needs_past
 from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch
 from fastdrive_jax.models.qwen2_5_vl.checkpoint import checkpoint_digest, load
 from fastdrive_jax.models.qwen2_5_vl.image_processor import smart_resize
@@ -197,11 +197,7 @@ def _usable(methods: Sequence[str], config: CheckpointConfig) -> tuple[list[str]
         if builds_on_recon(name) and not config.pruners:
             untrained.append(name)
             continue
-        pruner = any_method(name)
-        if pruner.needs & UNFILLED or pruner.temporal is not None or pruner.reuse:
-            past.append(name)
-        else:
-            chosen.append(name)
+        (past if needs_past(any_method(name)) else chosen).append(name)
     notes = []
     if past:
         notes.append(f"Left out, because single prompts have no past: {', '.join(past)}.")

@@ -7,7 +7,7 @@ from jaxtyping import Array, Int
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference import segments
-from fastdrive_jax.inference.pictures import layout_inputs
+from fastdrive_jax.inference.pictures import layout_inputs, patch_pixels
 from fastdrive_jax.inference.pruned import read_pruned
 from fastdrive_jax.inference.sampling import SamplingConfig, decode_loop, ids_in
 from fastdrive_jax.models.decoder import Decoder
@@ -16,8 +16,6 @@ from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.sequence import Batch
 from fastdrive_jax.models.qwen2_5_vl.vision_evidence import vision_evidence
 from fastdrive_jax.pruning.interface import VISION, Pruner
-
-UNFILLED = frozenset({"pixels", "state"})  # what this file has no source for
 
 
 class PrunedAnswer(flax.struct.PyTreeNode):
@@ -34,17 +32,22 @@ class PrunedAnswer(flax.struct.PyTreeNode):
     keep_indices: Int[Array, "B K"]
 
 
+def needs_past(pruner: Pruner) -> bool:
+    """Whether a method looks at earlier frames, which single prompts have not."""
+    return "state" in pruner.needs or pruner.temporal is not None
+
+
 def check_single_prompts(pruner: Pruner) -> None:
     """Refuses a method that needs what single prompts do not give.
 
     Raises:
         UserError: It does.
     """
-    lacking = sorted(pruner.needs & UNFILLED)
-    if lacking or pruner.temporal is not None or pruner.reuse:
+    if needs_past(pruner):
+        what = "state" if "state" in pruner.needs else "earlier frames"
         raise UserError(
-            f"{pruner.name} needs {', '.join(lacking) or 'earlier frames'}, which single prompts "
-            "lack; drive with it by the driving policy, or leave it out."
+            f"{pruner.name} needs {what}, which single prompts lack; drive with it by the driving "
+            "policy, or leave it out."
         )
 
 
@@ -110,6 +113,9 @@ def answer_pruned(
             vision_received=found.received.reshape(samples, -1) * samples / pictures,
             vision_keys=found.keys.reshape(samples, total, -1),
         )
+    if "pixels" in pruner.needs:
+        pixels = patch_pixels(batch.rows, model.config.vision.spatial_merge_size)
+        inputs = inputs.replace(pixels=pixels.reshape(samples, total, -1))
     choose_key, draw_key = jax.random.split(key)
     decoder, weights = Decoder(model.config.text), params["vla"]["language_model"]
     room, after = sampling.max_new_tokens, jnp.asarray(batch.next_position)

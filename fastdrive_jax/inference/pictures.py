@@ -1,5 +1,6 @@
 """Pictures to what a method may look at: visual tokens, and what the encoder says of them."""
 
+import math
 from typing import Any
 
 import flax.struct
@@ -108,3 +109,16 @@ def token_pixels(images: Shaped[Array, "B C H W 3"], edge: int) -> Shaped[Array,
     flat = images.reshape(-1, *images.shape[2:])
     squares = patch_rows(flat, edge, 1).astype(jnp.float32)
     return squares.reshape(len(images), -1, squares.shape[-1])
+
+
+def patch_pixels(rows: Shaped[Array, "M P pixels"], merge: int) -> Float[Array, "M n values"]:
+    """The same of pictures that are patch rows already, as `Batch.rows`; n = P / merge^2.
+
+    Args:
+        rows: Of `patch_rows`.
+        merge: Patches merged along each axis.
+    """
+    edge = math.isqrt(rows.shape[-1] // 3)
+    blocks = rows.reshape(len(rows), -1, merge, merge, 3, edge, edge)
+    squares = blocks.transpose(0, 1, 4, 2, 5, 3, 6).astype(jnp.float32)
+    return squares.reshape(*blocks.shape[:2], -1)

@@ -270,3 +270,27 @@ def test_what_cannot_be_pruned_is_said(checkpoint, requests, trained, tmp_path):
         args(checkpoint, prompt="a", method="divprune", keep_ratio=0.0)
     with pytest.raises(UserError, match="did you mean 'divprune'"):
         args(checkpoint, prompt="a", method="divprun")
+
+
+OWN = """
+import jax.numpy as jnp
+from fastdrive_jax.pruning import Pruner
+
+def contrast():
+    needs = frozenset({"pixels"})
+    return Pruner("contrast", lambda params, inputs, key: jnp.var(inputs.pixels, axis=-1), needs)
+
+def stuck():
+    def choose(params, inputs, key, k):
+        return jnp.zeros((len(inputs.tokens), k), int)
+    return Pruner("stuck", choose=choose)
+"""
+
+
+def test_methods_of_ones_own_answer_or_are_refused(checkpoint, requests, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    asked = {"prompt": "See.", "images": (requests.parent / "4-0.png",), "keep_ratio": 0.5}
+    (found,) = answer(args(checkpoint, method=f"{tmp_path}/own.py:contrast", **asked))
+    assert found["visual_tokens"] == 8
+    with pytest.raises(UserError, match=r"'stuck' at a keep ratio of 0\.5 keeps a token twice"):
+        answer(args(checkpoint, method=f"{tmp_path}/own.py:stuck", **asked))

@@ -219,3 +219,34 @@ def test_bad_input_is_refused(config, tmp_path):
         CheckpointConfig(checkpoint=tmp_path)
     with pytest.raises(UserError, match="batch_size=3"):
         CheckpointConfig(batch_size=3, fsdp=2)
+
+
+OWN = """
+import jax.numpy as jnp
+from fastdrive_jax.pruning import Pruner
+from fastdrive_jax.pruning.draws import normal
+
+def drawn():
+    def score(params, inputs, key):
+        return 1e4 * normal(key, inputs.tokens.shape[:2]) + jnp.var(inputs.pixels, axis=-1)
+    return Pruner("drawn", score, frozenset({"pixels", "key"}))
+
+def stuck():
+    def choose(params, inputs, key, k):
+        return jnp.zeros((len(inputs.tokens), k), int)
+    return Pruner("stuck", choose=choose)
+"""
+
+
+def test_methods_of_ones_own_are_drawn_as_often_and_checked(config, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    names = [f"{tmp_path}/own.py:{name}" for name in ("drawn", "stuck")]
+    case = checkpoint_case(config, ("random", *names), (0.5,), 2, quiet=True)
+    found = [(one.method, one.seed) for one in case.settings if one.ratio == 0.5]
+    expected = [("random", 0), ("random", 1), ("drawn", 0), ("drawn", 1), ("stuck", None)]
+    assert found == expected
+    rows = np.arange(2)
+    kept = [case.plan(Setting("drawn", 0.5, seed, names[0]), rows).kept for seed in (0, 1)]
+    assert (kept[0] != kept[1]).any()
+    with pytest.raises(UserError, match=r"'stuck' at a keep ratio of 0\.5 keeps a token twice"):
+        case.plan(Setting("stuck", 0.5, None, names[1]), rows)

@@ -8,7 +8,7 @@ from tiny_checkpoint import CONFIG, random_params
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.answering import answer_pruned
-from fastdrive_jax.inference.pictures import layout_inputs
+from fastdrive_jax.inference.pictures import layout_inputs, token_pixels
 from fastdrive_jax.inference.sampling import SamplingConfig, answer_batch, decode_text
 from fastdrive_jax.models.qwen2_5_vl.image_processor import process_pictures
 from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
@@ -39,6 +39,25 @@ def samples():
         found.append(Sample([*rng.integers(40, 90, 2), *marks * CAMERAS,
                              *rng.integers(40, 90, words)], rows, grids))  # fmt: skip
     return found
+
+
+def test_a_method_sees_each_tokens_pixels(params):
+    """The same as of a driving policy's pictures."""
+    rng = np.random.default_rng(4)
+    images = rng.integers(0, 256, (2, CAMERAS, 56, 112, 3), np.uint8)
+    marks = [CONFIG.vision_start_token_id, CONFIG.image_token_id, CONFIG.vision_end_token_id]
+    samples = [Sample([*marks * CAMERAS, 60], *process_pictures(list(one))) for one in images]
+    edge = 2 * CONFIG.vision.patch_size
+    want = np.asarray(token_pixels(jnp.asarray(images), edge))
+    seen = []
+
+    def choose(params, inputs, key, k):
+        jax.debug.callback(seen.append, inputs.pixels)
+        return jnp.tile(jnp.arange(k), (2, 1))
+
+    run(Pruner("looks", choose=choose, needs=frozenset({"pixels"})), 0.5, params, samples)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(seen[0], want)
 
 
 def run(pruner, ratio, params, samples, sampling=SAMPLING, pruner_params=None, foreground=None):
