@@ -11,9 +11,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from experiments.drives import (
     method_of,
     step,
 )
+from experiments.efficiency_counts import added_flops
 from experiments.planning import HEADLINE, mean_errors, planning_split
 from experiments.quickstart import RANDOM_DRAWS, RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
@@ -45,8 +47,7 @@ from fastdrive_jax.evaluation.planning import (
 from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.files import write_text
 from fastdrive_jax.inference.policy import DrivingPolicy, start_state
-from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
-from fastdrive_jax.pruning import PRUNERS, Pruner, builds_on_recon
+from fastdrive_jax.pruning import PRUNERS, builds_on_recon
 from fastdrive_jax.pruning.accounting import frame_cost, recon_pruner_flops
 from fastdrive_jax.pruning.interface import cut_plan
 
@@ -144,7 +145,7 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
         trained_seed = args.quickstart.pruner.seed if weights is world.trained["pruner"] else None
         seed = 0 if drawn else trained_seed
         rows += foreground_rows(label(name), ratio, drives.areas, runs[0][1], data.scene, seed)
-        rows += cost_rows(world.model, pruner, ratio, name)
+        rows += cost_rows(policy, weights, name)
     for (name, ratio), values in samples.items():
         ours = samples.get(("reconpruner", ratio))
         if ours is not None and name != "reconpruner":
@@ -181,13 +182,19 @@ def timing_rows(programs: dict, drives: Drives, args: ComparePrunersArgs) -> lis
     return rows
 
 
-def cost_rows(model: DrivingVLA, pruner: Pruner, ratio: float, name: str) -> list[Row]:
-    """Counts of a frame's prefill, the method's own work included where it has a count."""
-    config = model.config
+def cost_rows(policy: DrivingPolicy, weights: Any, name: str) -> list[Row]:
+    """Counts of a frame's prefill, the method's own work included where it has a count.
+
+    That of a ReconPruner is by formula, that of a method of one's own by its traced program.
+    """
+    config, pruner, ratio = policy.model.config, policy.pruner, policy.keep_ratio
     n, text = config.visual_tokens, TEXT_TOKENS
     plan = cut_plan(pruner, n, ratio, config.text.num_layers)
-    on_recon = name != UNPRUNED and builds_on_recon(name)
-    own = recon_pruner_flops(config.text, n) if on_recon else 0
+    own = 0.0
+    if name not in (UNPRUNED, *PRUNERS):
+        own = added_flops(policy, weights, text, jnp.float32)
+    elif name != UNPRUNED and builds_on_recon(name):
+        own = recon_pruner_flops(config.text, n)
     steps = config.vocabulary.plan_length
     cost = frame_cost(
         config.text,

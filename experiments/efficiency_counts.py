@@ -1,7 +1,7 @@
 """FLOPs and bytes of a frame's stages by count, and the least time of a machine for them."""
 
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -12,8 +12,7 @@ from experiments.frame_stages import Given, Setting, trace_stages, vision_stage
 from experiments.program_flops import program_flops
 from experiments.roofline import Machine, roofline_ms
 from fastdrive_jax.inference.pictures import Encoded
-from fastdrive_jax.inference.policy import start_state
-from fastdrive_jax.inference.pruned import stands_before
+from fastdrive_jax.inference.policy import DrivingPolicy, start_state
 from fastdrive_jax.models.qwen2_5_vl.driving import PROMPT_TOKENS, DrivingConfig
 from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
 from fastdrive_jax.pruning.accounting import (
@@ -22,7 +21,7 @@ from fastdrive_jax.pruning.accounting import (
     frame_cost,
     recon_pruner_flops,
 )
-from fastdrive_jax.pruning.interface import VISION, cut_plan
+from fastdrive_jax.pruning.interface import VISION, cut_plan, stands_before
 
 MARKS = 3  # text tokens around the picture, beside the prompt
 COUNTED = ("vision", "pruner", "prefill", "decode")
@@ -128,6 +127,40 @@ def traced_flops(
     state = jax.eval_shape(lambda: start_state(setting.policy, 1, dtype, text - MARKS))
     traced = trace_stages(setting, vla, encoded, images, given, state, known)
     return {stage: program_flops(found.jaxpr) for stage, found in traced.items()}
+
+
+def added_flops(policy: DrivingPolicy, pruner_params: Any, text: int, dtype: jnp.dtype) -> float:
+    """FLOPs of the products that a method adds to one sample's frame, whatever it computes.
+
+    Its traced programs are compared with those of a method that takes the first tokens at the same
+    cuts. The layer that one with `Cuts.own_rows` runs twice is not counted.
+
+    Args:
+        policy: The model with the method.
+        pruner_params: Of the method.
+        text: Text tokens.
+        dtype: Of the model.
+    """
+
+    def first(params, inputs, key, k):
+        return jnp.broadcast_to(jnp.arange(k), (len(inputs.tokens), k))
+
+    pruner = policy.pruner
+    plain = replace(
+        pruner,
+        score=None,
+        merge=None,
+        choose=first,
+        needs=pruner.needs & {"state", "pixels"} if pruner.reuse else frozenset(),
+        temporal=pruner.temporal if pruner.reuse else None,
+    )
+
+    def count(pruner):
+        setting = Setting(replace(policy, pruner=pruner), pruner_params)
+        found = traced_flops(setting, text, dtype, {})
+        return found["pruner"] + found["prefill"]
+
+    return count(pruner) - count(plain)
 
 
 @cache

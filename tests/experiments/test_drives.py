@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from tiny_policy import small_config, small_params
 
-from experiments.drives import UNPRUNED, Drives, drive, is_drawn
+from experiments.compare_pruners import cost_rows
+from experiments.drives import UNPRUNED, Drives, drive, is_drawn, method_of
 from experiments.driving_policies import vla_policy
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.policy import DrivingPolicy
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PRUNERS, make_pruner
+from fastdrive_jax.pruning.accounting import recon_pruner_flops
 
 MINE = """
 import jax
@@ -41,6 +43,18 @@ def beyond():
 def within():
     cuts = Cuts(lambda layers: (1,))
     return Pruner(name="within", choose=chosen(lambda k: jnp.arange(k) // 2), cuts=cuts)
+
+def products():
+    def score(params, inputs, key):
+        return jnp.einsum("bnd,bmd->bn", inputs.tokens, inputs.tokens)
+    return Pruner(name="products", score=score)
+
+def rows():
+    def score(params, inputs, key):
+        return inputs.last_row.mean(axis=1)
+    return Pruner(
+        name="rows", score=score, needs=frozenset({"last_row"}), cuts=Cuts(lambda layers: (1,))
+    )
 """
 
 
@@ -96,3 +110,35 @@ def test_a_choice_that_is_none_is_refused(mine, vla, scenes, name, message):
     )
     with pytest.raises(UserError, match=rf"'{name}' at a keep ratio of 0\.5 .*{message}"):
         vla_policy(policy, given).plan(None, view)
+
+
+def gflop(policy, weights, name):
+    found = cost_rows(policy, weights, name)
+    return {row.metric: row.value for row in found}["prefill_gflop"]
+
+
+def test_what_a_method_of_ones_own_computes_is_counted(mine, vla):
+    model, _ = vla
+    text, n = model.config.text, model.config.visual_tokens
+    made = {name: make_pruner(mine(name)) for name in ("products", "rows", "twice")}
+    own = {
+        name: gflop(DrivingPolicy(model, pruner, 0.5), None, mine(name))
+        for name, pruner in made.items()
+    }
+    plain = gflop(DrivingPolicy(model, make_pruner("divprune"), 0.5), None, "divprune")
+    assert own["twice"] == pytest.approx(plain, rel=1e-12)
+    products = 2 * n * n * text.hidden_size / 1e9
+    assert own["products"] == pytest.approx(plain + products, rel=0.05)
+    within = gflop(DrivingPolicy(model, make_pruner("fastv", layer=1), 0.5), None, "fastv")
+    row = 2 * text.num_heads * (n + 6) * text.head_dim / 1e9
+    assert own["rows"] == pytest.approx(within + row, abs=0.1 * row)
+
+
+def test_figures_of_the_librarys_methods_stay_by_formula(vla):
+    model, _ = vla
+    unpruned, weights = method_of(UNPRUNED, None)
+    whole = gflop(DrivingPolicy(model, unpruned, 1.0), weights, UNPRUNED)
+    policy = DrivingPolicy(model, make_pruner("random"), 1.0)
+    assert gflop(policy, None, "random") == whole
+    own = recon_pruner_flops(model.config.text, model.config.visual_tokens) / 1e9
+    assert gflop(policy, None, "reconpruner") == pytest.approx(whole + own)
