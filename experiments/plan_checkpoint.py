@@ -16,22 +16,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from data_pipelines.decode import decode_image, decode_mask
-from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.nuscenes.truth import driving_truth
-from data_pipelines.schema import CAN_FIELDS
-from data_pipelines.shards import Shards, open_shards, record_source, sample_tokens
+from data_pipelines.shards import open_shards, record_source, sample_tokens
 from data_pipelines.token_mask import mask_fractions
 from experiments.answer import padded
+from experiments.driven import Sequences, past_of, read_sequences
 from experiments.drives import UNPRUNED, any_method, is_drawn, label
 from experiments.planned import Case, Planned, Setting
 from experiments.trained_pruner import read_trained
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.protocols import LIDAR_AHEAD
-from fastdrive_jax.evaluation.truth import Agents, DrivingTruth, LidarWays
+from fastdrive_jax.evaluation.truth import Agents, DrivingTruth
 from fastdrive_jax.export.bundle import read_bundle_safetensors
 from fastdrive_jax.export.manifest import NAME as MANIFEST
 from fastdrive_jax.inference.answering import answer_pruned, needs_past
@@ -40,7 +38,6 @@ from fastdrive_jax.models.qwen2_5_vl.checkpoint import checkpoint_digest, load
 from fastdrive_jax.models.qwen2_5_vl.image_processor import smart_resize
 from fastdrive_jax.models.qwen2_5_vl.impromptu import (
     CAMERAS,
-    EgoStatus,
     parse_answer,
     planning_prompt,
     shrunk_size,
@@ -111,22 +108,6 @@ class CheckpointConfig:
             )
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """What the car did, of all samples; see `schema.Record`."""
-
-    command: np.ndarray
-    history: np.ndarray
-    history_valid: np.ndarray
-    can_bus: np.ndarray
-    scene: np.ndarray
-    future: np.ndarray
-    future_valid: np.ndarray
-    agents: np.ndarray
-    agents_valid: np.ndarray
-    agents_kind: np.ndarray
-
-
 def checkpoint_case(
     config: CheckpointConfig,
     methods: Sequence[str],
@@ -155,7 +136,7 @@ def checkpoint_case(
             elif is_drawn(name):
                 own = range(draws)
             settings += [Setting(label(name), ratio, seed, name) for seed in own]
-    driven = read_sequences(shards, config)
+    driven = read_sequences(shards, config.split, config.samples)
     tokens = sample_tokens(shards, config.split)[: len(driven.command)]
     truth = _truth(config, shards, driven, tokens)
     if config.frame == "lidar" and truth.lidar is None:
@@ -204,27 +185,6 @@ def _usable(methods: Sequence[str], config: CheckpointConfig) -> tuple[list[str]
     if untrained:
         notes.append(f"Left out, because --qwen.pruners names none: {', '.join(untrained)}.")
     return chosen, tuple(notes)
-
-
-def read_sequences(shards: Shards, config: CheckpointConfig) -> Sequences:
-    """All but the pictures."""
-    names = tuple(Sequences.__annotations__)
-    loader = LoaderConfig(
-        batch_size=64,
-        image_size=(28, 28),
-        cameras=("CAM_FRONT",),
-        group="sample",
-        shuffle=False,
-        num_epochs=1,
-        remainder="keep",
-        fields=names,
-    )
-    parts: dict[str, list] = {name: [] for name in names}
-    for batch in make_loader(shards, config.split, loader):
-        for name in names:
-            parts[name].append(batch[name])
-    stop = config.samples or None
-    return Sequences(**{name: np.concatenate(found)[:stop] for name, found in parts.items()})
 
 
 def _truth(config, shards, driven: Sequences, tokens: Sequence[str]) -> DrivingTruth:
@@ -396,42 +356,3 @@ def model_size(
             f"would make {kept} of it."
         )
     return kept
-
-
-def past_of(
-    driven: Sequences,
-    sample: int,
-    frame: Literal["lidar", "ego"],
-    lidar: LidarWays | None = None,
-) -> tuple[Float[np.ndarray, "T 2"], list[EgoStatus] | None]:
-    """Known places of the last three seconds with the present (0, 0), and the motion at each.
-
-    The motion is that of the CAN bus at the key frames before; None if one of them has none.
-    """
-    known = driven.history_valid[sample]
-    past = np.concatenate([driven.history[sample][known], np.zeros((1, 2))])
-    if frame == "lidar":
-        past = ego_to_lidar(past)
-        if lidar is not None:
-            past[:-1] = lidar.history[sample][known]
-    frames = range(sample - len(past) + 1, sample + 1)
-    if any(k < 0 or driven.scene[k] != driven.scene[sample] for k in frames):
-        return past, None
-    bus = driven.can_bus[list(frames)]
-    columns = [CAN_FIELDS.index(name) for name in ("ax", "ay", "speed", "steering")]
-    if not np.isfinite(bus[:, columns]).all():
-        return past, None
-    rows = bus[:, columns].tolist()
-    return past, [EgoStatus((ax, ay), speed, steering) for ax, ay, speed, steering in rows]
-
-
-def ego_to_lidar(past: Float[np.ndarray, "T 2"]) -> Float[np.ndarray, "T 2"]:
-    """Places of the lidar from past places of the ego origin, of which the last is the present."""
-    steps = np.diff(past, axis=0, append=past[-1:] + np.eye(2)[:1])  # now the car looks ahead
-    still = np.linalg.norm(steps, axis=1) < 0.1
-    yaw = np.where(still, 0.0, np.arctan2(steps[:, 1], steps[:, 0]))
-    return past + LIDAR_AHEAD * (_ahead(yaw) - np.eye(2)[0])
-
-
-def _ahead(yaw) -> np.ndarray:
-    return np.stack([np.cos(yaw), np.sin(yaw)], -1)

@@ -19,14 +19,9 @@ from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from experiments import plan_checkpoint
 from experiments.answer import AnswerArgs, answer
+from experiments.driven import Sequences, ego_to_lidar, past_of
 from experiments.eval_planning import EvalPlanningArgs, eval_planning
-from experiments.plan_checkpoint import (
-    CheckpointConfig,
-    Sequences,
-    checkpoint_case,
-    ego_to_lidar,
-    past_of,
-)
+from experiments.plan_checkpoint import CheckpointConfig, checkpoint_case
 from experiments.planned import Setting
 from fastdrive_jax.configs import to_plain
 from fastdrive_jax.errors import UserError
