@@ -381,6 +381,7 @@ def test_what_a_killed_export_left_is_no_strange_file(run, tmp_path):
     assert {path.name for path in out.iterdir()} == {"pruner", "torch_pruner.py", "README.md"}
 
 
+@needs_flatbuffers
 def test_the_card_says_why_nothing_was_checked(two_cameras, tmp_path):
     said = {}
     for check in (True, False):
