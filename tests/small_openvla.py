@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from experiments.robot_openvla import openvla_body
 from fastdrive_jax.models.openvla.actions import ActionStatistics, Bounds
@@ -12,6 +13,8 @@ from fastdrive_jax.models.openvla.config import TINY_OPENVLA
 from fastdrive_jax.models.openvla.model import OpenVLA
 from fastdrive_jax.models.openvla.policy_file import abstract_params
 from fastdrive_jax.models.openvla.prompt import word_prompts
+
+WORDS = "<s> In : Out What action should the robot take to pick up cube ? USER ASSISTANT"
 
 
 def small_openvla(views=2):
@@ -44,3 +47,17 @@ def unit_body(instructions, model, **parts):
     size = model.config.action_dim
     bounds = Bounds((-1.0,) * size, (1.0,) * size, (True,) * size, (False,) * size)
     return openvla_body(prompts, ActionStatistics(bounds), views=(0, 1), **parts)
+
+
+def write_tokenizer(folder, bos: bool = True):
+    """One that knows words only: each is one id, BOS has 1 and the empty token Llama's."""
+    vocabulary = {"<unk>": 0} | {word: number for number, word in enumerate(WORDS.split(" "), 1)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    tokenizer.enable_padding(length=64)  # as a file may have it; prompts are padded here
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return {number: word for word, number in vocabulary.items()}

@@ -1,5 +1,6 @@
 """The device mesh and how batches are laid out over it; parameters are in `rules`."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -96,11 +97,17 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
     Raises:
         UserError: a process has no device in the mesh, or parts are shared in any other way.
     """
-    parts: dict[int, set[int]] = {process: set() for process in range(jax.process_count())}
+    return _share_of(mesh, jax.process_index(), jax.process_count())
+
+
+@functools.cache
+def _share_of(mesh: Mesh, process: int, count: int) -> tuple[int, int]:
+    """Of one of the processes; remembered, since every batch asks and a pod has many devices."""
+    parts: dict[int, set[int]] = {number: set() for number in range(count)}
     for part, devices in enumerate(mesh.devices.reshape(batch_parts(mesh), -1)):
         for device in devices:
             parts.setdefault(device.process_index, set()).add(part)
-    idle = sorted(process for process, own in parts.items() if not own)
+    idle = sorted(number for number, own in parts.items() if not own)
     if idle:
         raise UserError(
             f"A mesh whose batch is in {batch_parts(mesh)} parts (data x fsdp) does not divide "
@@ -114,7 +121,7 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
             f"Over a mesh of {dict(mesh.shape)} the hosts' devices hold overlapping parts of a "
             "batch; choose a tensor axis that lies within a host, or takes whole hosts."
         )
-    return shares.index(tuple(sorted(parts[jax.process_index()]))), len(shares)
+    return shares.index(tuple(sorted(parts[process]))), len(shares)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fake_simpler import write_simulator
-from small_openvla import small_openvla
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from small_openvla import small_openvla, write_tokenizer
 
 from data_pipelines.robot.environment import make_suite
 from experiments import robot_openvla
@@ -29,12 +28,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_SIMPLER_LOG", str(tmp_path / "log"))
     folder = tmp_path / "openvla-7b"
     folder.mkdir()
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer(folder)
     action = {"q01": LOW, "q99": HIGH, "mask": [True] * 6 + [False]}
     statistics = {"bridge_orig": {"action": action}}
     (folder / "dataset_statistics.json").write_text(json.dumps(statistics))

@@ -1,27 +1,13 @@
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from small_openvla import write_tokenizer
+from tokenizers import processors
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.openvla.config import OPENVLA_7B, TINY_OPENVLA
 from fastdrive_jax.models.openvla.prompt import WordPrompts, read_prompts, word_prompts
 
-WORDS = "<s> In : Out What action should the robot take to pick up cube ? USER ASSISTANT"
 SUITE = ["Pick up the red cube", "push the red cube, then stop"]
-
-
-def write_tokenizer(folder, bos: bool = True):
-    """One that knows words only: each is one id, BOS has 1 and the empty token Llama's."""
-    vocabulary = {"<unk>": 0} | {word: number for number, word in enumerate(WORDS.split(" "), 1)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 1)]
-        )
-    tokenizer.enable_padding(length=64)  # as a file may have it; prompts are padded here
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return {number: word for word, number in vocabulary.items()}
 
 
 def test_the_published_prompt(tmp_path):
