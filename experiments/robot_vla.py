@@ -13,16 +13,9 @@ from jax.sharding import NamedSharding
 
 from data_pipelines.robot.policies import Acted, Observation, RobotPolicy, digest
 from data_pipelines.robot.workers import POLICY
+from fastdrive_jax.inference.action_decoding import Moment, action_decoding
 from fastdrive_jax.inference.pruned import reset_state
-from fastdrive_jax.inference.robot import (
-    Moment,
-    RobotVLA,
-    answer,
-    read_moment,
-    see,
-    start_state,
-)
-from fastdrive_jax.models.pi0.model import Pi0
+from fastdrive_jax.inference.robot import RobotVLA, answer, read_moment, see, start_state
 from fastdrive_jax.models.prompts import Prompts
 from fastdrive_jax.parallel.mesh import replicated_sharding
 from fastdrive_jax.pruning.mistakes import check_kept
@@ -175,12 +168,11 @@ def moment_of(
     """
     ids, lengths = body.prompts.encode([one.instruction for one in observations])
     images = [[body.picture(one.images[view]) for view in body.views] for one in observations]
-    proprio, noise, config = None, None, vla.model.config
-    if body.from_robot is not None and getattr(config, "proprio_dim", 1):
+    proprio, noise, size = None, None, action_decoding(vla.model).noise
+    if body.from_robot is not None and getattr(vla.model.config, "proprio_dim", 1):
         proprio = body.from_robot(np.stack([one.proprio for one in observations]))
-    if isinstance(vla.model, Pi0):
-        seen = digests(observations)
-        noise = _noise(key, seen, (config.horizon, config.action_dim))
+    if size is not None:
+        noise = _noise(key, digests(observations), size)
     return Moment(np.asarray(images, np.uint8), ids, lengths, proprio, noise)
 
 

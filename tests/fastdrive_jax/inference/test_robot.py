@@ -10,15 +10,8 @@ import pytest
 from small_openvla import random_params
 
 from fastdrive_jax.inference import segments
-from fastdrive_jax.inference.robot import (
-    Moment,
-    RobotVLA,
-    _live,
-    act,
-    decoder_of,
-    see,
-    start_state,
-)
+from fastdrive_jax.inference.action_decoding import Moment, action_decoding
+from fastdrive_jax.inference.robot import RobotVLA, act, see, start_state
 from fastdrive_jax.models.openvla.actions import decode_actions
 from fastdrive_jax.models.openvla.config import TINY_OPENVLA
 from fastdrive_jax.models.openvla.model import OpenVLA
@@ -157,9 +150,10 @@ def test_slots_and_state_are_no_instruction(params, monkeypatch):
     given = {"vla": params["regression"], "pruner": None}
     act(policy, given, moment, jax.random.key(1))
     (seen,) = caught
-    live = _live(policy.model, given, see(policy, given, moment.images).tokens, moment)
-    decoder, weights = decoder_of(policy.model), given["vla"]["language_model"]
-    query, key = map(np.asarray, segments._run_layer(decoder, weights, live, 0, 0)[1])
+    decoding, weights = action_decoding(policy.model), given["vla"]
+    live = decoding.prompt(weights, see(policy, given, moment.images).tokens, moment)
+    given = decoding.decoder, weights["language_model"]
+    query, key = map(np.asarray, segments._run_layer(*given, live, 0, 0)[1])
     for sample, length in enumerate(moment.lengths):
         prompt = 1 + N + 1 + length - 1  # places before the slots
         total = prompt + 14 + 1
