@@ -98,25 +98,25 @@ def run(name, params, pruner, ratio, moment, state=None, first=None):
 def unpruned(name, params, moment):
     """The model's own functions, sample by sample, without padding."""
     model, variables, out = MODELS[name], {"params": params[name]}, []
+    apply = jax.jit(model.apply, static_argnames="method")
     noise = jax.random.normal(jax.random.key(1), (BATCH, 3, 8))
     for sample, length in enumerate(moment.lengths):
         images, ids = moment.images[sample, None], moment.ids[sample, None, :length]
         lengths, proprio = jnp.array([length]), moment.proprio[sample, None]
-        tokens = model.apply(variables, images, method="encode")
+        tokens = apply(variables, images, method="encode")
         if name == "regression":
             given = tokens, ids, lengths
-            out.append(model.apply(variables, *given, proprio=proprio, method="regress")[0])
+            out.append(apply(variables, *given, proprio=proprio, method="regress")[0])
         elif name == "flow":
 
             def velocity(x, time, given=(images, ids, lengths, proprio)):
-                return model.apply(variables, *given, x, jnp.full(1, time)), None
+                return apply(variables, *given, x, jnp.full(1, time)), None
 
             out.append(euler(velocity, noise[sample, None], 2)[0][0])
         else:
-            logits_of = jax.jit(partial(model.apply, method="action_logits"))
             answer = jnp.zeros((1, 7), int)
             for number in range(7):
-                logits = logits_of(variables, tokens, ids, lengths, answer)
+                logits = apply(variables, tokens, ids, lengths, answer, method="action_logits")
                 answer = answer.at[:, number].set(jnp.argmax(logits[:, number], axis=-1))
             out.append(decode_actions(answer, OPENVLA))
     return jnp.stack(out).reshape(BATCH, -1, 8 if name == "flow" else 7)
@@ -147,13 +147,17 @@ def test_slots_and_state_are_no_instruction(params, monkeypatch):
         "probe", lambda weights, given, key: given.received, needs, cuts=Cuts(lambda layers: (1,))
     )
     policy = RobotVLA(MODELS["regression"], pruner, 0.5)
-    given = {"vla": params["regression"], "pruner": None}
-    act(policy, given, moment, jax.random.key(1))
-    (seen,) = caught
-    decoding, weights = action_decoding(policy.model), given["vla"]
-    live = decoding.prompt(weights, see(policy, given, moment.images).tokens, moment)
-    given = decoding.decoder, weights["language_model"]
-    query, key = map(np.asarray, segments._run_layer(*given, live, 0, 0)[1])
+    decoding = action_decoding(policy.model)
+
+    @jax.jit
+    def watch(given):
+        act(policy, given, moment, jax.random.key(1))
+        live = decoding.prompt(given["vla"], see(policy, given, moment.images).tokens, moment)
+        weights = given["vla"]["language_model"]
+        return caught.pop(), segments._run_layer(decoding.decoder, weights, live, 0, 0)[1]
+
+    seen, rows = watch({"vla": params["regression"], "pruner": None})
+    query, key = map(np.asarray, rows)
     for sample, length in enumerate(moment.lengths):
         prompt = 1 + N + 1 + length - 1  # places before the slots
         total = prompt + 14 + 1
