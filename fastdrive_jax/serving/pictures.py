@@ -6,11 +6,12 @@ import struct
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastdrive_jax.serving.refusals import Refusal
 
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_SCAN, _MOST_SCANS = b"\xff\xda", 50  # encoders write about 10 in a progressive JPEG
 
 
 def read_picture(
@@ -27,9 +28,16 @@ def read_picture(
     Raises:
         Refusal: It is another kind of file, too large or damaged.
     """
-    if not data.startswith(_SIGNATURES):
+    if not data.startswith((_JPEG, _PNG)):
         raise Refusal(
             415, "picture_type", f"The file for {name} is neither JPEG nor PNG; send a picture."
+        )
+    # A scan takes 30 bytes and goes over all pixels: a small file of them would take hours.
+    if data.startswith(_JPEG) and (scans := data.count(_SCAN)) > _MOST_SCANS:
+        raise Refusal(
+            413,
+            "picture_scans",
+            f"The picture for {name} has {scans} scans; at most {_MOST_SCANS} are taken.",
         )
     try:
         # Only the header is read here: what a small file may unpack to is told before it does.
@@ -46,9 +54,18 @@ def read_picture(
             # still reads all of it.
             picture.draft("L", (max(1, width // 8), max(1, height // 8)))
             picture.load()
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # before its size could be asked for
         raise Refusal(
-            422, "picture_damaged", f"The picture for {name} cannot be decoded ({error})."
+            413,
+            "picture_size",
+            f"The picture for {name} is too large by far; at most {megapixels:g} megapixels "
+            "are taken.",
+        ) from error
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        # Of a file whose header it cannot read, Pillow names an object of ours.
+        why = "its header is damaged" if isinstance(error, UnidentifiedImageError) else error
+        raise Refusal(
+            422, "picture_damaged", f"The picture for {name} cannot be decoded ({why})."
         ) from error
     pixels = cv2.imdecode(
         np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION

@@ -1,10 +1,13 @@
 """The parts of the service that need no socket."""
 
 import math
+import struct
 import time
 import weakref
+import zlib
 from dataclasses import replace
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -18,11 +21,48 @@ from fastdrive_jax.serving.config import Limits, ServeConfig
 from fastdrive_jax.serving.drives import Drives
 from fastdrive_jax.serving.jobs import Budget, Job, next_batch
 from fastdrive_jax.serving.metrics import Metrics
+from fastdrive_jax.serving.pictures import read_picture
 from fastdrive_jax.serving.programs import Frame, Planned, compile_programs, run_batch
 from fastdrive_jax.serving.refusals import Refusal
 from fastdrive_jax.serving.requests import PlanRequest, check_cameras
 from fastdrive_jax.serving.server import ready_lines
 from fastdrive_jax.serving.worker import Worker
+
+
+def progressive(scans: int) -> bytes:
+    """A JPEG whose last scan is there that many times more."""
+    _, data = cv2.imencode(".jpg", picture(0), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])
+    data = data.tobytes()
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + scans * data[last:end] + data[end:]
+
+
+def huge(side: int) -> bytes:
+    """What a PNG that claims to be that large begins with."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunks + struct.pack(">I", 9) + b"IDAT"
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "named"),
+    [
+        (huge(65_000), 413, "at most 1 megapixels"),
+        (huge(2_000), 413, "2000 x 2000"),
+        (progressive(100), 413, "scans; at most 50"),
+        (b"\xff\xd8\xff", 422, r"decoded \(its header is damaged\)\."),
+    ],
+    ids=("huge", "large", "scans", "no header"),
+)
+def test_pictures_that_are_not_decoded(data, status, named):
+    with pytest.raises(Refusal, match=named) as refusal:
+        read_picture(data, "CAM_FRONT", (56, 140), 1.0)
+    assert refusal.value.status == status
+
+
+def test_progressive_pictures_are_decoded():
+    assert read_picture(progressive(0), "CAM_FRONT", (28, 70), 1.0).shape == (28, 70, 3)
+
 
 SIX = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT")
 
