@@ -2,22 +2,21 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from http import HTTPStatus
 from importlib import resources
 from typing import Any
 
 import numpy as np
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -25,17 +24,18 @@ from starlette.routing import Route
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig
 from fastdrive_jax.serving.body import BoundedBody, RefusalResponse
 from fastdrive_jax.serving.config import ServeConfig
-from fastdrive_jax.serving.demo import DemoDrive
+from fastdrive_jax.serving.content import STEP_SECONDS, plan_content
+from fastdrive_jax.serving.demo import DemoDrive, DemoFrame
 from fastdrive_jax.serving.jobs import Answer, Job
 from fastdrive_jax.serving.metrics import Metrics
 from fastdrive_jax.serving.pictures import read_picture
 from fastdrive_jax.serving.refusals import Refusal
 from fastdrive_jax.serving.requests import COMMANDS, PlanRequest, check_cameras, parse_request
-from fastdrive_jax.serving.worker import Worker
+from fastdrive_jax.serving.sites import check_host, check_origin, own_names
+from fastdrive_jax.serving.worker import Worker, ending
 
 log = logging.getLogger(__name__)
 
-STEP_SECONDS = 0.5  # between waypoints, see `inference.policy.Plan`
 STOP_SECONDS = 1.0  # that the model has to end its batch
 _MOST_FILES, _MOST_JSON = 32, 2**16
 _PAGE = {
@@ -73,7 +73,7 @@ class Service:
     worker: Worker
     metrics: Metrics
     demo: Sequence[DemoDrive] = ()
-    decoders: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(os.cpu_count() or 1))
+    decoders: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(os.cpu_count()))
     bodies: set[BoundedBody] = field(default_factory=set)
 
 
@@ -87,18 +87,21 @@ def make_app(service: Service) -> Starlette:
         if not await to_thread.run_sync(service.worker.stop, STOP_SECONDS):
             log.warning("the model is still at work and is left behind")
 
+    names = own_names(service.config.host)
+
     def to(handler: Callable) -> Callable:
         async def endpoint(request: Request) -> Response:
+            check_host(request, names)
             return await handler(service, request)
 
         return endpoint
 
-    pages = [Route(path, _page(*named)) for path, named in _PAGE.items()]
+    pages = [Route(path, to(_page(*named))) for path, named in _PAGE.items()]
     routes = [
         Route("/v1/plan", to(_plan), methods=["POST"]),
         Route("/v1/info", to(_info)),
-        Route("/v1/demo/{drive:int}/{frame:int}", to(_demo_frame)),
-        Route("/v1/demo/{drive:int}/{frame:int}/{camera}", to(_demo_picture)),
+        Route("/v1/demo/{drive}/{frame}", to(_demo_frame)),
+        Route("/v1/demo/{drive}/{frame}/{camera}", to(_demo_picture)),
         Route("/healthz", to(_healthz)),
         Route("/readyz", to(_readyz)),
         Route("/metrics", to(_metrics)),
@@ -106,25 +109,15 @@ def make_app(service: Service) -> Starlette:
     return Starlette(
         routes=pages + routes,
         lifespan=lifespan,
-        middleware=_host_check(service.config.host),
-        exception_handlers={HTTPException: _http_error},
+        exception_handlers={HTTPException: _http_error, Refusal: _refused},
     )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 async def _plan(service: Service, request: Request) -> Response:
-    body = BoundedBody(request.receive, service.config.limits)
+    body = BoundedBody(request.receive, service.config.limits, service.bodies)
     begun = time.perf_counter()
     try:
+        check_origin(request)
         with _admitted(service, body):
             content = await _planned(service, request, body, begun)
         response: Response = JSONResponse(content)
@@ -136,6 +129,8 @@ async def _plan(service: Service, request: Request) -> Response:
         response = _refuse(service, refusal, body)
     except ClientDisconnect:
         response = _refuse(service, Refusal(400, "disconnected", "The client left."), None)
+    except asyncio.CancelledError:  # the service ends, and has waited long enough
+        response = _refuse(service, ending(), None)
     except Exception:
         log.exception("a plan failed")
         fault = Refusal(500, "fault", "The service failed at this frame; its log says how.")
@@ -205,11 +200,11 @@ async def _received(
 
 async def _decoded(service: Service, encoded: Mapping[str, bytes]) -> np.ndarray:
     """Pixels of all cameras."""
-    model = service.model
+    model, loop = service.model, asyncio.get_running_loop()
     given = model.image_size, service.config.limits.megapixels
     images = await asyncio.gather(
         *(
-            to_thread.run_sync(read_picture, encoded[name], name, *given, limiter=service.decoders)
+            loop.run_in_executor(service.decoders, read_picture, encoded[name], name, *given)
             for name in model.cameras
         )
     )
@@ -219,21 +214,11 @@ async def _decoded(service: Service, encoded: Mapping[str, bytes]) -> np.ndarray
 async def _planned(
     service: Service, request: Request, body: BoundedBody, begun: float
 ) -> dict[str, Any]:
-    limits, model = service.config.limits, service.model
+    seconds = service.config.limits.answer_seconds
     asked, encoded = await _received(service, request, body)
     received = time.perf_counter()
-    images = await _decoded(service, encoded)
-    del encoded  # much larger than what waits
-    queued = time.perf_counter()
-    job = Job(asked, images, begun, queued)
-    waiting = service.worker.submit(job)
-    try:
-        answer = await asyncio.wait_for(asyncio.wrap_future(waiting), limits.answer_seconds)
-    except TimeoutError as error:
-        job.given_up.set()
-        raise Refusal(
-            504, "answer_slow", f"No plan within {limits.answer_seconds:g} s; the frame is dropped."
-        ) from error
+    waiting = _answered(service, asked, encoded, body, begun)
+    answer, queued = await _while_connected(request, waiting, seconds)
     times = {
         "receive": 1e3 * (received - begun),
         "decode": 1e3 * (queued - received),
@@ -243,55 +228,49 @@ async def _planned(
     for stage, spent in times.items():
         service.metrics.seconds.labels(stage).observe(spent / 1e3)
     times["total"] = 1e3 * (time.perf_counter() - begun)
-    return plan_content(model, asked.drive, answer, times)
+    return plan_content(service.model, asked.drive, answer, times)
 
 
-def plan_content(
-    model: DrivingConfig, drive: str | None, answer: Answer, times: Mapping[str, float]
-) -> dict[str, Any]:
-    """The JSON of a plan.
+async def _answered(
+    service: Service,
+    asked: PlanRequest,
+    encoded: dict[str, bytes],
+    body: BoundedBody,
+    begun: float,
+) -> tuple[Answer, float]:
+    """The worker's answer, and when the frame joined its queue."""
+    images = await _decoded(service, encoded)
+    encoded.clear()  # much larger than what waits
+    body.held = 0
+    job = Job(asked, images, begun, time.perf_counter())
+    try:
+        return await asyncio.wrap_future(service.worker.submit(job)), job.queued
+    except asyncio.CancelledError:
+        job.given_up.set()
+        raise
 
-    Args:
-        model: Config of the driving model.
-        drive: Its name; None without one.
-        answer: Of the worker.
-        times: Milliseconds of stages.
+
+async def _while_connected(
+    request: Request, waiting: Coroutine[Any, Any, tuple[Answer, float]], seconds: float
+) -> tuple[Answer, float]:
+    """What is waited for; given up if it takes too long or the client leaves.
+
+    Raises:
+        Refusal: 504.
+        ClientDisconnect: It left.
     """
-    planned, budget = answer.planned, answer.budget
-    steps = len(planned.waypoints)
-    memory = "none"
-    if drive is not None and planned.memory is not None:
-        memory = "kept" if planned.remembered else "new"
-    return {
-        "waypoints": [[round(float(v), 3) for v in point] for point in planned.waypoints],
-        "times": [STEP_SECONDS * (step + 1) for step in range(steps)],
-        "kept": kept_by_camera(model, planned.kept),
-        "keep_ratio": budget.keep_ratio,
-        "kept_tokens": len(planned.kept),
-        "visual_tokens": model.visual_tokens,
-        "drive": drive,
-        "frame": answer.frame,
-        "memory": memory,
-        "target_ms": budget.target_ms,
-        "target_met": budget.target_ms and times["total"] <= budget.target_ms,
-        "timings_ms": {stage: round(spent, 3) for stage, spent in times.items()},
-        "batch": answer.batch,
-        "notes": list(answer.notes),
-    }
-
-
-def kept_by_camera(model: DrivingConfig, kept: np.ndarray) -> dict[str, list[list[int]]]:
-    """Row and column of each kept token, by camera."""
-    rows, columns = model.token_grid
-    each = rows * columns
-    return {
-        name: [
-            list(divmod(int(place) - each * number, columns))
-            for place in kept
-            if number == place // each
-        ]
-        for number, name in enumerate(model.cameras)
-    }
+    answer, left = asyncio.ensure_future(waiting), asyncio.ensure_future(request.receive())
+    both = answer, left
+    try:
+        done, _ = await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in both:
+            one.cancel()
+    if answer in done:
+        return answer.result()
+    if left in done:  # the body is read: nothing else can come
+        raise ClientDisconnect
+    raise Refusal(504, "answer_slow", f"No plan within {seconds:g} s; the frame is dropped.")
 
 
 async def _info(service: Service, request: Request) -> Response:
@@ -343,15 +322,18 @@ async def _demo_frame(service: Service, request: Request) -> Response:
 async def _demo_picture(service: Service, request: Request) -> Response:
     frame, camera = await _drawn(service, request), request.path_params["camera"]
     if camera not in frame.pictures:
-        raise HTTPException(404, f"There is no camera {camera!r}.")
+        raise HTTPException(404, "The demo drives have no such camera.")
     return Response(frame.pictures[camera], media_type="image/jpeg")
 
 
-async def _drawn(service: Service, request: Request):
+async def _drawn(service: Service, request: Request) -> DemoFrame:
+    # Looked up as text: of thousands of digits Python makes no number.
     number, frame = request.path_params["drive"], request.path_params["frame"]
-    if number >= len(service.demo) or frame >= service.demo[number].frames:
-        raise HTTPException(404, f"There is no frame {frame} of a demo drive {number}.")
-    return await to_thread.run_sync(service.demo[number].draw, frame)
+    drive = {str(at): one for at, one in enumerate(service.demo)}.get(number)
+    frames = {str(at): at for at in range(drive.frames)} if drive else {}
+    if frame not in frames:
+        raise HTTPException(404, "The demo drives have no such frame.")
+    return await to_thread.run_sync(drive.draw, frames[frame])
 
 
 async def _healthz(service: Service, request: Request) -> Response:
@@ -371,19 +353,17 @@ async def _metrics(service: Service, request: Request) -> Response:
 def _page(name: str, kind: str) -> Callable:
     content = (resources.files("fastdrive_jax") / "serving" / "page" / name).read_bytes()
 
-    async def page(request: Request) -> Response:
+    async def page(service: Service, request: Request) -> Response:
         return Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
     return page
 
 
-def _host_check(host: str) -> list[Middleware]:
-    """Other sites can't reach a loopback service under a name of theirs."""
-    if not is_loopback(host):
-        return []
-    allowed = ["127.0.0.1", "localhost", "[::1]", host]
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=allowed)]
-
-
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+    reason = HTTPStatus(error.status_code).name.lower()
+    content = {"error": str(error.detail), "reason": reason}
+    return JSONResponse(content, error.status_code, error.headers)
+
+
+async def _refused(request: Request, refusal: Refusal) -> Response:
+    return RefusalResponse(refusal)

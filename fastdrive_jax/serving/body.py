@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Collection
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -16,14 +17,21 @@ class BoundedBody:
     """Receives a request, and refuses it as soon as it is too large or too slow.
 
     Attributes:
+        held: Bytes of it in memory; whoever lets them go says so here.
         finished: Whether all of the body has come.
     """
 
-    def __init__(self, receive: Receive, limits: Limits):
-        """Takes over `receive` of a request."""
-        self._receive, self._limits = receive, limits
+    def __init__(self, receive: Receive, limits: Limits, bodies: Collection["BoundedBody"]):
+        """Takes over `receive` of a request.
+
+        Args:
+            receive: Of the request.
+            limits: On it, and on all of `bodies` together.
+            bodies: All that are open, with this one.
+        """
+        self._receive, self._limits, self._bodies = receive, limits, bodies
         self._deadline = asyncio.get_running_loop().time() + limits.body_seconds
-        self._seen = 0
+        self.held = 0
         self.finished = False
 
     def check_announced(self, length: str | None) -> None:
@@ -39,7 +47,7 @@ class BoundedBody:
         """The next part.
 
         Raises:
-            Refusal: 413 or 408.
+            Refusal: 413, 408 or 503.
         """
         left = self._deadline - asyncio.get_running_loop().time()
         try:
@@ -50,10 +58,18 @@ class BoundedBody:
                 "body_slow",
                 f"The request did not come whole within {self._limits.body_seconds:g} s.",
             ) from error
-        self._seen += len(message.get("body", b""))
+        self.held += len(message.get("body", b""))
         self.finished = not message.get("more_body", False)
-        if self._seen > self._limits.body_bytes:
+        if self.held > self._limits.body_bytes:
             raise self._too_large()
+        if sum(body.held for body in self._bodies) > self._limits.bodies_mb * 2**20:
+            raise Refusal(
+                503,
+                "busy",
+                f"The open requests hold {self._limits.bodies_mb:g} MiB already; come back in a "
+                "second.",
+                {"Retry-After": "1"},
+            )
         return message
 
     def _too_large(self) -> Refusal:

@@ -14,6 +14,8 @@ class Limits:
 
     Attributes:
         body_mb: Maximum size of a request.
+        bodies_mb: Maximum size of all requests whose images are not decoded yet; one that does not
+            fit is told to come back.
         megapixels: Maximum size of an image, checked before it is decoded.
         queue: Frames that may wait for the model; further ones are told to come back.
         body_seconds: Time limit for receiving a request's body.
@@ -25,6 +27,7 @@ class Limits:
     """
 
     body_mb: float = 32.0
+    bodies_mb: float = 512.0
     megapixels: float = 16.0
     queue: int = 64
     body_seconds: float = 10.0
@@ -37,6 +40,11 @@ class Limits:
         for name, value in vars(self).items():
             if value <= 0:
                 raise UserError(f"limits.{name}={value} must be positive.")
+        if self.bodies_mb < self.body_mb:
+            raise UserError(
+                f"limits.bodies_mb={self.bodies_mb:g} must hold a request of "
+                f"limits.body_mb={self.body_mb:g}: raise it, or lower that."
+            )
 
     @property
     def body_bytes(self) -> int:

@@ -14,11 +14,12 @@ import uvicorn
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.latency import choose_bucket, miss_sentence
 from fastdrive_jax.inference.policy import DrivingPolicy
-from fastdrive_jax.serving.app import Service, is_loopback, make_app
+from fastdrive_jax.serving.app import Service, make_app
 from fastdrive_jax.serving.config import ServeConfig
 from fastdrive_jax.serving.demo import DemoDrive
 from fastdrive_jax.serving.metrics import Metrics
 from fastdrive_jax.serving.programs import compile_programs, time_programs
+from fastdrive_jax.serving.sites import is_loopback
 from fastdrive_jax.serving.worker import Ready, Worker
 
 FINISH_SECONDS = 3  # that requests in flight have when the service ends
@@ -140,10 +141,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=256)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name that is no name is no OSError
+        why = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{host}:{port} cannot be listened on ({error.strerror or error}); name another "
-            "--port or --host."
+            f"{host}:{port} cannot be listened on ({why}); name another --port or --host."
         ) from error
 
 

@@ -54,7 +54,7 @@ class Worker:
     Attributes:
         ready: What it runs; None until it is warm.
         progress: How far it is until then.
-        failure: Why it will never be.
+        failure: Why it will never be, or is no more.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Worker:
                 which raises when the service ends.
             config: Of the service.
             metrics: Are kept up to date.
-            on_failure: Called if `prepare` raises; the error is `failure`.
+            on_failure: Called if the thread ends by an error, which is `failure`.
         """
         self._prepare, self._config, self._metrics = prepare, config, metrics
         self._on_failure = on_failure
@@ -98,7 +98,7 @@ class Worker:
             self._changed.notify_all()
         for job in left:
             if job.answer.set_running_or_notify_cancel():
-                job.answer.set_exception(_ending())
+                job.answer.set_exception(ending())
         if self._thread.is_alive():
             self._thread.join(seconds)
         return not self._thread.is_alive()
@@ -110,7 +110,7 @@ class Worker:
             Refusal: 503, the service is not warm, ends, or too many wait.
         """
         if self._stopping:
-            raise _ending()
+            raise ending()
         if self.ready is None:
             raise Refusal(
                 503,
@@ -142,16 +142,15 @@ class Worker:
     def _run(self) -> None:
         try:
             ready = self._prepare(self._report)
+            self._load, self.progress = ready.load, "ready"
+            self.ready = ready
+            while self._turn(ready):
+                pass
         except Stopped:
             return
-        except Exception as error:
+        except Exception as error:  # without this thread no request would ever be answered
             self.failure = error
             self._on_failure()
-            return
-        self._load, self.progress = ready.load, "ready"
-        self.ready = ready
-        while self._turn(ready):
-            pass
 
     def _turn(self, ready: Ready) -> bool:
         """Plans a batch; whether the service goes on.
@@ -268,5 +267,6 @@ class Worker:
         self._metrics.batch.observe(count)
 
 
-def _ending() -> Refusal:
+def ending() -> Refusal:
+    """Of a request that a service at its end does not serve any more."""
     return Refusal(503, "ending", "The service is shutting down.", {"Retry-After": "5"})

@@ -19,6 +19,8 @@ import requests
 from tiny_service import CONFIG, SIZES, ask, picture, places, png, running, service_of, until
 
 from fastdrive_jax.inference.latency import Measured
+from fastdrive_jax.serving import app as app_module
+from fastdrive_jax.serving import server as server_module
 from fastdrive_jax.serving import worker as worker_module
 from fastdrive_jax.serving.programs import run_batch
 
@@ -316,6 +318,100 @@ def test_only_so_many_bodies_are_read_at_once(ready):
     assert not service.bodies
 
 
+def test_bodies_take_only_so_much_memory(ready):
+    """What a request holds is free again once its pictures are decoded."""
+    limits = replace(CONFIG.limits, bodies_mb=1.0)
+    service = service_of(ready, replace(CONFIG, limits=limits))
+    with running(service) as address, connected(address) as first, connected(address) as second:
+        head = f"{HEAD}Content-Length: 800000\r\n\r\n".encode()
+        part = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\n'
+        first.sendall(head + part + bytes(600_000))
+        until(lambda: sum(body.held for body in service.bodies) > 600_000)
+        second.sendall(head + part + bytes(600_000))
+        answer = second.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"hold 1 MiB already" in answer
+        assert ask(address).status_code == 200  # small ones have room
+        first.close()
+        until(lambda: not service.bodies)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """A model that begins and waits for leave to end: the two events, and whom it planned for."""
+    begun, release, planned = threading.Event(), threading.Event(), []
+
+    def waits(programs, ratio, frames, number):
+        begun.set()
+        assert release.wait(20)
+        planned.extend(frame.speed for frame in frames)
+        return run_batch(programs, ratio, frames, number)
+
+    monkeypatch.setattr(worker_module, "run_batch", waits)
+    yield begun, release, planned
+    release.set()
+
+
+def test_nobody_plans_for_a_client_that_left(ready, held):
+    begun, release, planned = held
+    service = service_of(ready, FEW)
+    data = {"request": '{"speed": 7, "command": "left", "drive": "a"}'}
+    with running(service) as address, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, address)
+        assert begun.wait(20)
+        with pytest.raises(requests.exceptions.ReadTimeout):
+            requests.post(f"{address}/v1/plan", data=data, files={"CAM_FRONT": png(0)}, timeout=0.5)
+        until(lambda: refused(address, "disconnected") == 1)
+        release.set()
+        assert first.result().status_code == 200
+        assert ask(address, drive="a", frame=0).json()["memory"] == "new"
+    assert planned == [5.0, 5.0]
+
+
+def test_who_waits_when_the_service_ends_is_told(ready, held, monkeypatch):
+    begun, _, _ = held
+    monkeypatch.setattr(server_module, "FINISH_SECONDS", 0.3)
+    service = service_of(ready, FEW)
+    with ThreadPoolExecutor(2) as pool:
+        with running(service) as address:
+            waiting = [pool.submit(ask, address)]
+            assert begun.wait(20)
+            waiting.append(pool.submit(ask, address))
+            until(lambda: service.metrics.registry.get_sample_value("fastdrive_queue_depth") == 1)
+        for answer in waiting:
+            assert (answer.result().status_code, answer.result().json()["reason"]) == (
+                503,
+                "ending",
+            )
+
+
+def test_decoding_counts_as_waiting(ready, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(app_module, "read_picture", lambda *given: release.wait(20))
+    limits = replace(CONFIG.limits, answer_seconds=0.2)
+    with running(service_of(ready, replace(CONFIG, limits=limits))) as address:
+        assert ask(address).status_code == 504
+        release.set()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://[", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "http://localhost:1234", "Host": "localhost:1234"}, 422),
+        ({"Origin": "https://proxy.example", "Sec-Fetch-Site": "same-origin"}, 422),
+        ({"Host": "[::1]:8000"}, 422),
+    ],
+)
+def test_pages_of_other_sites_may_not_ask(address, headers, status):
+    """Whoever may is told that the request is missing."""
+    given = {"files": {"CAM_FRONT": png(0)}, "headers": headers, "timeout": 30}
+    assert requests.post(f"{address}/v1/plan", **given).status_code == status
+
+
 def test_connections_that_ask_nothing_take_no_place(ready):
     with running(service_of(ready, FEW)) as address, contextlib.ExitStack() as stack:
         for _ in range(10):
@@ -373,7 +469,10 @@ def test_the_service_tells_what_it_is_and_how(address):
         assert name in text
     strange = requests.get(f"{address}/v1/info", headers={"Host": "evil.example"}, timeout=5)
     assert strange.status_code == 400
-    assert requests.get(f"{address}/v1/nothing", timeout=5).status_code == 404
+    assert "as localhost" in strange.json()["error"]
+    for path in ("nothing", "demo/0/0", f"demo/{'9' * 5000}/0"):
+        nothing = requests.get(f"{address}/v1/{path}", timeout=5)
+        assert (nothing.status_code, nothing.json()["reason"]) == (404, "not_found")
 
 
 def test_pictures_of_other_sizes_are_resized(address):

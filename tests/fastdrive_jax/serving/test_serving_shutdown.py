@@ -168,5 +168,6 @@ def form() -> tuple[str, bytes]:
 def test_a_port_that_is_taken_is_said():
     with listen("127.0.0.1", 0) as first, pytest.raises(UserError, match=r"name another --port"):
         listen("127.0.0.1", first.getsockname()[1])
-    with pytest.raises(UserError, match="cannot be listened on"):
-        listen("192.0.2.1", 0)
+    for host in ("192.0.2.1", "a..b"):
+        with pytest.raises(UserError, match="cannot be listened on"):
+            listen(host, 0)

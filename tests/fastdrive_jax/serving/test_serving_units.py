@@ -26,6 +26,7 @@ from fastdrive_jax.serving.programs import Frame, Planned, compile_programs, run
 from fastdrive_jax.serving.refusals import Refusal
 from fastdrive_jax.serving.requests import PlanRequest, check_cameras
 from fastdrive_jax.serving.server import ready_lines
+from fastdrive_jax.serving.sites import is_loopback
 from fastdrive_jax.serving.worker import Worker
 
 
@@ -62,6 +63,13 @@ def test_pictures_that_are_not_decoded(data, status, named):
 
 def test_progressive_pictures_are_decoded():
     assert read_picture(progressive(0), "CAM_FRONT", (28, 70), 1.0).shape == (28, 70, 3)
+
+
+@pytest.mark.parametrize(
+    ("host", "only_here"), [("localhost", True), ("127.1", True), ("::1", True), ("0.0.0.0", False)]
+)
+def test_who_reaches_an_address(host, only_here):
+    assert is_loopback(host) == only_here
 
 
 SIX = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT")
@@ -256,6 +264,20 @@ def test_a_service_that_cannot_get_ready_ends_with_the_reason(ready):
     assert worker.ready is None
 
 
+def test_a_worker_that_can_go_on_no_more_ends_the_service(ready, monkeypatch):
+    monkeypatch.setattr(worker_module, "next_batch", lambda *given: 1 / 0)
+    ended = []
+    worker = Worker(lambda progress: ready, CONFIG, Metrics(), lambda: ended.append(True))
+    worker.start()
+    until(lambda: worker.ready is not None)
+    waiting = worker.submit(job())
+    until(lambda: ended)
+    assert isinstance(worker.failure, ZeroDivisionError)
+    assert worker.stop(5.0)
+    with pytest.raises(Refusal, match="shutting down"):
+        waiting.result(0)
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -273,6 +295,8 @@ def test_settings_that_make_no_sense_are_refused(changed, named):
         ServeConfig(**changed)
     with pytest.raises(UserError, match=r"limits\.queue=0"):
         Limits(queue=0)
+    with pytest.raises(UserError, match=r"limits\.bodies_mb=512 must hold"):
+        Limits(body_mb=600)
 
 
 @pytest.mark.parametrize(("queue", "batch"), [(64, 4), (61, 4), (60, 5)])
