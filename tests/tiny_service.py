@@ -33,9 +33,9 @@ def service_of(ready: Ready, config: ServeConfig = CONFIG, demo=()) -> Service:
 
 
 @contextlib.contextmanager
-def running(service: Service):
-    """A service on a free port, as its address."""
-    with listen("127.0.0.1", 0) as listening:
+def running(service: Service, port: int = 0):
+    """A service on a free port, or that one, as its address."""
+    with listen("127.0.0.1", port) as listening:
         server = http_server(service)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()

@@ -4,6 +4,8 @@ const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const STAGES = ["receive", "decode", "queue", "model"];
 const SHOWN = 60; // frames of the history
+const DRIVE = `page-${Math.random().toString(36).slice(2, 10)}`;
+const GONE = new Error("The service does not answer; this page goes on as soon as it does.");
 // Where each camera stands on the page, as seen from the car.
 const PLACES = [
   "CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT",
@@ -15,8 +17,7 @@ let playing = false;
 let busy = false;
 let again = false; // something changed while a plan was on its way
 let wanted = false; // the reader asked for playing, or the page did at the start
-let drive = newDrive();
-let sent = 0;
+let number = 0; // of the next frame in this page's drive, which 0 begins anew
 let last = null; // {pictures, driven, answer}
 const spent = [];
 
@@ -48,6 +49,7 @@ async function whenReady() {
       if (found.ready) return found;
     } catch {
       pill("no connection", "waiting");
+      document.querySelector("main").inert = true;
     }
     await sleep(1000);
   }
@@ -74,8 +76,7 @@ async function choose(value) {
 }
 
 async function rewind() {
-  drive = newDrive();
-  sent = 0;
+  number = 0;
   spent.length = 0;
   place(0);
   await show();
@@ -83,11 +84,17 @@ async function rewind() {
 
 async function demoFrame(number, frame) {
   const base = `/v1/demo/${number}/${frame}`;
-  const told = await (await fetch(base)).json();
+  const told = await (await drawn(base)).json();
   const blobs = await Promise.all(
-    info.cameras.map(async (name) => (await fetch(`${base}/${name}`)).blob()),
+    info.cameras.map(async (name) => (await drawn(`${base}/${name}`)).blob()),
   );
   return { ...told, blobs };
+}
+
+async function drawn(address) {
+  const answer = await ask(address);
+  if (!answer.ok) throw new Error("The service cannot draw this frame; its log says why.");
+  return answer;
 }
 
 let own = null;
@@ -140,16 +147,18 @@ async function run() {
   wanted = true;
   while (playing) {
     const next = performance.now() + 1000 * frames.period;
-    const at = Number($("place").value) + 1;
-    if (at >= frames.count) await rewind();
-    else {
-      place(at);
-      await show();
-    }
+    await forward();
     await sleep(Math.max(0, next - performance.now()));
     while (document.hidden && playing) await sleep(300);
   }
   wanted = false;
+}
+
+async function forward() {
+  const at = Number($("place").value) + 1;
+  if (at >= frames.count) return rewind();
+  place(at);
+  return show();
 }
 
 function place(frame) {
@@ -169,36 +178,57 @@ async function show() {
       await plan(Number($("place").value));
     } while (again);
   } catch (error) {
+    const played = playing;
     play(false);
-    [drive, sent] = [newDrive(), 0]; // what the service knows of this frame is not known here
+    number = 0; // what the service knows of this frame is not known here
     say(error.message);
+    if (error === GONE) {
+      await whenBack();
+      play(played);
+    }
   } finally {
     busy = false;
+  }
+}
+
+// A service that was started anew may have other cameras or ratios.
+async function whenBack() {
+  const what = ({ cameras, ratios, method, demo }) => JSON.stringify([cameras, ratios, method, demo]);
+  if (what(await whenReady()) !== what(info)) location.reload();
+}
+
+async function ask(address, options) {
+  try {
+    return await fetch(address, options);
+  } catch {
+    throw GONE;
   }
 }
 
 async function plan(at) {
   const frame = await frames.get(at);
   if (!frame) return;
-  const asked = { speed: frame.speed, command: frame.command, drive, frame: sent };
+  const asked = { speed: frame.speed, command: frame.command, drive: DRIVE, frame: number };
+  number += 1; // before the answer: who begins anew meanwhile sets it to 0
   if (byTarget()) asked.target_ms = Number($("target").value);
   else asked.keep_ratio = ratio();
   const form = new FormData();
   form.append("request", JSON.stringify(asked));
   info.cameras.forEach((name, camera) => form.append(name, frame.blobs[camera], `${name}.jpg`));
-  const answer = await fetch("/v1/plan", { method: "POST", body: form });
+  const answer = await ask("/v1/plan", { method: "POST", body: form });
   const content = await answer.json();
   if (answer.status === 503) {
     say(content.error);
+    number = Math.min(number, asked.frame);
     await sleep(1000 * Number(answer.headers.get("Retry-After") ?? 1));
     again = true;
     return;
   }
   if (!answer.ok) throw new Error(content.error);
-  sent += 1;
   // The service too takes pictures as they are stored, whatever their EXIF says.
   const upright = { imageOrientation: "none" };
   const pictures = await Promise.all(frame.blobs.map((blob) => createImageBitmap(blob, upright)));
+  last?.pictures.forEach((picture) => picture.close()); // megabytes that are not collected soon
   last = { pictures, driven: frame.driven, answer: content };
   spent.push(content.timings_ms.total);
   if (spent.length > SHOWN) spent.shift();
@@ -436,20 +466,16 @@ function sleep(ms) {
   return new Promise((done) => setTimeout(done, ms));
 }
 
-function newDrive() {
-  return `page-${Math.random().toString(36).slice(2, 10)}`;
-}
-
 $("play").addEventListener("click", () => play(!playing));
 $("step").addEventListener("click", () => {
   play(false);
-  place((Number($("place").value) + 1) % Math.max(1, frames.count));
-  show();
+  forward();
 });
 $("again").addEventListener("click", rewind);
 $("source").addEventListener("change", () => choose($("source").value));
 $("place").addEventListener("input", () => {
   place(Number($("place").value));
+  number = 0; // what is remembered belongs to the frame before
   if (!playing) show();
 });
 for (const id of ["ratio", "target"]) {

@@ -3,12 +3,15 @@
 import shutil
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import cv2
 import pytest
 from tiny_service import picture, running, service_of, until
 
+from fastdrive_jax.serving import worker as worker_module
 from fastdrive_jax.serving.demo import DemoDrive, DemoFrame
+from fastdrive_jax.serving.programs import run_batch
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -123,6 +126,23 @@ def test_the_plan_is_drawn_and_told(page):
     assert len(rows) == 6
 
 
+def test_who_restarts_while_a_plan_is_on_its_way_begins_anew(page, monkeypatch):
+    def slow(*given):
+        time.sleep(0.3)
+        return run_batch(*given)
+
+    if found(page, "#play").text == "Pause":
+        found(page, "#play").click()
+    monkeypatch.setattr(worker_module, "run_batch", slow)
+    page.execute_script(
+        "const click = (id) => document.getElementById(id).click();"
+        "click('step'); setTimeout(() => click('again'), 150)"
+    )
+    until(lambda: found(page, "#place-text").text == "1 of 30")
+    until(lambda: page.execute_script("return document.body.dataset.frame") == "0", 5)
+    assert found(page, "#notes").text == ""
+
+
 def test_frames_of_ones_own_are_planned(page, tmp_path):
     files = []
     for frame in range(2):
@@ -159,3 +179,19 @@ def test_every_control_has_a_name(page):
     )
     assert len(names) >= 12
     assert all(names)
+
+
+def test_it_says_that_the_service_is_gone_and_goes_on_when_it_is_back(page, ready):
+    demo = [DemoDrive("a drive", 30, 0.1, draw)]
+    with running(service_of(ready, demo=demo)) as address:
+        page.get(address)
+        until(lambda: int(told(page, "frame") or 0) >= 2)
+    until(lambda: found(page, "#state").text == "no connection")
+    assert "does not answer" in found(page, "#notes").text
+    assert found(page, "main[inert]")
+    page.execute_script("document.body.dataset.frame = -1")
+    with running(service_of(ready, demo=demo), urlsplit(address).port):
+        until(lambda: int(told(page, "frame") or 0) >= 1)  # not loaded anew, and playing
+        assert found(page, "#state").text == "ready"
+        assert found(page, "#notes").text == ""
+        page.get("about:blank")
