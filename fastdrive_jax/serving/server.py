@@ -142,7 +142,7 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=256)
     except (OSError, UnicodeError) as error:  # a name that is no name is no OSError
-        why = getattr(error, "strerror", None) or error
+        why = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]
         raise UserError(
             f"{host}:{port} cannot be listened on ({why}); name another --port or --host."
         ) from error

@@ -166,7 +166,8 @@ def form() -> tuple[str, bytes]:
 
 
 def test_a_port_that_is_taken_is_said():
-    with listen("127.0.0.1", 0) as first, pytest.raises(UserError, match=r"name another --port"):
+    taken = r"in use\); name another --port"
+    with listen("127.0.0.1", 0) as first, pytest.raises(UserError, match=taken):
         listen("127.0.0.1", first.getsockname()[1])
     for host in ("192.0.2.1", "a..b"):
         with pytest.raises(UserError, match="cannot be listened on"):
