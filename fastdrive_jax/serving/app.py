@@ -228,7 +228,9 @@ async def _planned(
     for stage, spent in times.items():
         service.metrics.seconds.labels(stage).observe(spent / 1e3)
     times["total"] = 1e3 * (time.perf_counter() - begun)
-    return plan_content(service.model, asked.drive, answer, times)
+    content = plan_content(service.model, asked.drive, answer, times)
+    service.metrics.missed.inc(content["target_met"] is False or answer.budget.met is False)
+    return content
 
 
 async def _answered(

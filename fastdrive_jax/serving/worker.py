@@ -241,7 +241,6 @@ class Worker:
             if known is not None and not job.given_up.is_set():
                 self._drives.remember(job.asked.drive, known.frame, plan.memory, time.monotonic())
             self._metrics.kept.observe(len(plan.kept) / ready.programs.total)
-            self._metrics.missed.inc(budget.met is False)
             job.answer.set_result(
                 Answer(
                     planned=plan,

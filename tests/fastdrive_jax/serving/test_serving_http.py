@@ -150,6 +150,21 @@ def test_a_target_chooses_among_the_buckets(ready):
         assert float(load.split()[1]) == pytest.approx(math.exp(-0.012 * 4))  # all were faster
 
 
+def test_a_target_that_was_missed_against_expectation_is_counted(ready, monkeypatch):
+    def slow(*given):
+        time.sleep(0.4)
+        return run_batch(*given)
+
+    monkeypatch.setattr(worker_module, "run_batch", slow)
+    buckets = tuple(replace(one, median_ms=0.1) for one in ready.times[1].buckets)
+    faked = replace(ready, times=dict.fromkeys(ready.times, Measured(buckets, 1.0)))
+    service = service_of(faked)
+    with running(service) as address:
+        missed = ask(address, target_ms=300.0).json()
+    assert (missed["target_met"], missed["notes"]) == (False, [])
+    assert service.metrics.registry.get_sample_value("fastdrive_target_missed_total") == 1
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
