@@ -13,7 +13,7 @@ class Metrics:
     Attributes:
         requests: Plans asked for, by HTTP status.
         refused: Those that were not served, by reason.
-        seconds: Of a plan by stage: decode, queue, model, and total.
+        seconds: Of a plan by stage: receive, decode, queue, model, and total.
         queue: Frames that wait.
         drives: That are remembered.
         kept: Share of the tokens that a frame kept.

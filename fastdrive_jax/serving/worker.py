@@ -143,6 +143,7 @@ class Worker:
         try:
             ready = self._prepare(self._report)
             self._load, self.progress = ready.load, "ready"
+            self._metrics.load.set(self._load)
             self.ready = ready
             while self._turn(ready):
                 pass

@@ -198,6 +198,7 @@ def test_drives_are_forgotten_though_no_frame_comes(ready, left):
 
     service.worker.start()
     until(lambda: service.worker.ready is not None)
+    assert service.metrics.registry.get_sample_value("fastdrive_load") == ready.load
     waiting = [service.worker.submit(job(drive)) for drive in ("a", "b")]
     for answer in waiting:
         answer.result(20)
