@@ -22,7 +22,7 @@ from fastdrive_jax.serving.programs import compile_programs, time_programs
 from fastdrive_jax.serving.sites import is_loopback
 from fastdrive_jax.serving.worker import Ready, Worker
 
-FINISH_SECONDS = 3  # that requests in flight have when the service ends
+FINISH_SECONDS = 2  # that requests in flight have; of 5, the model and Python's end need the rest
 
 Say = Callable[[str], None]
 
