@@ -13,6 +13,7 @@ ids [3, B, N] (0, row, column of each token in its picture).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+WEIGHTS = "model.safetensors"
 
 
 class TorchPruner(nn.Module):
@@ -75,13 +78,17 @@ class TorchPruner(nn.Module):
 
 
 def load_pruner(folder: str | Path) -> TorchPruner:
-    """The pruner of an exported folder, in float32; raises unless every weight finds its place."""
-    config = json.loads((Path(folder) / "config.json").read_text())["config"]["pruner"]
+    """The pruner of an exported folder, in float32; raises if it is damaged or of another kind."""
+    folder = Path(folder)
+    manifest = json.loads((folder / "config.json").read_text("utf-8"))
+    config = manifest["config"]
+    if "pruner" not in config or "weights" in config:  # these say what weights were rounded to
+        raise ValueError(f"{folder} holds {config['kind']!r}, and no pruner in floating point")
     places = {"layer/input_layernorm": "norms.0", "layer/post_attention_layernorm": "norms.1"}
     places |= {f"layer/self_attn/{n}_proj": n for n in "qkvo"} | {"scorer": "scorer"}
     places |= {f"layer/mlp/{n}_proj": n for n in ("gate", "up", "down")}
     state = {}
-    for name, value in load_file(Path(folder) / "model.safetensors").items():
+    for name, value in load_file(folder / WEIGHTS).items():
         if name == "pruner/query":
             state["query"] = value.float()
         elif name.startswith("pruner/"):
@@ -89,11 +96,27 @@ def load_pruner(folder: str | Path) -> TorchPruner:
             module, kind = name.removeprefix("pruner/").rsplit("/", 1)
             ending = {"kernel": ".weight", "bias": ".bias", "scale": ""}[kind]
             state[places[module] + ending] = value.float().T if kind == "kernel" else value.float()
-    pruner = TorchPruner(config)
-    pruner.load_state_dict(state)
+    pruner = TorchPruner(config["pruner"])
+    pruner.load_state_dict(state)  # raises unless every weight finds its place
+    _check_sums(folder, manifest)
     return pruner.eval()
 
 
+def _check_sums(folder: Path, manifest: dict) -> None:
+    own = manifest.pop("sha256", None)
+    if own != hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest():
+        raise ValueError(f"{folder / 'config.json'} was changed after it was written")
+    with (folder / WEIGHTS).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != manifest["files"][WEIGHTS]["sha256"]:
+        raise ValueError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the config's")
+
+
 def keep(scores: Tensor, k: int) -> Tensor:
-    """Indices [B, K] of the K best tokens in raster order; of equal scores the first."""
+    """Indices [B, K] of the K best tokens in raster order.
+
+    Of equal scores the first is kept, and what is no number last. A keep ratio r of N tokens is
+    k = max(1, floor(r N)).
+    """
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values

@@ -138,3 +138,31 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(Exception, match=r"(?i)header|invalid"):
         load_pruner(folder)
+
+
+def test_a_changed_number_or_setting_is_refused(tmp_path):
+    """With either the module would score, and score wrongly."""
+    from fastdrive_jax.export.torch_pruner import load_pruner
+
+    config = CASES["faithful"]
+    folder = write_pruner(tmp_path / "pruner", drawn(config)[0], config)
+    weights, described = folder / "model.safetensors", folder / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_pruner(folder)
+    weights.write_bytes(whole)
+    described.write_text(described.read_text().replace('"silu"', '"gelu_tanh"'))
+    with pytest.raises(ValueError, match="was changed after it was written"):
+        load_pruner(folder)
+
+
+def test_no_number_is_kept_last_as_in_ours():
+    import torch
+
+    from fastdrive_jax.export.torch_pruner import keep
+
+    scores = np.array([[np.nan, 1.0, -np.nan, 3.0, 2.0]], np.float32)
+    for k in range(1, 6):
+        want = np.asarray(top_k(jnp.asarray(scores), k))
+        np.testing.assert_array_equal(keep(torch.tensor(scores), k).numpy(), want)
