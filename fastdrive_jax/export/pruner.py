@@ -27,9 +27,14 @@ def read_pruner(
     """Config and tree of the ReconPruner of any bundle that holds one.
 
     Raises:
-        UserError: It is no whole bundle, or one without a pruner.
+        UserError: It is no whole bundle, or one without a pruner, or whose pruner was rounded.
     """
     params, config = read_bundle(folder, form)
     if "pruner" not in params or "pruner" not in config:
         raise UserError(f"{folder} holds a {config.get('kind')!r}, without a pruner.")
+    if "weights" in config:
+        raise UserError(
+            f"{folder} holds a {config['kind']!r}, whose weights were rounded to "
+            f"{config['weights']}; give the bundle or the run that it was exported from."
+        )
     return from_plain(ReconPrunerConfig, config["pruner"]), params["pruner"]

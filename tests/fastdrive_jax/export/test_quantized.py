@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export.driving import write_policy
+from fastdrive_jax.export.pruner import read_pruner
 from fastdrive_jax.export.quantized import (
     QuantizedPolicy,
     quantize_params,
@@ -131,3 +132,5 @@ def test_damaged_and_other_bundles_are_refused(folder, one_camera, small_pruner,
     other = write_policy(tmp_path / "policy", params, config, small_pruner, 0.4)
     with pytest.raises(UserError, match="'driving policy', not a quantized driving policy"):
         read_quantized(other)
+    with pytest.raises(UserError, match=r"'quantized driving policy', .*rounded to int8"):
+        read_pruner(folder)  # whose kernels are there under other names
