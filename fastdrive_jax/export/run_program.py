@@ -36,14 +36,17 @@ def load_program(
         batch: Of the bucket; None takes the first.
 
     Raises:
-        ValueError: A file is damaged, or there is no such program.
+        OSError: A file is missing.
+        ValueError: A file is damaged, or there is no such program; when it is called, that inputs
+            are not those that it takes.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    config, platform = manifest["config"], PLATFORMS[jax.default_backend()]
+    config, backend = manifest["config"], jax.default_backend()
+    platform = PLATFORMS.get(backend, backend)
     found = [
         bucket["programs"][platform]
-        for bucket in config["buckets"]
+        for bucket in config.get("buckets", ())
         if keep_ratio in (None, bucket["keep_ratio"])
         and batch in (None, bucket["batch"])
         and platform in bucket["programs"]
@@ -51,25 +54,39 @@ def load_program(
     if not found:
         raise ValueError(
             f"{folder} has no program for {platform}, keep_ratio={keep_ratio}, batch={batch}; it "
-            f"has {config['buckets']}"
+            f"holds {config['kind']!r}, {config.get('buckets', [])}"
         )
     check_sums(folder, manifest, (found[0], WEIGHTS))
     program = export.deserialize(bytearray((folder / found[0]).read_bytes()))
     weights = load_file(folder / WEIGHTS)
-    run = jax.jit(program.call)
-    return lambda *inputs: run(weights, *inputs)
+    run, names = jax.jit(program.call), list(config["inputs"])
+    shapes = program.in_avals[-len(names) :]  # the weights stand before them
+    takes = ", ".join(map("{} {}".format, names, shapes))
+
+    def call(*inputs):
+        try:
+            return run(weights, *inputs)
+        except ValueError as error:
+            raise ValueError(f"{found[0]} takes {takes}, as arrays: {error}") from error
+
+    return call
 
 
 def read_manifest(folder: Path) -> dict:
     """What `config.json` says.
 
     Raises:
-        ValueError: It was changed after it was written.
+        OSError: It is missing.
+        ValueError: It is truncated, or was changed after it was written.
     """
-    manifest = json.loads((folder / "config.json").read_text())
+    path = folder / "config.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON ({error})") from error
     own = manifest.pop("sha256", None)
     if own != hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest():
-        raise ValueError(f"{folder / 'config.json'} was changed after it was written")
+        raise ValueError(f"{path} was changed after it was written")
     return manifest
 
 
@@ -83,7 +100,14 @@ def check_sums(folder: Path, manifest: dict, names: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    frames, here = np.load(sys.argv[1]), Path(__file__).parent
-    inputs = [frames[name] for name in read_manifest(here)["config"]["inputs"]]
-    for name, value in load_program(here, batch=len(inputs[0]))(*inputs).items():
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    here = Path(__file__).parent
+    try:
+        frames = np.load(sys.argv[1])
+        inputs = [frames[name] for name in read_manifest(here)["config"]["inputs"]]
+        answer = load_program(here, batch=len(inputs[0]))(*inputs)
+    except (LookupError, OSError, ValueError) as error:
+        sys.exit(f"run.py: {error}")
+    for name, value in answer.items():
         print(name, value, sep="\n")

@@ -19,6 +19,7 @@ from fastdrive_jax.export.bundle import write_bundle
 from fastdrive_jax.export.driving import PROGRAMS, driving_program
 from fastdrive_jax.export.programs import Bucket, lower, write_programs
 from fastdrive_jax.export.programs import read_program as read_any
+from fastdrive_jax.export.run_program import load_program
 from fastdrive_jax.export.trees import flatten
 from fastdrive_jax.inference.policy import DrivingPolicy, plan
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
@@ -141,6 +142,41 @@ def test_the_runner_prints_what_a_file_of_frames_gives(programs, frames, answers
     first = BUCKETS[0].keep_ratio
     assert str(answers[f"keep_indices {first}"][:4]) in done.stdout
     assert str(answers[f"waypoints {first}"][:4]) in done.stdout
+
+
+def test_the_runner_says_what_a_program_takes(programs, frames, tmp_path):
+    takes = r"images uint8\[4,1,56,140,3\], speed float32\[4\], command int32\[4\]"
+    images, speed, command = (getattr(frames, name) for name in ("images", "speed", "command"))
+    run = read_program(programs)
+    for wrong in (
+        (images[:3], speed[:3], command[:3]),
+        (images[:4].astype(np.float32), speed[:4], command[:4]),
+        (images[:4], command[:4], speed[:4]),
+        (images[:4], speed[:4]),
+    ):
+        with pytest.raises(ValueError, match=takes):
+            run(*wrong)
+
+    def said(*words):
+        words = [sys.executable, str(programs / "run.py"), *map(str, words)]
+        done = subprocess.run(words, env=alone(), capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "run.py FRAMES.npz" in said()
+    np.savez(tmp_path / "frames.npz", images=images[:4])
+    assert "run.py: " in (line := said(tmp_path / "frames.npz"))
+    assert "speed" in line
+
+
+def test_the_runner_alone_names_what_is_not_of_programs(copy, tmp_path):
+    folder = write_bundle(tmp_path / "b", {"m": {"w": np.ones(2, np.float32)}}, {"kind": "pruner"})
+    with pytest.raises(ValueError, match=r"no program for cpu.* it holds 'pruner'"):
+        load_program(folder)
+    (copy / "config.json").write_text((copy / "config.json").read_text()[:500])
+    with pytest.raises(ValueError, match=r"config\.json is not whole JSON"):
+        load_program(copy)
 
 
 def test_other_frames_are_planned_otherwise(programs, frames):
