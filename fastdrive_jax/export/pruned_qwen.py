@@ -157,8 +157,13 @@ def parts(asked: PrunedQwen) -> dict[str, Part]:
 
 
 def processor_files(checkpoint: Path) -> list[Path]:
-    """What a checkpoint's processor is read from: all but the weights."""
-    files = (path for path in checkpoint.iterdir() if path.suffix in (".json", ".jinja", ".txt"))
+    """What a checkpoint's processor is read from, all but the weights, and its licence."""
+    small, terms = (".json", ".jinja", ".txt"), ("LICENSE", "NOTICE")
+    files = (
+        path
+        for path in checkpoint.iterdir()
+        if path.is_file() and (path.suffix in small or path.name.startswith(terms))
+    )
     return sorted(path for path in files if not path.name.endswith(".safetensors.index.json"))
 
 

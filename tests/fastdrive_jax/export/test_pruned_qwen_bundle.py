@@ -22,6 +22,7 @@ from fastdrive_jax.export.pruned_qwen import (
     PROCESSOR,
     PROGRAMS,
     parts,
+    processor_files,
     quantized_answer,
     qwen_program,
     read_pruned_qwen,
@@ -90,6 +91,13 @@ def test_the_folder_needs_no_checkpoint_beside_it(bundle, checkpoint):
     assert samples[0].ids == samples[1].ids
     assert samples[0].grids == [(4, 8)] * 2
     assert not list((bundle / PROCESSOR).glob("*.safetensors*"))
+
+
+def test_the_terms_of_the_weights_go_along(tmp_path):
+    for name in ("LICENSE", "NOTICE.md", "config.json", "model.safetensors", "README.md"):
+        (tmp_path / name).touch()
+    found = [path.name for path in processor_files(tmp_path)]
+    assert found == ["LICENSE", "NOTICE.md", "config.json"]
 
 
 def test_it_restores_onto_a_mesh_of_any_shape(bundle):
