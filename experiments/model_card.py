@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jinja2
 
+from experiments.card_loading import LOADING, QWEN_LOADING, onnx_call
 from experiments.export_check import Difference
 from experiments.export_source import Facts, Source
 from fastdrive_jax.evaluation.markdown import kept_share
 from fastdrive_jax.evaluation.results import Row, select
-from fastdrive_jax.export.onnx_programs import PRUNER, policy_file
 from fastdrive_jax.export.programs import Bucket
+from fastdrive_jax.pruning.select import num_keep
 
 METHODS = ("reconpruner", "random", "uniform", "prior", "ground_truth", "oracle")
 REFERENCES = ("unpruned", "no_image")  # which have no keep ratio of their own
@@ -35,7 +36,8 @@ A ReconPruner and the driving VLA whose visual tokens it prunes. {{ source.vla.v
 tokens of {{ source.vla.cameras | join(", ") }}, pictures of \
 {{ source.vla.image_size[0] }} x {{ source.vla.image_size[1] }} (height x width), \
 {{ source.vla.vocabulary.steps }} waypoints half a second apart, \
-{{ "{:,}".format(parameters.vla) }} + {{ "{:,}".format(parameters.pruner) }} parameters.
+{{ "{:,}".format(parameters.vla) }} + {{ "{:,}".format(parameters.pruner) }} parameters.\
+{% if not arrays %} This folder holds the pruner alone.{% endif %}
 {%- elif source.qwen -%}
 A ReconPruner and the Qwen2.5-VL whose visual tokens it prunes, read from \
 `{{ source.checkpoint }}`. {{ source.qwen.visual_tokens }} tokens of \
@@ -55,6 +57,18 @@ step {{ facts.step }}{% endif %}.
 
 {% for form in forms %}{{ loading[form] }}
 {% endfor %}
+{% if arrays -%}
+## Inputs and answers
+
+B frames a call. Kept tokens K, of {{ model.visual_tokens }}: {{ budgets }}.\
+{% if several %} Only `stablehlo/` has more than the first.{% endif %}
+
+| | name | array | meaning |
+| --- | --- | --- | --- |
+{% for line in arrays -%}
+| {{ line | join(" | ") }} |
+{% endfor %}
+{% endif -%}
 {% if differences -%}
 ## Check
 
@@ -135,127 +149,45 @@ or samples, with 95% intervals.
 
 The code, including `run.py` and the PyTorch module: {{ license }}. The run records no licence \
 for these weights. The terms of the data and of the encoder named above apply to everything \
-derived from them; check them before you redistribute this export.
+derived from them; check them before you redistribute this export.\
+{% if source.qwen %} Files of the checkpoint that begin with LICENSE or NOTICE are in `processor/` \
+of `policy/` and `int8/`.{% endif %}
 """
 
-LOADING = {
-    "pruner": """\
-`pruner/`: the pruner alone, safetensors and Orbax.
 
-```python
-from fastdrive_jax.export.pruner import read_pruner
-config, params = read_pruner("pruner")            # "orbax" as second argument: the same
-```
-
-Without JAX, in PyTorch, with the single file `torch_pruner.py` next to this card (torch,
-safetensors):
-
-```python
-from torch_pruner import keep, load_pruner
-scores = load_pruner("pruner")(tokens)            # [B * C, n, D] to [B * C, n]: each picture alone
-kept = keep(scores.reshape(B, -1), k)             # [B, K] of the C pictures of a sample together
-```
-
-A pruner with positions (`rope`) also takes `ids` [3, B * C, n]: 0, row and column in the image.
-""",
-    "policy": """\
-`policy/`: the whole pruned policy, safetensors and Orbax.
-
-```python
-import jax
-from fastdrive_jax.export.driving import read_policy
-from fastdrive_jax.inference.policy import plan
-policy, params = read_policy("policy")
-planned = jax.jit(plan, static_argnums=0)(policy, params, images, speed, command)
-```
-
-`fastdrive_jax.export.bundle.read_bundle_orbax("policy", sharding)` restores it onto any mesh.
-""",
-    "stablehlo": """\
-`stablehlo/`: the whole policy as programs for {platforms}, without this library (jax, flatbuffers,
-safetensors). Buckets: {buckets}.
-
-```python
-from stablehlo.run import load_program
-answer = load_program(keep_ratio={ratio}, batch={batch})(images, speed, command)
-```
-""",
-    "int8": """\
-`int8/`: the policy with the kernels of linear layers in eight bits (qwix).
-
-```python
-import jax
-from fastdrive_jax.export.quantized import quantized_plan, read_quantized
-quantized, tensors = read_quantized("int8")       # activations="int8": products of int8 too
-planned = jax.jit(quantized_plan(quantized))(tensors, images, speed, command)
-```
-""",
-    "onnx": """\
-`onnx/`: ONNX with the weights inside, for onnxruntime and other readers of opset {opset}; static
-shapes, see `onnx/config.json`.
-
-```python
-import onnxruntime
-session = onnxruntime.InferenceSession("onnx/{model}")
-{outputs} = session.run(None, dict({inputs}))
-```
-""",
-}
+def _budgets(model: Any, buckets: Sequence[Bucket]) -> str:
+    found = {b.keep_ratio: num_keep(model.visual_tokens, b.keep_ratio) for b in buckets}
+    return ", ".join(f"{kept} at {ratio:g}" for ratio, kept in found.items())
 
 
-QWEN_LOADING = LOADING | {
-    "policy": """\
-`policy/`: the whole pruned model, safetensors and Orbax, with the checkpoint's tokenizer.
-
-```python
-import jax
-from fastdrive_jax.export.pruned_qwen import read_pruned_qwen
-from fastdrive_jax.inference.pruned_qwen import answer_pictures, prompt_batch
-from fastdrive_jax.models.qwen2_5_vl.processor import read_processor
-asked, params = read_pruned_qwen("policy")
-processor = read_processor("policy/processor")
-prompt = processor.sample("What is ahead?", pictures).ids      # pictures resized already
-found = jax.jit(answer_pictures, static_argnums=0)(
-    asked, params, images, *prompt_batch(asked, [prompt])
-)
-text = processor.chat.decode(found.ids[0][: found.lengths[0]])
-```
-
-`fastdrive_jax.export.bundle.read_bundle_orbax("policy", sharding)` restores it onto any mesh.
-""",
-    "stablehlo": """\
-`stablehlo/`: the whole model as programs for {platforms}, without this library (jax, flatbuffers,
-safetensors). Buckets: {buckets}. `ids` come from the checkpoint's tokenizer, with one placeholder
-per image, padded; `lengths` counts the real ones.
-
-```python
-from stablehlo.run import load_program
-answer = load_program(keep_ratio={ratio}, batch={batch})(images, ids, lengths)
-```
-""",
-    "int8": """\
-`int8/`: the model with the kernels of linear layers in eight bits (qwix).
-
-```python
-import jax
-from fastdrive_jax.export.pruned_qwen import quantized_answer, read_quantized_qwen
-asked, bits, tensors = read_quantized_qwen("int8")   # activations="int8": products of int8 too
-found = jax.jit(quantized_answer(asked, bits))(tensors, images, ids, lengths)
-```
-""",
-}
-
-
-def _onnx(source: Source, batch: int) -> dict[str, str]:
-    """File, inputs and outputs of what the card shows."""
-    if source.vla is None:
-        places = ["position_ids"] * source.pruner.rope
-        inputs, outputs, model = ["tokens", *places], "(scores,)", PRUNER
+def _arrays(source: Source) -> list[tuple[str, ...]]:
+    """In or out, name, array and meaning of all that the whole model takes and answers."""
+    kept = ("out", "`keep_indices`", "int32 [B, K]", "kept tokens, raster order, image by image")
+    if source.qwen is not None:
+        asked = source.qwen
+        pictures = (asked.pictures, *asked.image_size)
+        given = [
+            ("in", "`ids`", f"int32 [B, {asked.prompt_ids}]", "the prompt's, padded on the right"),
+            ("in", "`lengths`", "int32 [B]", "how many of them are real"),
+            ("out", "`ids`", f"int32 [B, {asked.sampling.max_new_tokens}]", "the answer's"),
+            ("out", "`lengths`", "int32 [B]", "how many of them are real"),
+        ]
     else:
-        inputs, outputs = ["images", "speed", "command"], "waypoints, keep_indices"
-        model = policy_file(batch)
-    given = ", ".join(f"{name}={name}" for name in inputs)
-    return {"model": model, "inputs": given, "outputs": outputs}
+        pictures = (len(source.vla.cameras), *source.vla.image_size)
+        steps = source.vla.vocabulary.steps
+        given = [
+            ("in", "`speed`", "float32 [B]", "metres per second"),
+            ("in", "`command`", "int32 [B]", "0 left, 1 straight, 2 right"),
+            (
+                "out",
+                "`waypoints`",
+                f"float32 [B, {steps}, 2]",
+                "metres ahead and to the left, each 0.5 s",
+            ),
+        ]
+    shape = ", ".join(map(str, pictures))
+    images = ("in", "`images`", f"uint8 [B, {shape}, 3]", "RGB, resized already, in camera order")
+    return [images, *given, kept]
 
 
 def model_card(
@@ -288,13 +220,14 @@ def model_card(
         "ratio": buckets[0].keep_ratio,
         "batch": buckets[0].batch,
         "opset": opset,
-        **_onnx(source, buckets[0].batch),
+        **onnx_call(source, buckets[0].batch),
     }
     fill = ("stablehlo", "onnx")  # the others have braces of their own at times
     texts = LOADING if source.qwen is None else QWEN_LOADING
     loading = {k: v.format(**values) if k in fill else v for k, v in texts.items()}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     methods, rows = figures(facts.rows)
+    model = source.vla or source.qwen
     package = metadata.metadata("fastdrive-jax")
     return environment.from_string(CARD).render(
         title=_title(source),
@@ -312,6 +245,10 @@ def model_card(
         if checked
         else "it was exported with `--no-check`.",
         lowered="stablehlo" in forms and ", ".join(platforms),
+        arrays=() if model is None or set(forms) == {"pruner"} else _arrays(source),
+        budgets=_budgets(model, buckets) if model else "",
+        model=model,
+        several=len({bucket.keep_ratio for bucket in buckets}) > 1,
         parameters={name: _count(tree) for name, tree in source.params.items()},
         setting=json.dumps(facts.training, indent=1),
         foreground=_foreground(facts),

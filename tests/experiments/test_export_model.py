@@ -93,6 +93,10 @@ def test_the_usual_forms_are_written_and_checked(exported):
     assert "does not say how it was trained" in card
     assert "holds no figures" in card
     assert "Apache-2.0" in card
+    # who has nothing but the folder
+    assert "Kept tokens K, of 10: 4 at 0.4." in card
+    assert "| in | `images` | uint8 [B, 1, 56, 140, 3] | RGB" in card
+    assert "| out | `waypoints` | float32 [B, 6, 2] | metres ahead and to the left" in card
 
 
 def test_the_policy_is_that_of_the_source(exported, bundle):
