@@ -32,6 +32,7 @@ from fastdrive_jax.pruning.recon_pruner import ReconPruner, recon_pruner
 
 METRES, SCORES = 1e-5, 1e-5  # of forms that hold the same numbers; scores relative to the largest
 
+ANY_GRID = (8, 14)  # of random tokens: a pruner scores pictures of any size
 PlanFn = Callable[..., tuple[np.ndarray, np.ndarray]]  # images and more to plan or answer, kept
 
 
@@ -193,7 +194,7 @@ def picture_tokens(source: Source, frames: int) -> Iterator[tuple[np.ndarray, ..
         seen = check_frames(source.vla.cameras, source.vla.image_size, frames).images
         model, variables = DrivingVLA(source.vla), {"params": source.params["vla"]}
         encode = jax.jit(functools.partial(model.apply, method="encode"))
-    grid, size = token_grid(source), source.pruner.layer.hidden_size
+    grid, size = token_grid(source) or ANY_GRID, source.pruner.layer.hidden_size
     for number in range(frames):
         if seen is not None:
             tokens = encode(variables, seen[number : number + 1])
@@ -206,22 +207,12 @@ def picture_tokens(source: Source, frames: int) -> Iterator[tuple[np.ndarray, ..
             yield tuple(map(np.asarray, arrays))
 
 
-def token_grid(source: Source) -> tuple[int, int]:
-    """Token rows and columns of a picture that the pruner was trained on.
-
-    Raises:
-        UserError: Neither a VLA nor a run says how large pictures were.
-    """
+def token_grid(source: Source) -> tuple[int, int] | None:
+    """Token rows and columns of a picture; None where neither a VLA nor a run says."""
     if source.vla is not None:
         return source.vla.token_grid
     size = ((source.facts.training or {}).get("loader") or {}).get("image_size")
-    if size is None:
-        raise UserError(
-            f"{source.path} does not say how large the pictures were, which ONNX and the check "
-            "need: give the folder of the run in place of its bundle, or leave onnx out and say "
-            "--no-check."
-        )
-    return size[0] // TOKEN_PIXELS, size[1] // TOKEN_PIXELS
+    return size and (size[0] // TOKEN_PIXELS, size[1] // TOKEN_PIXELS)
 
 
 def _score_differences(out, forms, source: Source, frames: int) -> Iterator[Difference]:

@@ -26,7 +26,7 @@ from experiments.export_check import (
     token_grid,
 )
 from experiments.export_qwen import QwenExport, qwen_differences, with_qwen, write_qwen
-from experiments.export_source import Source, read_source
+from experiments.export_source import EXPORT, Source, read_source
 from experiments.model_card import WRITTEN_BY, model_card
 from fastdrive_jax.configs import check_least
 from fastdrive_jax.errors import UserError
@@ -36,7 +36,7 @@ from fastdrive_jax.export.onnx_programs import OPSET, need_converter, write_onnx
 from fastdrive_jax.export.programs import PLATFORMS, Bucket, need_flatbuffers, write_programs
 from fastdrive_jax.export.pruner import TORCH_MODULE, write_pruner
 from fastdrive_jax.export.quantized import QuantizedPolicy, write_quantized
-from fastdrive_jax.files import write_text
+from fastdrive_jax.files import write_bytes, write_text
 
 Form = Literal["pruner", "policy", "stablehlo", "int8", "onnx"]
 USUAL: tuple[Form, ...] = ("pruner", "policy", "stablehlo")
@@ -103,11 +103,16 @@ def export_model(args: ExportArgs) -> Path:
     buckets = tuple(Bucket(ratio, batch) for ratio in ratios for batch in args.batch)
     if source.checkpoint is not None and set(forms) & set(NEED_VLA):
         source = with_qwen(source, args.qwen, ratios[0])
-    _claim(args.out, forms)
+    if args.out.resolve() == (args.run / EXPORT).resolve():
+        raise UserError(f"{args.out} is where a run keeps its own bundle; choose another folder.")
+    try:
+        _claim(args.out, forms)
+    except OSError as error:
+        raise UserError(f"{args.out} can't be written ({error.strerror}).") from error
     for form in forms:
         print(f"export: {args.out / form}", flush=True)
         _write(form, args, source, buckets)
-    shutil.copyfile(TORCH_MODULE, args.out / TORCH_MODULE.name)
+    write_bytes(args.out / TORCH_MODULE.name, TORCH_MODULE.read_bytes())
     found: list[Difference] = []
     if args.check:
         given = args.out, forms, source, buckets, args.check_frames
@@ -132,6 +137,11 @@ def _forms(args: ExportArgs, source: Source) -> tuple[Form, ...]:
         forms = args.forms
         if not source.whole and (missing := [form for form in forms if form in NEED_VLA]):
             raise UserError(f"{args.run} cannot be exported as {missing[0]}: {source.why}")
+    if "onnx" in forms and token_grid(source) is None:
+        raise UserError(
+            f"{args.run} does not say how large the pictures were, which ONNX needs: give the "
+            "folder of the run in place of its bundle, or leave onnx out."
+        )
     need = {"stablehlo": need_flatbuffers, "int8": need_qwix, "onnx": need_converter}
     for form in forms:
         need.get(form, lambda: None)()
@@ -142,7 +152,8 @@ def _claim(out: Path, forms: tuple[Form, ...]) -> None:
     """Refuses a folder with anything but an earlier export of the same forms."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another folder.")
-    ours = {*forms, CARD, TORCH_MODULE.name}
+    # Python leaves a cache where torch_pruner.py was imported.
+    ours = {*forms, CARD, TORCH_MODULE.name, "__pycache__"}
     for form in forms:  # what an export that was killed left
         for part in (*out.glob(f".{form}.part-*"), *out.glob(f".{form}.old-*")):
             shutil.rmtree(part)

@@ -383,6 +383,30 @@ def test_what_a_killed_export_left_is_no_strange_file(run, tmp_path):
     (out / ".pruner.part-abcd").mkdir(parents=True)
     export_model(ExportArgs(folder, out, forms=("pruner",), check=False))
     assert {path.name for path in out.iterdir()} == {"pruner", "torch_pruner.py", "README.md"}
+    assert "This folder holds the pruner alone." in (out / "README.md").read_text()
+    (out / "__pycache__").mkdir()  # nor is what Python left that imported torch_pruner.py
+    export_model(ExportArgs(folder, out, forms=("pruner",), check=False))
+
+
+def test_places_that_are_not_for_an_export_are_refused(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")  # as if it still trained: without a bundle
+    with pytest.raises(UserError, match="where a run keeps its own bundle"):
+        export_model(ExportArgs(folder, folder / "export", check=False))
+    assert not (folder / "export").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/out can't be written \(Not a directory\)"):
+        export_model(ExportArgs(folder, tmp_path / "file" / "out", check=False))
+
+
+def test_a_bundle_without_its_run_is_checked_too_but_is_no_onnx(run, tmp_path):
+    """Nothing says how large its pictures were."""
+    source = write_pruner(tmp_path / "b", run[1][2], PRUNER)
+    out = tmp_path / "out"
+    export_model(ExportArgs(source, out, check_frames=2))
+    assert "On 2 pictures of random tokens" in (out / "README.md").read_text()
+    with pytest.raises(UserError, match="which ONNX needs"):
+        export_model(ExportArgs(source, tmp_path / "onnx", forms=("pruner", "onnx")))
+    assert not (tmp_path / "onnx").exists()
 
 
 @needs_flatbuffers
