@@ -1,4 +1,4 @@
-"""ReconPruner in PyTorch: one file to copy into another code base; needs torch and safetensors.
+"""ReconPruner in PyTorch: one file to copy into another code base; needs torch 2.4 and safetensors.
 
     pruner = load_pruner("export/pruner")      # the folder with config.json and model.safetensors
     scores = pruner(tokens)                    # tokens [B, N, D] of B pictures to scores [B, N]
@@ -106,9 +106,11 @@ def _check_sums(folder: Path, manifest: dict) -> None:
     own = manifest.pop("sha256", None)
     if own != hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest():
         raise ValueError(f"{folder / 'config.json'} was changed after it was written")
+    found = hashlib.sha256()
     with (folder / WEIGHTS).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != manifest["files"][WEIGHTS]["sha256"]:
+        while piece := file.read(2**20):
+            found.update(piece)
+    if found.hexdigest() != manifest["files"][WEIGHTS]["sha256"]:
         raise ValueError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the config's")
 
 
