@@ -239,16 +239,17 @@ def _facts(run: Path) -> Facts:
         if stored is found["training"]:
             found["encoder"] = None  # there it is the name alone
             found["data_digest"] = None
+    shards = run / "shards"  # the quick start's, before it has results
     for name in ("results.json", "report.json"):
         if (run / name).is_file():
             rows, meta = read_rows(run / name)
             found |= {"results": run / name, "rows": rows, "step": meta.get("step")}
-            shards = Path(meta["shards"]) if "shards" in meta else run / "shards"
-            if (shards / "manifest.json").is_file():
-                data, known = read_json(shards / "manifest.json"), found.get("data_digest")
-                if known in (None, shards_digest(data["shards"])):
-                    found["data"] = {**data, "path": str(shards)}
+            shards = Path(meta.get("shards", shards))
             break
+    if (shards / "manifest.json").is_file():
+        data, known = read_json(shards / "manifest.json"), found.get("data_digest")
+        if known == shards_digest(data["shards"]) or (known is None and "results" in found):
+            found["data"] = {**data, "path": str(shards)}
     return Facts(**found)
 
 

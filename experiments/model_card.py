@@ -121,8 +121,9 @@ SHA-256 of the shards:
 {% endfor -%}
 ```
 {%- elif facts.data_digest -%}
-Shards with the digest `{{ facts.data_digest }}`; where the run says they are, there are others or \
-none.
+Shards with the digest `{{ facts.data_digest }}`; {% if facts.results %}where the run says they \
+are, there are others or none.{% else %}the run does not say where they are before it has \
+figures.{% endif %}
 {%- else -%}
 `{{ source.path }}` does not say what it was trained on.
 {%- endif %}

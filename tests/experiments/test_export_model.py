@@ -376,6 +376,12 @@ def test_the_card_says_what_the_run_holds(run, tmp_path):
     )
     assert "cdcd" not in card
 
+    (out / "results.json").unlink()  # as of a quick start that still trains
+    shutil.move(shards, out / "shards")
+    assert read_source(out).facts.data is None
+    (out / "shards" / "manifest.json").write_text(json.dumps(manifest | {"shards": SHARDS}))
+    assert read_source(out).facts.data["source"] == "pictures:somewhere"
+
 
 def test_what_a_killed_export_left_is_no_strange_file(run, tmp_path):
     folder, _ = run
