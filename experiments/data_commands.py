@@ -34,6 +34,7 @@ from data_pipelines.nuscenes.map_layers import MapFolder
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.nuscenes.tables import open_nuscenes
 from data_pipelines.shards import open_shards
+from experiments.view_data import ViewArgs, view_data
 from fastdrive_jax.errors import UserError
 
 _COCO = "coco"  # the table that `segments` states
@@ -308,3 +309,26 @@ def say(absent: Sequence[str]) -> None:
     """Names what a data set lacks, once."""
     for sentence in absent:
         print(f"note: {sentence}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """Turn nuScenes as downloaded into checked shards of nuScenes-FG.
+
+    Attributes:
+        command: What to do.
+    """
+
+    command: Annotated[
+        Annotated[MaskArgs, tyro.conf.subcommand("mask", prefix_name=False)]
+        | Annotated[BuildArgs, tyro.conf.subcommand("build", prefix_name=False)]
+        | Annotated[VerifyArgs, tyro.conf.subcommand("verify", prefix_name=False)]
+        | Annotated[ViewArgs, tyro.conf.subcommand("view", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+
+
+def data(args: DataArgs) -> None:
+    """Calls the command that was asked for."""
+    run = {MaskArgs: mask, BuildArgs: build, VerifyArgs: verify, ViewArgs: view_data}
+    run[type(args.command)](args.command)

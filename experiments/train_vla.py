@@ -21,6 +21,7 @@ from data_pipelines.shards import Shards, open_shards
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
 from fastdrive_jax.inference.generate import generate as generate_plan
+from fastdrive_jax.models.qwen2_5_vl.bundled import save_vla
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA, visual_positions
 from fastdrive_jax.parallel.mesh import make_mesh
 from fastdrive_jax.training.driving import (
@@ -153,3 +154,22 @@ def train_vla(workdir: Path, config: TrainVLAConfig, quiet: bool = False) -> dic
         name="train VLA",
     )
     return result.state.params["vla"]
+
+
+@dataclass(frozen=True)
+class TrainVLAArgs:
+    """Train the tiny driving VLA from scratch; the bundled weights were made this way.
+
+    Attributes:
+        out: Run folder; a run found there is resumed.
+        config: Configuration of the training.
+    """
+
+    out: Path
+    config: TrainVLAConfig = field(default_factory=TrainVLAConfig)
+
+
+def write_vla(args: TrainVLAArgs) -> None:
+    """Trains and writes OUT/vla.safetensors."""
+    params = train_vla(args.out, args.config)
+    save_vla(args.out / "vla.safetensors", params, args.config.model.cameras)

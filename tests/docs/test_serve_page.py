@@ -12,10 +12,9 @@ import cv2
 import jax
 import numpy as np
 import pytest
-import tyro
 from tiny_service import picture, running, service_of
 
-from experiments.cli import Command
+from experiments.cli import parse
 from experiments.serve import ServeArgs
 from fastdrive_jax.inference.policy import DrivingPolicy
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
@@ -73,5 +72,5 @@ def test_its_commands_are_understood():
     lines = re.findall(r"^fastdrive (.*)$", PAGE, re.MULTILINE)
     assert len(lines) == 3
     for line in lines:
-        args = tyro.cli(Command, args=shlex.split(line, comments=True))
+        args, _ = parse(shlex.split(line, comments=True))
         assert isinstance(args, ServeArgs)
