@@ -296,15 +296,24 @@ def _splits(folder: Path, scenes: tuple[str, ...], split: str | None) -> dict:
         if split is not None:
             raise UserError(f"{path} says which scene is in which split; give no split beside it.")
         return read_splits(path, scenes)
-    if split is not None:
-        return {split: scenes}
-    found = official_splits(folder.name, scenes)
-    if found is None:
+    if split is None:
+        found = official_splits(folder.name, scenes)
+        if found is None:
+            raise UserError(
+                f"{path} is missing; write the scene names of each split to it, or name the one "
+                "split that all scenes belong to."
+            )
+        return found
+    try:
+        official = official_splits(folder.name, scenes)
+    except UserError:  # its scenes are of one's own
+        official = None
+    if official is not None:
         raise UserError(
-            f"{path} is missing; write the scene names of each split to it, or name the one "
-            "split that all scenes belong to."
+            f"{folder} has official splits ({', '.join(official)}), and split {split!r} would take "
+            f"the scenes of all of them; give no split, or write {path} to have splits of your own."
         )
-    return found
+    return {split: scenes}
 
 
 def _annotations(folder: Path) -> tuple[Annotations | None, list[str]]:

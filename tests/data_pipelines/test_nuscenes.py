@@ -216,6 +216,19 @@ def test_one_stated_split_takes_the_place_of_the_file(root):
     assert {k: len(v) for k, v in read_nuscenes(root, split="test").samples.items()} == {"test": 18}
 
 
+def test_a_stated_split_does_not_take_the_place_of_official_ones(root):
+    """Or `--split train` would train on the official validation scenes."""
+    (root / "v1.0-mini" / "splits.json").unlink()
+
+    def name(rows):
+        for row, official in zip(rows, ("scene-0061", "scene-0103"), strict=True):
+            row["name"] = official
+
+    edit(root / "v1.0-mini" / "scene.json", name)
+    with pytest.raises(UserError, match=r"official splits \(train, val\)"):
+        read_nuscenes(root, split="train")
+
+
 def test_a_stated_split_beside_the_file_is_refused(whole):
     with pytest.raises(UserError, match=r"splits\.json"):
         read_nuscenes(whole, split="test")
