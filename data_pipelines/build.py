@@ -299,20 +299,25 @@ def finished_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardN
     """Notes of the shards that are whole and made of what they would be made of now."""
     notes = {}
     for job in jobs:
-        path = building / NOTES / f"{job.name}.json"
-        if not path.is_file():
+        note = _read_note(building / NOTES / f"{job.name}.json")
+        if note is None:
             continue
-        content = read_json(path)
-        note = ShardNote(
-            **content
-            | {key: tuple(content[key]) for key in ("scenes", "bad")}
-            | {"image_size": content["image_size"] and tuple(content["image_size"])}
-        )
         shard = building / job.name
         whole = shard.is_file() and shard.stat().st_size == note.bytes
         if whole and note.identity == job.identity() and len(note.bad) <= job.skip_bad:
             notes[job.name] = note
     return notes
+
+
+def _read_note(path: Path) -> ShardNote | None:
+    """A shard's note; None where there is none, or none of this version: it is written again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lists = {key: tuple(content[key]) for key in ("scenes", "bad")}
+        size = content["image_size"] and tuple(content["image_size"])
+        return ShardNote(**content | lists | {"image_size": size})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _finish(

@@ -285,6 +285,18 @@ def test_a_build_does_not_go_on_with_masks_of_other_classes(source, tmp_path):
     assert len(done) == 6
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"name": "a", "of_another_version": 1}'])
+def test_a_shard_whose_note_says_nothing_is_written_again(source, tmp_path, content):
+    options, done = {"progress": False, "records_per_shard": 8}, []
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(source, tmp_path / "set", run=stopped_after(2), **options)
+    note = min((tmp_path / "set.building" / "notes").iterdir())
+    note.write_text(content)
+    build_shards(source, tmp_path / "set", run=counted(done), **options)
+    assert done[0] == note.stem
+    assert len(done) == 5
+
+
 def test_too_many_bad_samples_stay_too_many(tmp_path, capfd):
     root = write_nuscenes(tmp_path / "nu")
     pictures = sorted((root / "samples" / "CAM_FRONT").iterdir())
