@@ -1,5 +1,6 @@
 """Samples whose pictures are those of another sample, byte for byte."""
 
+import contextlib
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -11,8 +12,8 @@ def without_duplicates(source: Source) -> tuple[Source, dict[str, int]]:
     """The source with every sample once, and how many were dropped of each split.
 
     A sample of a held-out split goes before one of "train", so that no picture of theirs is ever
-    trained on. Only samples whose files have the same sizes are read. One that lacks a picture
-    stays, for whoever loads it to refuse.
+    trained on. Only samples whose files have the same sizes are read. One whose picture is missing
+    or cannot be read stays, for whoever loads it to refuse.
     """
     order = sorted(source.samples, key=lambda split: split == "train")
     by_size: dict[tuple[int, ...], list[tuple[str, int]]] = {}
@@ -20,7 +21,7 @@ def without_duplicates(source: Source) -> tuple[Source, dict[str, int]]:
         for place, ref in enumerate(source.samples[split]):
             try:
                 sizes = tuple(path.stat().st_size for path in source.files(ref)[0])
-            except FileNotFoundError:
+            except OSError:
                 continue
             by_size.setdefault(sizes, []).append((split, place))
     drop: set[tuple[str, int]] = set()
@@ -29,10 +30,11 @@ def without_duplicates(source: Source) -> tuple[Source, dict[str, int]]:
             continue
         seen = set()
         for split, place in places:
-            digest = _digest(source.files(source.samples[split][place])[0])
-            if digest in seen:
-                drop.add((split, place))
-            seen.add(digest)
+            with contextlib.suppress(OSError):
+                digest = _digest(source.files(source.samples[split][place])[0])
+                if digest in seen:
+                    drop.add((split, place))
+                seen.add(digest)
     samples = {
         split: tuple(ref for place, ref in enumerate(refs) if (split, place) not in drop)
         for split, refs in source.samples.items()

@@ -37,13 +37,18 @@ def read_bytes(path: Path) -> bytes:
 
 
 def size_of_files(paths: Iterable[Path]) -> tuple[int, list[Path]]:
-    """Bytes of the files that are there, and the files that are missing."""
+    """Bytes of the files that are there, and the files that are missing.
+
+    Of one that cannot be reached for another reason `read_bytes` says which, when it is needed.
+    """
     size, missing = 0, []
     for path in paths:
         try:
             size += path.stat().st_size
         except FileNotFoundError:
             missing.append(path)
+        except OSError:
+            continue
     return size, missing
 
 

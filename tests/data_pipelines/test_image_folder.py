@@ -261,6 +261,23 @@ def test_an_unusable_file_gives_one_sentence_that_names_it(folder, kind):
     assert "\n" not in str(caught.value)
 
 
+def test_what_cannot_be_reached_is_refused_in_a_sentence_or_left_out(folder, tmp_path):
+    for stem in STEMS[:2]:  # of equal sizes, so that both are looked at as duplicates
+        picture = folder / "images" / f"{stem}.jpg"
+        picture.unlink()
+        picture.mkdir()
+    loop = folder / "labels" / f"{STEMS[2]}.png"
+    loop.unlink()
+    loop.symlink_to(loop)
+    source = read_image_folder(folder, foreground=(1,))
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        build_shards(source, tmp_path / "set", progress=False)
+    with pytest.raises(UserError, match=r"cannot be read \(Too many levels of symbolic links\)"):
+        source.load(source.samples["train"][2])
+    shards = build_shards(source, tmp_path / "set", progress=False, skip_bad=3)
+    assert shards.samples == {"train": 5, "val": 2}
+
+
 def test_camvid():
     shared = os.environ.get("FASTDRIVE_SHARED") or Path(__file__).parents[3] / "shared"
     root = Path(shared) / "data" / "camvid"
