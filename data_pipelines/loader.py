@@ -7,6 +7,7 @@ drawn by an example's place in the stream. So a position is one number, of examp
 and a run that goes on with other hosts or another batch size goes on at exactly that example.
 """
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -336,6 +337,10 @@ def read_batches(
 def _start_worker(index: int, count: int) -> None:
     del index, count
     start_worker()
+    # Terminals and schedulers signal all processes of a job. A training that is asked to stop may
+    # wait for a batch before it saves, so its workers stay; they end when it does.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Items:

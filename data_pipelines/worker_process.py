@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,7 +17,11 @@ from fastdrive_jax.errors import UserError
 
 
 def start_worker() -> None:
-    """One thread of OpenCV for each process, which ends with its parent."""
+    """One thread of OpenCV for each process, which ends with its parent.
+
+    A terminal sends Ctrl-C to this process too, which then ends without a traceback of its own.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     cv2.setNumThreads(1)
     parent = multiprocessing.parent_process()
 

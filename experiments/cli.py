@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -72,7 +73,7 @@ def _load(name: str) -> tuple[type, Callable[[Any], Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses and calls; what a person did wrong is one sentence and exit code 2."""
+    """Parses and calls; what a person did wrong is one sentence and exit code 2, Ctrl-C is 130."""
     # A small model's step runs mostly on one thread, so two devices train twice as fast on two
     # cores; data-parallel runs use all, the others the first. A process that has used jax before
     # it called this keeps the devices that it has, and so does who asks for a number of them.
@@ -86,6 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"fastdrive: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fastdrive: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -1,4 +1,7 @@
 import json
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,9 +140,14 @@ def test_resume_is_exact_with_augmentation_across_epochs(shards, group, workers)
         seed=5,
     )
     loader = make_loader(shards, "train", config)
-    running = iter(loader)
+    running, others = iter(loader), multiprocessing.active_children()
     for _ in range(3):
         next(running)
+    mine = [child for child in multiprocessing.active_children() if child not in others]
+    assert len(mine) == workers
+    for child in mine:  # as a terminal or a scheduler does, when a training is to save and stop
+        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, signal.SIGTERM)
     state = json.loads(json.dumps(running.get_state()))
     wanted = [next(running) for _ in range(5)]
     resumed = iter(make_loader(shards, "train", config))

@@ -12,6 +12,7 @@ from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.shards import open_shards, record_source
 from data_pipelines.synthetic.config import WorldConfig
 from data_pipelines.synthetic.generate import generate
+from experiments import data_commands
 from experiments.cli import main
 
 WORLD = WorldConfig(
@@ -211,6 +212,15 @@ def test_what_is_asked_wrongly_is_one_sentence(tmp_path, monkeypatch, capsys, wo
     monkeypatch.chdir(tmp_path)
     assert run(*words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_ctrl_c_is_said_without_a_traceback(tmp_path, monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data_commands, "data", interrupt)
+    assert run("verify", "--shards", tmp_path) == 130
+    assert capsys.readouterr().err == "fastdrive: interrupted\n"
 
 
 def test_a_set_without_masks_says_which(root, tmp_path, capsys):
