@@ -28,7 +28,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from data_pipelines.disk import check_space, disk_errors, locked, read_json, write_json
+from data_pipelines.disk import check_space, disk_errors, locked
 from data_pipelines.duplicates import without_duplicates
 from data_pipelines.pictures import check_bad, check_picture
 from data_pipelines.schema import Classes, Record, Source, tfds_features
@@ -44,6 +44,7 @@ from data_pipelines.shard_files import (
 from data_pipelines.shards import DATASET, FORMAT, MANIFEST, VERSION, Shards, open_shards
 from data_pipelines.worker_process import run_jobs
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json, write_json
 
 RECORDS_PER_SHARD = 512
 _SPLIT = re.compile(r"[\w-]+")

@@ -1,14 +1,12 @@
-"""Reading and writing files, with system errors turned into sentences."""
+"""Folders that a data set grows in, with system errors turned into sentences."""
 
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fastdrive_jax.errors import UserError
 
@@ -38,32 +36,6 @@ def check_space(size: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise OSError(errno.ENOSPC, f"{size / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
-    try:
-        return json.loads(Path(path).read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; restore it or leave out what refers to it.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); write it again.") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file that is whole or not there, and is on the disk when this returns."""
-    partial = Path(f"{path}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def own_place(folder: Path) -> Path:

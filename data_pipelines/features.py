@@ -19,11 +19,12 @@ from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 from data_pipelines.decode import check_size, nearest_size
-from data_pipelines.disk import check_space, disk_errors, locked, write_json
+from data_pipelines.disk import check_space, disk_errors, locked
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.schema import TOKEN_PIXELS
 from data_pipelines.shards import Shards
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import write_json
 from fastdrive_jax.models.dinov2.tokens import Merge, encode_pictures
 from fastdrive_jax.models.dinov2.weights import load_dinov2, params_digest
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import write_json
 
 CAMERAS = (
     "CAM_FRONT",
@@ -108,9 +109,7 @@ def classes_from_dict(content: Any, path: Path | str = CLASSES_FILE) -> Classes:
 
 def write_classes(path: Path, classes: Classes) -> None:
     """Writes `classes.json` atomically."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(asdict(classes), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, asdict(classes))
 
 
 @dataclass(frozen=True)

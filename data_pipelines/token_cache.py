@@ -15,8 +15,8 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
 
-from data_pipelines.disk import read_json
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -16,7 +16,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
-from data_pipelines.disk import check_space, disk_errors, write_json
+from data_pipelines.disk import check_space, disk_errors
 from data_pipelines.features import TokenEncoder
 from data_pipelines.loader import Loader, LoaderConfig, make_loader
 from data_pipelines.schema import TOKEN_PIXELS
@@ -29,6 +29,7 @@ from data_pipelines.token_cache import (
     read_identity,
 )
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import write_json
 
 # 13 MB a record at the size of FastDriveVLA: few enough files that all of them can be open.
 RECORDS_PER_FILE = 1024
@@ -138,10 +139,8 @@ def _claim(folder: Path, identity: CacheIdentity, host: int) -> None:
             raise UserError(
                 f"{folder} holds {others[0]} but no token cache; choose another folder."
             )
-        # By a name of its own: hosts may begin at once, and all of them write the same.
-        own = folder / f".manifest-{host}.json"
-        write_json(own, asdict(identity))
-        own.replace(folder / MANIFEST)
+        # Hosts may begin at once, and all of them write the same.
+        write_json(folder / MANIFEST, asdict(identity))
     found, asked = asdict(read_identity(folder)), asdict(identity)
     differing = [
         f"{name} ({_short(found[name])} there, {_short(value)} asked for)"

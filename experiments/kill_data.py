@@ -28,13 +28,13 @@ import cv2
 import numpy as np
 
 from data_pipelines.build import build_shards
-from data_pipelines.disk import write_json
 from data_pipelines.image_folder import read_image_folder
 from data_pipelines.loader import LoaderConfig, make_loader
 from data_pipelines.shard_files import NOTES
 from data_pipelines.shards import open_shards
 from fastdrive_jax.configs import check_least
 from fastdrive_jax.evaluation.results import point, write_rows
+from fastdrive_jax.files import write_json
 
 PICTURES = 48
 RECORDS_PER_SHARD = 4

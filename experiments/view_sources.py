@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.disk import read_json
 from data_pipelines.geometry import Pose, box_corners
 from data_pipelines.maskers.run import MASKER_FILE
 from data_pipelines.nuscenes.driving import Moment, scene_moments
@@ -25,6 +24,7 @@ from data_pipelines.schema import (
 )
 from data_pipelines.shards import MANIFEST, open_shards, record_source
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json
 
 _KIND_OF = {"vehicle": "vehicle", "human": "person", "movable_object": "obstacle"}
 

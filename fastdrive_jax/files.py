@@ -54,15 +54,17 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
       UserError: it is absent, unreadable or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; restore it or leave out what refers to it.") from error
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}).") from error
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from error
+        raise UserError(f"{path} is not valid JSON ({error}); write it again.") from error

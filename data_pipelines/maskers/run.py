@@ -12,7 +12,6 @@ there is a mask both are whole.
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from data_pipelines.maskers.provenance import describe, stamp, stamp_of
 from data_pipelines.pictures import check_picture, encode_labels, encode_mask, read_bytes
 from data_pipelines.schema import CLASSES_FILE, write_classes
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import write_json
 
 MASKER_FILE = "masker.json"
 KINDS = ("masks", "labels")
@@ -79,7 +79,8 @@ def make_masks(
     _check(frames, batch_size, skip_bad, part)
     out_dir, text = Path(out_dir), describe(masker)
     mine = frames[part[0] :: part[1]]
-    _write_head(out_dir, text)
+    write_classes(out_dir / CLASSES_FILE, CLASSES)
+    write_json(out_dir / MASKER_FILE, json.loads(text))
     bad: list[tuple[str, str]] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda frame: _state(out_dir, frame, text), mine))
@@ -240,20 +241,3 @@ def _replace(path: Path, data: bytes) -> None:
 def _settle(writes: list[Future]) -> list[tuple[str, str]]:
     """Waits for the writes; the pictures that turned out damaged."""
     return [bad for write in writes if (bad := write.result()) is not None]
-
-
-def _write_head(out_dir: Path, text: str) -> None:
-    """`classes.json` and `masker.json`, under names of their own until they are whole.
-
-    Several parts may start at the same moment, and one must not take the other's partial file.
-    """
-    unique = secrets.token_hex(4)
-    classes, about = out_dir / CLASSES_FILE, out_dir / MASKER_FILE
-    with disk_errors(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        mine = out_dir / f".{unique}.{CLASSES_FILE}"
-        write_classes(mine, CLASSES)
-        mine.replace(classes)
-        mine = out_dir / f".{unique}.{MASKER_FILE}"
-        mine.write_text(json.dumps(json.loads(text), indent=1) + "\n", encoding="utf-8")
-        mine.replace(about)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.disk import read_json
 from data_pipelines.schema import CAN_FIELDS
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json
 
 _FARTHEST = 500_000  # microseconds to the nearest message; farther apart, the value is absent
 

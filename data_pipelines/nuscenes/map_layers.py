@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from data_pipelines.disk import read_json
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json
 
 POLYGON_LAYERS = (
     "drivable_area",

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.disk import read_json
 from data_pipelines.geometry import Pose
 from data_pipelines.nuscenes.frames import Boxes, CameraView, Keyframe
 from data_pipelines.schema import CAMERAS
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json
 
 # The ten detection classes stand for several categories each; the plainest one is named.
 CATEGORIES = {

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.disk import read_json
 from data_pipelines.ego import Plan
 from data_pipelines.maskers.provenance import check_stamp
 from data_pipelines.nuscenes.driving import Moment, scene_moments
@@ -37,6 +36,7 @@ from data_pipelines.schema import (
     read_classes,
 )
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipelines.disk import read_json
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json
 
 # The official 150 validation scenes, as inclusive runs of scene numbers. Numbers between that are
 # not in v1.0-trainval belong to v1.0-test.

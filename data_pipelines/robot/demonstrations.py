@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from data_pipelines.disk import disk_errors, locked, read_json, write_json
+from data_pipelines.disk import disk_errors, locked
 from data_pipelines.robot.environment import TABLETOP
 from data_pipelines.robot.episodes import (
     DATASET,
@@ -48,6 +48,7 @@ from data_pipelines.shard_files import (
 )
 from data_pipelines.worker_process import run_jobs
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json, write_json
 
 # Evaluations count their trials from 0, so none of them begins as a demonstration does.
 FIRST_TRIAL = {"train": 1_000_000, "val": 2_000_000}

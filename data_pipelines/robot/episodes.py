@@ -16,9 +16,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from data_pipelines.disk import read_json
 from data_pipelines.robot.policies import ACTION_SIZE, PROPRIO_SIZE
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import read_json
 
 FORMAT = 2
 DATASET = "robot_episodes"  # TFDS's name of it, which begins the files' names

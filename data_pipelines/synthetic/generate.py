@@ -33,6 +33,7 @@ from data_pipelines.synthetic.record import write_scene
 from data_pipelines.synthetic.sampler import TILE, TILES
 from data_pipelines.worker_process import run_jobs
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.files import write_text
 
 CONFIG_FILE = "generator.json"
 _FORMAT = 2  # raise when equal configs no longer give equal bytes
@@ -184,6 +185,4 @@ def _map_image(roads: list[list[list[float]]]) -> bytes:
 
 
 def _write_json(path: Path, value):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, separators=(",", ":")))
-    temporary.replace(path)
+    write_text(path, json.dumps(value, separators=(",", ":")))
