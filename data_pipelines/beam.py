@@ -32,7 +32,11 @@ def beam_runner(options: Sequence[str]) -> Callable[[Sequence[ShardJob], Path], 
     def run(jobs: Sequence[ShardJob], folder: Path) -> Iterable[ShardNote]:
         if not jobs:
             return []
-        with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+        try:
+            pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
+        except ValueError as error:
+            raise UserError(f"{error} Correct the options of Beam.") from error
+        with pipeline:
             # Without a shuffle a runner would fuse both steps and write all shards in one worker.
             (pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(write_shard, folder=folder))
         notes = finished_notes(folder, jobs)

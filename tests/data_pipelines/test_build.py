@@ -170,6 +170,12 @@ def test_whoever_runs_the_jobs_the_bytes_are_the_same(source, built, tmp_path, h
     assert hashes(tmp_path / "set") == hashes(built)
 
 
+def test_a_runner_that_beam_does_not_have_is_one_sentence(source, tmp_path):
+    pytest.importorskip("apache_beam", reason="needs the extra beam")
+    with pytest.raises(UserError, match=r"runner: Flonk.*Correct the options of Beam"):
+        build_shards(source, tmp_path / "set", progress=False, run=beam_runner(["--runner=Flonk"]))
+
+
 def test_duplicates_are_dropped_and_counted_and_validation_keeps_its_own(tmp_path):
     root = write_nuscenes(tmp_path / "nu")
     for camera in ("CAM_FRONT", "CAM_BACK"):
