@@ -225,17 +225,17 @@ class RecordSource:
     """Random access to the good records of a split as dicts; pictures stay encoded bytes."""
 
     def __init__(self, shards: Shards, split: str):
-        self._names = tuple(shards.lengths[split])
-        if not self._names:
+        self._lengths = shards.lengths[split]
+        if not self._lengths:
             raise UserError(
                 f"Split {split!r} of {shards.path} has no shard that is whole; build the shards "
                 "again, or use another split."
             )
         self._path = shards.path
-        self._source = ArrayRecordDataSource([str(shards.path / name) for name in self._names])
+        self._source = ArrayRecordDataSource([str(shards.path / name) for name in self._lengths])
         self._features = tfds_features()
         stride = len(shards.cameras)
-        total = sum(shards.lengths[split].values())
+        total = sum(self._lengths.values())
         self._places = None
         if shards.bad[split]:
             samples = np.setdiff1d(np.arange(total // stride), list(shards.bad[split]))
@@ -257,10 +257,12 @@ class RecordSource:
         try:
             return self._features.deserialize_example_np(self._source[place], decoders=_RAW)
         except Exception as error:
+            ends = np.cumsum(list(self._lengths.values()))
+            k = int(np.searchsorted(ends, place, "right"))
+            path, number = self._path / list(self._lengths)[k], place - (ends[k - 1] if k else 0)
             raise UserError(
-                f"Record {place} of {self._names[0]} and on in {self._path} cannot be read "
-                f"({error}); verify the shards, and build them again or leave out bad samples "
-                "with --skip-bad N."
+                f"Record {number} of {path} cannot be read ({error}); verify the shards, and "
+                "build them again or leave out bad samples with --skip-bad N."
             ) from error
 
 

@@ -91,6 +91,16 @@ def test_bad_samples_of_a_flipped_byte_are_left_out_if_that_is_asked_for(built, 
     assert found == whole[:2] + whole[4:]
 
 
+def test_a_damaged_record_is_said_with_the_shard_that_holds_it(built, spoiled):
+    path = sorted(spoiled.glob("*train*"))[1]  # records 8 to 15
+    data = bytearray(path.read_bytes())
+    place = data.index(record_source(open_shards(built), "train")[10]["image"])
+    data[place + 500] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"Record 2 of {path} cannot be read"):
+        record_source(open_shards(spoiled), "train")[10]
+
+
 @pytest.mark.parametrize("fault", ["missing", "truncated", "empty"])
 def test_a_lost_shard_is_left_out_if_that_is_asked_for(built, spoiled, capsys, fault):
     path = sorted(spoiled.glob("*train*"))[1]  # samples 4 to 7
