@@ -81,6 +81,11 @@ def read_nuscenes(
     root = Path(root)
     masks = root if masks is None else Path(masks)
     nuscenes = open_nuscenes(root, version, split)
+    if not (masks / CLASSES_FILE).is_file():
+        raise UserError(
+            f"{masks / CLASSES_FILE} is missing; make the masks by `fastdrive data mask`, or name "
+            "the folder that it wrote with --masks."
+        )
     classes = read_classes(masks / CLASSES_FILE)
     stated_path = root / "planning.json"
     stated = read_json(stated_path) if stated_path.is_file() else None

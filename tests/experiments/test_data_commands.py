@@ -225,7 +225,7 @@ def test_ctrl_c_is_said_without_a_traceback(tmp_path, monkeypatch, capsys):
 
 def test_a_set_without_masks_says_which(root, tmp_path, capsys):
     assert run("build", "--nuscenes", root, "--out", tmp_path / "s") == 2
-    assert "classes.json is missing" in capsys.readouterr().err
+    assert "classes.json is missing; make the masks by `fastdrive data" in capsys.readouterr().err
 
 
 def test_planned_ways_come_from_the_poses(root, masked):
