@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.maskers.annotations import CLASS_OF
 from data_pipelines.maskers.interface import (
     BACKGROUND,
-    BARRIER,
     CLASSES,
     PERSON,
     ROAD,
@@ -137,7 +137,7 @@ NUSCENES_CATEGORIES = (
 
 
 def nuscenes_class(category: str) -> int:
-    """Class id of a nuScenes or nuImages category.
+    """Class id of a nuScenes or nuImages category, which is that of its boxes (`CLASS_OF`).
 
     Traffic signs and lights are part of "static.manmade" there, so they are background.
 
@@ -148,13 +148,10 @@ def nuscenes_class(category: str) -> int:
         raise UserError(f'"{category}" is no nuScenes category; correct the name.')
     if category == "flat.driveable_surface":
         return ROAD
-    if category in ("movable_object.barrier", "movable_object.trafficcone"):
-        return BARRIER
-    if category.startswith("human."):
-        return PERSON
-    if category.startswith("vehicle.") and category != "vehicle.ego":
-        return VEHICLE
-    return BACKGROUND
+    if category == "vehicle.ego":
+        return BACKGROUND
+    boxed = (label for beginning, label in CLASS_OF if category.startswith(beginning))
+    return max(next(boxed, BACKGROUND), BACKGROUND)
 
 
 def nuscenes_table(

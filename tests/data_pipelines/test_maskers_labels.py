@@ -7,6 +7,7 @@ import pytest
 from grey_png import write_grey_png
 from PIL import Image
 
+from data_pipelines.maskers.annotations import class_of
 from data_pipelines.maskers.interface import (
     BACKGROUND,
     BARRIER,
@@ -169,6 +170,13 @@ def test_nuimages_ids():
     assert len(ids) == 25
     table = nuscenes_table(ids, "nuimages")
     assert dict(table.classes) == {0: BACKGROUND} | {i: NUSCENES.classes[i] for i in ids}
+
+
+def test_what_is_boxed_and_what_is_labelled_are_the_same_foreground():
+    boxed = [c for c in NUSCENES_CATEGORIES[1:-1] if c.split(".")[0] not in ("flat", "static")]
+    assert len(boxed) == 23
+    for category in boxed:
+        assert nuscenes_class(category) == max(class_of(category), BACKGROUND), category
 
 
 def test_nuscenes_categories_are_the_devkits():
