@@ -78,13 +78,20 @@ def measured_batches(
 
 
 def train_prior(train: SplitFeatures) -> np.ndarray:
-    """Mean training mask [cameras, N] as foreground shares of token places."""
-    fractions = token_fractions(np.asarray(train.masks), (1,))
-    return mean_fractions(fractions, train.camera)
+    """Mean training mask [cameras, N] as foreground shares of token places.
+
+    Raises:
+        UserError: No picture has any foreground.
+    """
+    return _mean_mask(token_fractions(np.asarray(train.masks), (1,)), train.camera)
 
 
 def shards_prior(shards: Shards, run: PrunerRun) -> np.ndarray:
-    """`train_prior` of shards, of up to `PRIOR_PICTURES` pictures that are drawn once."""
+    """`train_prior` of shards, of up to `PRIOR_PICTURES` pictures that are drawn once.
+
+    Raises:
+        UserError: As `train_prior`.
+    """
     count = shards.records("train")
     whole = count <= PRIOR_PICTURES
     config = replace(
@@ -100,7 +107,15 @@ def shards_prior(shards: Shards, run: PrunerRun) -> np.ndarray:
     batches = make_loader(shards, "train", config)
     taken = batches if whole else itertools.islice(batches, PRIOR_PICTURES // PRIOR_BATCH)
     found = [(batch["foreground"], batch["camera"]) for batch in taken]
-    fractions, camera = map(np.concatenate, zip(*found, strict=True))
+    return _mean_mask(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def _mean_mask(fractions: np.ndarray, camera: np.ndarray) -> np.ndarray:
+    if not fractions.any():
+        raise UserError(
+            "No training picture has any foreground, so there is nothing to learn; look at the "
+            "masks, or at which class ids are foreground, and build the shards again."
+        )
     return mean_fractions(fractions, camera)
 
 

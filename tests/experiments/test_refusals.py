@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.build import build_shards
+from data_pipelines.image_folder import read_image_folder
 from data_pipelines.nuscenes.source import read_nuscenes
 from data_pipelines.pictures import check_picture
 from data_pipelines.shards import open_shards
@@ -19,6 +20,7 @@ from experiments.configs.pruner import TINY
 from experiments.drive_closed_loop import DriveArgs, drive_closed_loop
 from experiments.eval_planning import EvalPlanningArgs, eval_planning
 from experiments.plan_checkpoint import CheckpointConfig
+from experiments.pruner_data import shards_prior
 from experiments.quickstart import QuickstartConfig, driving_vla
 from experiments.report_parts import kept_section
 from experiments.robot_eval import RobotEvalArgs
@@ -73,6 +75,19 @@ def test_shards_without_a_split_to_measure_on_are_refused(tmp_path):
     with pytest.raises(UserError, match="no split val"):
         train_on_shards(TrainPrunerConfig(tmp_path / "shards", out, quiet=True))
     assert not out.exists()
+
+
+def test_masks_without_any_foreground_are_refused(tmp_path):
+    """As of a class id that no label map holds."""
+    for kind in ("images", "labels"):
+        (tmp_path / "set" / kind).mkdir(parents=True)
+        for k in range(3):
+            cv2.imwrite(str(tmp_path / "set" / kind / f"{k}.png"), np.full((28, 28), k, np.uint8))
+    source = read_image_folder(tmp_path / "set", foreground=(30,))
+    shards = build_shards(source, tmp_path / "shards", progress=False)
+    run = replace(TINY, loader=replace(TINY.loader, image_size=(28, 28)))
+    with pytest.raises(UserError, match="No training picture has any foreground"):
+        shards_prior(shards, run)
 
 
 @pytest.mark.parametrize("ratio", [0, 1.2, -1, float("nan")])
