@@ -76,11 +76,15 @@ class ShardJob:
     skip_bad: int
 
     def identity(self) -> str:
-        """Digest of what the shard is made of, as far as it is known without reading pictures."""
+        """Digest of what the shard is made of, as far as it is known without reading pictures.
+
+        Files count by name, size and time, so that a build goes on with a root that was moved or is
+        named in another way.
+        """
         about = FORMAT, self.name, self.split, self.cameras, asdict(self.classes)
         digest = hashlib.sha256(repr(about).encode())
         for ref in self.refs:
-            digest.update(json.dumps(asdict(ref), default=_plain).encode())
+            digest.update(json.dumps(asdict(ref), default=_without_folder).encode())
             for path in itertools.chain(*self.files(ref)):
                 with contextlib.suppress(OSError):
                     stat = path.stat()

@@ -303,6 +303,16 @@ def test_a_shard_whose_note_says_nothing_is_written_again(source, tmp_path, cont
     assert len(done) == 5
 
 
+def test_a_build_goes_on_with_a_root_that_was_moved(tmp_path):
+    options, done = {"progress": False, "records_per_shard": 8}, []
+    root = write_nuscenes(tmp_path / "nu")
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(read_nuscenes(root), tmp_path / "set", run=stopped_after(2), **options)
+    moved = read_nuscenes(root.rename(tmp_path / "moved"))
+    build_shards(moved, tmp_path / "set", run=counted(done), **options)
+    assert len(done) == 4
+
+
 def test_too_many_bad_samples_stay_too_many(tmp_path, capfd):
     root = write_nuscenes(tmp_path / "nu")
     pictures = sorted((root / "samples" / "CAM_FRONT").iterdir())
