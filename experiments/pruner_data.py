@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from data_pipelines.augment import NO_JITTER
 from data_pipelines.features import FeatureSet, SplitFeatures, cache_features, dino_encoder
@@ -137,6 +138,7 @@ def cached_tokens(
     shards: Shards,
     run: PrunerRun,
     encoder: FrozenEncoder,
+    mesh: Mesh,
     weights: Path | None,
     quiet: bool = False,
 ) -> TokenCache:
@@ -147,21 +149,22 @@ def cached_tokens(
         shards: The data set.
         run: The setting.
         encoder: Of the training, over all devices.
+        mesh: Those devices.
         weights: See `load_encoder`; several hosts encode each by itself, so each loads them.
         quiet: No progress bars.
     """
     hosts = jax.process_count()
-    mesh = make_mesh(devices=jax.local_devices())
     if hosts > 1:
+        mesh = make_mesh(devices=jax.local_devices())
         encoder = load_encoder(run.encoder, weights, mesh, jnp.dtype(run.dtype), quiet)
     write_token_cache(
         shards,
         "train",
-        encoder.tokens(mesh if hosts > 1 else None),
+        encoder.tokens(mesh),
         folder,
         run.loader.image_size,
         run.loader.resize,
-        batch_size=ENCODED_AT_ONCE * (mesh.size if hosts > 1 else 1),
+        batch_size=ENCODED_AT_ONCE * mesh.size,
         dtype="float16" if run.dtype == "float32" else run.dtype,
         host_index=jax.process_index(),
         host_count=hosts,

@@ -154,7 +154,8 @@ def train_on_shards(config: TrainPrunerConfig) -> FitResult:
         print(f"attention: {kernel}; {run.dtype}; mesh {dict(mesh.shape)}; hosts {hosts}")
     tokens = None
     if config.cache is not None:
-        tokens = cached_tokens(config.cache, shards, run, encoder, config.weights, config.quiet)
+        given = config.cache, shards, run, encoder, mesh, config.weights, config.quiet
+        tokens = cached_tokens(*given)
     identity = RunIdentity(run, encoder.digest, shards.digest)
     own = replace(run.loader, num_workers=0, read_threads=1)  # a host's own affair
     alike = replace(identity, run=replace(run, loader=own))

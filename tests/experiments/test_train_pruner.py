@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
@@ -14,15 +15,17 @@ from tiny_checkpoint import CONFIG, write_checkpoint
 from data_pipelines.build import build_shards
 from data_pipelines.image_folder import read_image_folder
 from data_pipelines.loader import LoaderConfig
+from data_pipelines.shards import open_shards
 from experiments import pruner_data as module
 from experiments.configs.pruner import FASTDRIVEVLA_3B, PRUNER_RUNS, PrunerRun
+from experiments.encoders import FrozenEncoder
 from experiments.export_model import ExportArgs, export_model
 from experiments.export_source import read_source
 from experiments.train_pruner import TrainPrunerConfig, check_batch, train_on_shards
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import read_rows
 from fastdrive_jax.export.bundle import read_bundle_orbax
-from fastdrive_jax.parallel.mesh import make_mesh
+from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding
 from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 from fastdrive_jax.training.optimizer import OptimizerConfig
 from fastdrive_jax.training.reconstruction import ReconConfig
@@ -183,6 +186,24 @@ def stop_after(step, shards, checkpoint, out, run):
         train_on_shards(TrainPrunerConfig(shards, out, run, checkpoint, quiet=True))
     finally:
         module.make_loader = loader
+
+
+def test_a_cache_is_encoded_by_all_devices_of_the_training(shards, tmp_path):
+    mesh, parts = make_mesh(4, 2), []
+
+    def apply(params, pictures):
+        whole = pictures.shape
+        jax.debug.inspect_array_sharding(
+            pictures, callback=lambda s: parts.append((whole[0], s.shard_shape(whole)[0]))
+        )
+        return jnp.full((len(pictures), 6, 4), params)
+
+    params = jax.device_put(jnp.float32(2), replicated_sharding(mesh))
+    encoder = FrozenEncoder("of a test", 4, apply, params)
+    tokens = module.cached_tokens(tmp_path, open_shards(shards), RUN, encoder, mesh, None, True)
+    assert parts == [(8 * module.ENCODED_AT_ONCE, module.ENCODED_AT_ONCE)]
+    assert len(tokens) == 12
+    assert (tokens[11] == 2).all()
 
 
 @pytest.mark.slow
