@@ -108,6 +108,15 @@ def test_masks_and_labels_are_what_the_masker_said(images, out):
     ]
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(images, tmp_path):
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "CAM_A").symlink_to(images / "CAM_A")
+    (links / "self").symlink_to(links)
+    names = [frame.name for frame in folder_frames(images)]
+    assert [frame.name for frame in folder_frames(links)] == [n for n in names if "CAM_A" in n]
+
+
 def test_provenance_is_read_back_from_both_files(images, out):
     make_masks(folder_frames(images), Bright(77), out)
     expected = {"name": "bright", "settings": Bright(77).settings}
