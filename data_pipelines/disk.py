@@ -38,6 +38,19 @@ def check_space(size: int, folder: Path) -> None:
         raise OSError(errno.ENOSPC, f"{size / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Everything in a folder and those in it that is no folder, sorted.
+
+    Links to folders are followed, but not to one that they lie in.
+    """
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        folders[:] = [f for f in folders if not here.resolve().is_relative_to((here / f).resolve())]
+        found += [here / name for name in names]
+    return sorted(found)
+
+
 def own_place(folder: Path) -> Path:
     """Where a new folder really is, links followed, if another can be renamed to it.
 

@@ -27,6 +27,7 @@ from PIL import Image
 
 from data_pipelines.build import build_shards
 from data_pipelines.decode import check_size, decode_image, decode_mask
+from data_pipelines.disk import files_below
 from data_pipelines.duplicates import without_duplicates
 from data_pipelines.image_folder import PictureRef, read_image_folder
 from data_pipelines.loader import LoaderConfig, make_loader
@@ -283,7 +284,7 @@ def _write_pictures(root: Path, given: Path | None) -> None:
     if given is None:
         jpegs = [_draw_jpeg(seed) for seed in range(DRAWN)]
     else:
-        paths = sorted(p for p in Path(given).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+        paths = [p for p in files_below(given) if p.suffix.lower() in (".jpg", ".jpeg")]
         if len(paths) < LEAST:
             raise UserError(f"{given} holds {len(paths)} JPEGs; give a folder of {LEAST} or more.")
         jpegs = [read_bytes(path) for path in paths]

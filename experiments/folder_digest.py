@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from data_pipelines.disk import files_below
+
 _WHOLE = 1 << 26  # bytes of a file of a checkpoint that is read whole
 _STRIDE, _PIECE = 1 << 20, 1 << 12  # of larger ones so many bytes are read in every so many
 # What any of the published layouts keeps in its folder and loading reads; logs are not among them.
@@ -18,7 +20,7 @@ def folder_digest(folder: Path, *classes: Sequence[int] | None) -> str:
         classes: What the ids mean: foreground, objects and ignored ones.
     """
     digest = hashlib.sha256(repr(classes).encode())
-    for path in sorted(folder.rglob("*")):
+    for path in files_below(folder):
         if path.is_file():
             info = path.stat()
             name = path.relative_to(folder)

@@ -12,7 +12,6 @@ there is a mask both are whole.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data_pipelines.disk import disk_errors
+from data_pipelines.disk import disk_errors, files_below
 from data_pipelines.image_folder import PICTURE_SUFFIXES
 from data_pipelines.maskers.interface import CLASSES, Frame, Masker
 from data_pipelines.maskers.provenance import describe, stamp, stamp_of
@@ -119,8 +118,6 @@ def make_masks(
 def folder_frames(images_dir: Path, out_dir: Path | None = None) -> list[Frame]:
     """Every picture below a folder, sorted; its name is its path there without suffix.
 
-    Links to folders are followed, but not to one that they lie in.
-
     Args:
         images_dir: The folder.
         out_dir: Where `make_masks` writes; what it writes is none of the pictures.
@@ -131,12 +128,7 @@ def folder_frames(images_dir: Path, out_dir: Path | None = None) -> list[Frame]:
     images_dir = Path(images_dir)
     if not images_dir.is_dir():
         raise UserError(f"{images_dir} is not a folder; give one that holds pictures.")
-    paths = []
-    for place, folders, names in os.walk(images_dir, followlinks=True):
-        here = Path(place)
-        folders[:] = [f for f in folders if not here.resolve().is_relative_to((here / f).resolve())]
-        paths += [here / name for name in names if Path(name).suffix.lower() in PICTURE_SUFFIXES]
-    paths.sort()
+    paths = [p for p in files_below(images_dir) if p.suffix.lower() in PICTURE_SUFFIXES]
     if out_dir is not None:
         ours = [(Path(out_dir) / kind).resolve() for kind in KINDS]
         paths = [p for p in paths if not any(p.resolve().is_relative_to(at) for at in ours)]

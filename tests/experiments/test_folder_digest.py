@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from experiments.folder_digest import checkpoint_folder_digest
+from experiments.folder_digest import checkpoint_folder_digest, folder_digest
 from experiments.robot_policies import file_name
 
 MIB = 1 << 20
@@ -71,3 +71,14 @@ def test_of_large_files_a_part_is_read(folder):
             file.write(b"\1" * count)
         found.add(checkpoint_folder_digest(folder))
     assert len(found) == 4
+
+
+def test_pictures_in_linked_folders_count(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "labels").symlink_to(tmp_path / "disk")
+    found = {folder_digest(tmp_path / "set")}
+    for text in ("a", "bb"):
+        (tmp_path / "disk" / "0.png").write_text(text)
+        found.add(folder_digest(tmp_path / "set"))
+    assert len(found) == 3
