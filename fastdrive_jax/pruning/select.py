@@ -40,9 +40,10 @@ def falling_keep(n: int, keep_ratio: float, cuts: int) -> tuple[int, ...]:
 
     At r = 0.125 three cuts leave N/2, N/4 and N/8.
     """
-    # Roots come out a little too small: 0.343 ** (2 / 3) is 0.49 but for its last digits.
-    shares = (round(keep_ratio ** (cut / cuts), 12) for cut in range(1, cuts + 1))
-    return tuple(num_keep(n, share) for share in shares)
+    # Roots come out a little too small: 0.343 ** (2 / 3) is 0.49 but for its last digits. The last
+    # share is the ratio itself, so that K is that of methods with a single cut.
+    roots = (round(keep_ratio ** (cut / cuts), 12) for cut in range(1, cuts))
+    return tuple(num_keep(n, share) for share in (*roots, keep_ratio))
 
 
 def top_k(

@@ -13,7 +13,7 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.pruning import PrunerInputs, make_pruner
 from fastdrive_jax.pruning.dpc_knn import cluster_means
 from fastdrive_jax.pruning.interface import Seen, cut_plan, keep_tokens, pruner_scores
-from fastdrive_jax.pruning.select import falling_keep, round_keep
+from fastdrive_jax.pruning.select import falling_keep, num_keep, round_keep
 from fastdrive_jax.pruning.sparse_vlm import recycled_among
 from fastdrive_jax.pruning.spec_prune import LastFrame
 
@@ -405,6 +405,8 @@ def test_only_what_was_published_so_rounds_and_renumbers():
     assert round_keep(30, 0.01) == 1
     assert falling_keep(1000, 0.001, 3) == (100, 10, 1)
     assert falling_keep(1000, 0.343, 3) == (700, 490, 343)
+    for k in (100, 75, 28):  # as many as methods with one cut keep, of whatever ratio
+        assert falling_keep(112, k / 112, 3)[-1] == num_keep(112, k / 112)
     renumbering = {name for name in NAMES if METHODS[name].renumber}
     assert not renumbering
     for name in ("sparsevlm", "sparsevlm_v1", "pyramiddrop", "fastv"):
