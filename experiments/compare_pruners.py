@@ -47,8 +47,8 @@ from fastdrive_jax.evaluation.planning import (
 from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.files import write_text
 from fastdrive_jax.inference.policy import DrivingPolicy, start_state
-from fastdrive_jax.pruning import PRUNERS, builds_on_recon
-from fastdrive_jax.pruning.accounting import frame_cost, recon_pruner_flops
+from fastdrive_jax.pruning import PRUNERS
+from fastdrive_jax.pruning.accounting import frame_cost
 from fastdrive_jax.pruning.interface import cut_plan
 
 BUDGETED = ("reconpruner", "prior")  # measured with one budget for all cameras and one for each
@@ -183,18 +183,11 @@ def timing_rows(programs: dict, drives: Drives, args: ComparePrunersArgs) -> lis
 
 
 def cost_rows(policy: DrivingPolicy, weights: Any, name: str) -> list[Row]:
-    """Counts of a frame's prefill, the method's own work included where it has a count.
-
-    That of a ReconPruner is by formula, that of a method of one's own by its traced program.
-    """
+    """Counts of a frame's prefill, and of the method's own work by its traced programs."""
     config, pruner, ratio = policy.model.config, policy.pruner, policy.keep_ratio
     n, text = config.visual_tokens, TEXT_TOKENS
     plan = cut_plan(pruner, n, ratio, config.text.num_layers)
-    own = 0.0
-    if name not in (UNPRUNED, *PRUNERS):
-        own = added_flops(policy, weights, text, jnp.float32)
-    elif name != UNPRUNED and builds_on_recon(name):
-        own = recon_pruner_flops(config.text, n)
+    own = 0.0 if name == UNPRUNED else added_flops(policy, weights, text, jnp.float32)
     steps = config.vocabulary.plan_length
     cost = frame_cost(
         config.text,
@@ -219,10 +212,10 @@ def cost_rows(policy: DrivingPolicy, weights: Any, name: str) -> list[Row]:
 COLUMNS = (
     ("foreground_recall", "foreground recall, %", 100, 1),
     ("object_recall", "object recall, %", 100, 1),
-    (HEADLINE, "L2, m", 1, 3),
+    (HEADLINE, "L2, mean of six, m", 1, 3),
     (f"{HEADLINE}_difference", "ReconPruner minus it, m", 1, 3),
     ("equivalent_tokens", "tokens, mean over layers", 1, 1),
-    ("prefill_gflop", "prefill, GFLOP", 1, 3),
+    ("prefill_gflop", "prefill and method, GFLOP", 1, 3),
     ("frame_share", "frame time / unpruned", 1, 2),
 )
 

@@ -21,7 +21,7 @@ from fastdrive_jax.pruning.accounting import (
     frame_cost,
     recon_pruner_flops,
 )
-from fastdrive_jax.pruning.interface import VISION, cut_plan, stands_before
+from fastdrive_jax.pruning.interface import VISION, Temporal, cut_plan, stands_before
 
 MARKS = 3  # text tokens around the picture, beside the prompt
 COUNTED = ("vision", "pruner", "prefill", "decode")
@@ -134,6 +134,7 @@ def added_flops(policy: DrivingPolicy, pruner_params: Any, text: int, dtype: jnp
 
     Its traced programs are compared with those of a method that takes the first tokens at the same
     cuts. The layer that one with `Cuts.own_rows` runs twice is not counted.
+    A temporal method's rows of answer tokens are among them.
 
     Args:
         policy: The model with the method.
@@ -146,19 +147,14 @@ def added_flops(policy: DrivingPolicy, pruner_params: Any, text: int, dtype: jnp
         return jnp.broadcast_to(jnp.arange(k), (len(inputs.tokens), k))
 
     pruner = policy.pruner
-    plain = replace(
-        pruner,
-        score=None,
-        merge=None,
-        choose=first,
-        needs=pruner.needs & {"state", "pixels"} if pruner.reuse else frozenset(),
-        temporal=pruner.temporal if pruner.reuse else None,
-    )
+    # What reuses keys and values needs a memory; this one looks at nothing for it.
+    blind = Temporal(lambda inputs: (), lambda state, seen: state) if pruner.reuse else None
+    plain = replace(pruner, score=None, merge=None, choose=first, needs=frozenset(), temporal=blind)
 
     def count(pruner):
         setting = Setting(replace(policy, pruner=pruner), pruner_params)
         found = traced_flops(setting, text, dtype, {})
-        return found["pruner"] + found["prefill"]
+        return sum(found.values())
 
     return count(pruner) - count(plain)
 

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_policy import small_config, small_params
@@ -10,11 +12,13 @@ from tiny_policy import small_config, small_params
 from experiments.compare_pruners import cost_rows
 from experiments.drives import UNPRUNED, Drives, drive, is_drawn, method_of
 from experiments.driving_policies import vla_policy
+from experiments.efficiency_counts import added_flops
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.inference.policy import DrivingPolicy
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PRUNERS, make_pruner
 from fastdrive_jax.pruning.accounting import recon_pruner_flops
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 
 MINE = """
 import jax
@@ -120,25 +124,36 @@ def gflop(policy, weights, name):
 def test_what_a_method_of_ones_own_computes_is_counted(mine, vla):
     model, _ = vla
     text, n = model.config.text, model.config.visual_tokens
-    made = {name: make_pruner(mine(name)) for name in ("products", "rows", "twice")}
+    made = {name: make_pruner(mine(name)) for name in ("products", "rows", "twice", "within")}
     own = {
         name: gflop(DrivingPolicy(model, pruner, 0.5), None, mine(name))
         for name, pruner in made.items()
     }
-    plain = gflop(DrivingPolicy(model, make_pruner("divprune"), 0.5), None, "divprune")
+    plain = gflop(DrivingPolicy(model, make_pruner("uniform"), 0.5), None, "uniform")
     assert own["twice"] == pytest.approx(plain, rel=1e-12)
     products = 2 * n * n * text.hidden_size / 1e9
     assert own["products"] == pytest.approx(plain + products, rel=0.05)
-    within = gflop(DrivingPolicy(model, make_pruner("fastv", layer=1), 0.5), None, "fastv")
     row = 2 * text.num_heads * (n + 6) * text.head_dim / 1e9
-    assert own["rows"] == pytest.approx(within + row, abs=0.1 * row)
+    assert own["rows"] == pytest.approx(own["within"] + row, abs=0.1 * row)
 
 
-def test_figures_of_the_librarys_methods_stay_by_formula(vla):
+def test_what_the_librarys_methods_compute_is_counted(vla):
     model, _ = vla
+    text, n = model.config.text, model.config.visual_tokens
     unpruned, weights = method_of(UNPRUNED, None)
     whole = gflop(DrivingPolicy(model, unpruned, 1.0), weights, UNPRUNED)
-    policy = DrivingPolicy(model, make_pruner("random"), 1.0)
-    assert gflop(policy, None, "random") == whole
-    own = recon_pruner_flops(model.config.text, model.config.visual_tokens) / 1e9
-    assert gflop(policy, None, "reconpruner") == pytest.approx(whole + own)
+    assert gflop(DrivingPolicy(model, make_pruner("random"), 1.0), None, "random") == whole
+    config = ReconPrunerConfig(text)
+    tokens = jnp.zeros((1, 1, text.hidden_size))
+    weights = jax.eval_shape(ReconPruner(config).init, jax.random.key(0), tokens)["params"]
+    policy = DrivingPolicy(model, make_pruner("reconpruner", config=config), 1.0)
+    own = recon_pruner_flops(text, n) / 1e9
+    assert gflop(policy, weights, "reconpruner") == pytest.approx(whole + own)
+    distances = 2 * n * n * text.hidden_size / 1e9
+    policy = DrivingPolicy(model, make_pruner("divprune"), 1.0)
+    assert gflop(policy, None, "divprune") == pytest.approx(whole + distances)
+    # One that reuses reads the rows of six text tokens over all slots of a layer's cache.
+    reusing = DrivingPolicy(model, make_pruner("vlacache", layers=(17,)), 0.5)
+    slots = n + 6 + model.config.vocabulary.plan_length
+    rows = 2 * 6 * text.num_heads * text.head_dim * slots
+    assert added_flops(reusing, None, 6, jnp.float32) == pytest.approx(rows)
