@@ -36,7 +36,8 @@ from experiments.efficiency_counts import added_flops
 from experiments.planning import HEADLINE, mean_errors, planning_split
 from experiments.quickstart import RANDOM_DRAWS, RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.evaluation.compare import difference_rows
+from fastdrive_jax.evaluation.bootstrap import reach
+from fastdrive_jax.evaluation.compare import DIFFERENCE, HOLM, difference_rows, holm_rows
 from fastdrive_jax.evaluation.foreground import foreground_rows
 from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.planning import (
@@ -51,7 +52,8 @@ from fastdrive_jax.pruning import PRUNERS
 from fastdrive_jax.pruning.accounting import frame_cost
 from fastdrive_jax.pruning.interface import cut_plan
 
-BUDGETED = ("reconpruner", "prior")  # measured with one budget for all cameras and one for each
+OURS = "reconpruner"
+BUDGETED = (OURS, "prior")  # measured with one budget for all cameras and one for each
 WHAT = ("foreground", "object")
 TEXT_TOKENS = 6  # around the picture: two marks before, one behind, and the prompt
 
@@ -102,7 +104,7 @@ def compare_pruners(args: ComparePrunersArgs) -> Path:
         "layers": world.model.config.text.num_layers,
         "frames_timed_at_once": min(args.scenes, len(drives.frames)),
     }
-    write_text(args.out / "compare.md", markdown(rows, args))
+    write_text(args.out / "compare.md", markdown(rows, args, meta["scenes"]))
     return write_rows(args.out / "compare.json", rows, meta)
 
 
@@ -146,11 +148,15 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
         seed = 0 if drawn else trained_seed
         rows += foreground_rows(label(name), ratio, drives.areas, runs[0][1], data.scene, seed)
         rows += cost_rows(policy, weights, name)
-    for (name, ratio), values in samples.items():
-        ours = samples.get(("reconpruner", ratio))
-        if ours is not None and name != "reconpruner":
-            pair = "reconpruner", ours, name, values
-            rows += difference_rows(HEADLINE, ratio, *pair, used, unit="m")
+    for ratio in args.ratios:
+        if (OURS, ratio) in samples:
+            ours = OURS, samples[OURS, ratio]
+            others = [(name, x) for (name, r), x in samples.items() if r == ratio and name != OURS]
+            found = [
+                difference_rows(HEADLINE, ratio, *ours, *other, used, unit="m") for other in others
+            ]
+            rows += [row for pair in found for row in pair]
+            rows += holm_rows([p for _, p in found])
     return rows + timing_rows(programs, drives, args)
 
 
@@ -213,21 +219,22 @@ COLUMNS = (
     ("foreground_recall", "foreground recall, %", 100, 1),
     ("object_recall", "object recall, %", 100, 1),
     (HEADLINE, "L2, mean of six, m", 1, 3),
-    (f"{HEADLINE}_difference", "ReconPruner minus it, m", 1, 3),
+    (HEADLINE + DIFFERENCE, "ReconPruner minus it, m", 1, 3),
+    (HEADLINE + HOLM, "p, Holm", 1, 3),
     ("equivalent_tokens", "tokens, mean over layers", 1, 1),
     ("prefill_gflop", "prefill and method, GFLOP", 1, 3),
     ("frame_share", "frame time / unpruned", 1, 2),
 )
 
 
-def markdown(rows: Sequence[Row], args: ComparePrunersArgs) -> str:
+def markdown(rows: Sequence[Row], args: ComparePrunersArgs, scenes: int) -> str:
     """The tables, methods of a ratio from the smallest planning error on."""
     cells = {(row.method, row.keep_ratio, row.metric): row for row in rows}
 
     def line(name: str, ratio: float) -> list[str]:
         found = []
         for metric, _, scale, digits in COLUMNS:
-            method = f"reconpruner - {name}" if metric.endswith("_difference") else name
+            method = f"{OURS} - {name}" if metric.endswith((DIFFERENCE, HOLM)) else name
             row = cells.get((method, ratio, metric))
             found.append("" if row is None else _cell(row, scale, digits))
         return [kept_share(ratio), name, *found]
@@ -244,7 +251,8 @@ def markdown(rows: Sequence[Row], args: ComparePrunersArgs) -> str:
             budgets.append([kept_share(ratio), name, kind, *recalls])
     text = markdown_table(["kept", "method", *(column[1] for column in COLUMNS)], lines)
     heads = "kept", "method", "budget", "foreground recall, %", "object recall, %"
-    return "\n".join([*text, "", *markdown_table(heads, budgets)]) + "\n"
+    said = f"{reach(scenes)} Holm's correction is over the methods at one ratio."
+    return "\n".join([*text, "", said, "", *markdown_table(heads, budgets)]) + "\n"
 
 
 def _cell(row: Row, scale: float, digits: int) -> str:

@@ -1,6 +1,5 @@
 """From plans to figures: every metric of every method, with intervals, differences and order."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from experiments.drives import UNPRUNED
 from experiments.planned import Case, Planned
-from fastdrive_jax.evaluation.bootstrap import holm
+from fastdrive_jax.evaluation.compare import holm_rows
 from fastdrive_jax.evaluation.plan_scores import (
     HEADLINE,
     Scores,
@@ -25,7 +24,6 @@ from fastdrive_jax.evaluation.results import Row, point
 from fastdrive_jax.evaluation.scenarios import COMMANDS, SCENARIOS, scenario_of
 
 OURS = "reconpruner"
-HOLM = "_p_holm"
 UNREAD = "answers_unread"
 Key = tuple[str, float | None]
 
@@ -116,8 +114,7 @@ def _comparisons(scores: Mapping[Key, Scores], scenes: np.ndarray) -> list[Row]:
             for _, p in found
             if p.method.startswith(f"{OURS} - ") and p.method != f"{OURS} - {UNPRUNED}"
         ]
-        for row, p in zip(tests, holm([row.value for row in tests]), strict=True):
-            rows.append(dataclasses.replace(row, metric=HEADLINE + HOLM, value=p))
+        rows += holm_rows(tests)
         counts = np.all([np.isfinite(values) for values in here.values()], axis=0)
         if len(here) > 1 and len(set(scenes[counts].tolist())) > 1:
             order = rank_intervals({m: v[counts] for m, v in here.items()}, scenes[counts])

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from experiments.drives import UNPRUNED
-from experiments.measure_planning import HOLM, OURS, Key, Results
+from experiments.measure_planning import OURS, Key, Results
 from experiments.planned import Case
 from fastdrive_jax.evaluation.above import from_above
-from fastdrive_jax.evaluation.compare import DIFFERENCE, P_VALUE
+from fastdrive_jax.evaluation.bootstrap import reach
+from fastdrive_jax.evaluation.compare import DIFFERENCE, HOLM, P_VALUE
 from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.pictures import contact_sheet, keep_overlay
 from fastdrive_jax.evaluation.plan_scores import HEADLINE, origin_way
@@ -41,7 +42,7 @@ def write_results(out: Path, case: Case, results: Results, pictures: int) -> Pat
     write_text(out / "planning.csv", as_csv(results.rows))
     tables = markdown_tables(results)
     text = "\n\n".join(f"## {table.caption}\n\n{_markdown(table)}" for table in tables)
-    notes = "\n\n".join((*case.notes, *_absent_notes(results)))
+    notes = "\n\n".join(_notes(case, results))
     write_text(
         out / "planning.md", f"# Planning with pruned tokens: {case.title}\n\n{notes}\n\n{text}\n"
     )
@@ -119,8 +120,7 @@ def _main_table(results: Results) -> Table:
         tuple(lines),
         "L2 at t seconds is the mean over the steps up to t; rel is unpruned / method, as in the "
         "paper. Collisions in Impromptu-VLA's protocol, leaving the drivable area in OmniDrive's. "
-        "Brackets: 95% bootstrap intervals over scenes; that of the rank comes from ranking all "
-        "methods on the same resampled scenes.",
+        "The bracket of the rank comes from ranking all methods on the same resampled scenes.",
     )
 
 
@@ -204,12 +204,14 @@ def _markdown(table: Table) -> str:
     return "\n".join([*markdown_table(table.header, table.lines), "", table.note])
 
 
-def _absent_notes(results: Results) -> tuple[str, ...]:
+def _notes(case: Case, results: Results) -> tuple[str, ...]:
+    counts = case.truth.future_valid.all(1)
+    scenes = len(np.unique(case.truth.scene[counts]))
+    said = f"{counts.sum()} of {len(counts)} frames have a whole future and count. {reach(scenes)}"
     if not results.absent:
-        return ()
-    return (
-        f"Not measured, because the data has no agents or no map: {', '.join(results.absent)}.",
-    )
+        return (*case.notes, said)
+    absent = ", ".join(results.absent)
+    return (*case.notes, said, f"Not measured, because the data has no agents or no map: {absent}.")
 
 
 def page(
@@ -224,7 +226,7 @@ def page(
             Section(
                 "How each method affects the plan",
                 (
-                    Text("\n\n".join((*case.notes, *_absent_notes(results)))),
+                    Text("\n\n".join(_notes(case, results))),
                     Gallery(tuple(filter(None, (_bars(results, r) for r in ratios))), 420),
                     *tables,
                 ),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 4000
+FEW = 10  # clusters below which percentile intervals are too narrow
 _BLOCK = 1 << 22  # entries of one block of draws: bounds memory at about 32 MB
 
 
@@ -167,6 +168,17 @@ def mean_intervals(
         value = float(sums.sum() / sizes.sum())
         found[name] = Interval(value, low, high, int(counts.sum()), groups)
     return found
+
+
+def reach(scenes: int) -> str:
+    """What the intervals of a table over so many scenes tell, in words."""
+    if scenes == 1:
+        return "All is of one scene, which gives no intervals."
+    text = (
+        f"95% bootstrap intervals over {scenes} scenes; what another training or other draws would "
+        "change is not in them."
+    )
+    return text if scenes >= FEW else f"{text} Over so few scenes they are too narrow."
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,10 +1,14 @@
 """Two methods on the same samples, as rows of a report."""
 
-from fastdrive_jax.evaluation.bootstrap import paired_difference
+import dataclasses
+from collections.abc import Sequence
+
+from fastdrive_jax.evaluation.bootstrap import holm, paired_difference
 from fastdrive_jax.evaluation.results import Row, point
 
 DIFFERENCE = "_difference"
 P_VALUE = "_p"
+HOLM = "_p_holm"
 
 
 def difference_rows(
@@ -53,3 +57,12 @@ def difference_rows(
         ),
         point(method, keep_ratio, metric + P_VALUE, found.p, n=found.n, seed=seed),
     )
+
+
+def holm_rows(family: Sequence[Row]) -> list[Row]:
+    """P-values that hold for a family of tests together: the `<metric>_p` rows as `_p_holm`."""
+    raised = holm([row.value for row in family])
+    return [
+        dataclasses.replace(row, metric=row.metric.removesuffix(P_VALUE) + HOLM, value=value)
+        for row, value in zip(family, raised, strict=True)
+    ]

@@ -265,7 +265,7 @@ def interval_bars(
     title: str = "",
     highlight: Sequence[str] = (),
 ) -> Rgb:
-    """One dot and interval for each method, best read for differences to a single line.
+    """One dot and interval for each method, for differences: zero is always in view.
 
     Args:
       names: [M] methods from top to bottom.
@@ -286,7 +286,6 @@ def interval_bars(
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0, labelcolor=palette.INK)
-    if axes.get_xlim()[0] < 0 < axes.get_xlim()[1]:
-        axes.axvline(0, color=palette.INK, linewidth=1)
+    axes.axvline(0, color=palette.INK, linewidth=1)
     label_axes(axes, x_label, "", title)
     return pixels_of(figure)

@@ -22,8 +22,9 @@ class Row:
       keep_ratio: share of the visual tokens kept, in (0, 1]; None where it has no meaning.
       metric: name of the quantity, such as "l2_temavg_3s".
       value: the figure.
-      low: lower end of its 95% interval; None where no interval can be told.
-      high: upper end of its 95% interval; None where no interval can be told.
+      low: lower end of its 95% interval or, of a time, lower quartile of its rounds; None where
+        neither can be told.
+      high: upper end, likewise.
       n: number of pictures or samples behind it.
       seed: seed of the run that was measured; None where nothing was drawn.
       unit: "m", "ms", "" for a share.

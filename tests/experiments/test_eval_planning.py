@@ -90,6 +90,9 @@ def test_tables_and_page(out):
     assert "| 100% | unpruned |" in text
     line = next(line for line in text.splitlines() if line.startswith("| 100% | unpruned |"))
     assert "| 100.0 |" in line  # relative to itself
+    assert "18 of 18 frames have a whole future" in text
+    assert "over 3 scenes" in text
+    assert "too narrow" in text
     with (out / "planning.csv").open() as file:
         found = list(csv.DictReader(file))
     assert len(found) == len(json.loads((out / "planning.json").read_text())["rows"])

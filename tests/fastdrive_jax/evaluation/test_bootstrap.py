@@ -7,6 +7,7 @@ from fastdrive_jax.evaluation.bootstrap import (
     interval,
     mean_intervals,
     paired_difference,
+    reach,
 )
 
 
@@ -156,6 +157,13 @@ def test_a_mean_within_one_scene_has_no_interval():
     assert found["a"] == Interval(2.0, None, None, 2, 1)
     with pytest.raises(ValueError, match="infinite"):
         mean_intervals({"a": np.array([np.inf])}, np.array([0]))
+
+
+def test_a_table_says_how_many_scenes_its_intervals_are_of():
+    assert reach(10) == reach(334).replace("334", "10")
+    assert "9 scenes" in reach(9)
+    assert "too narrow" in reach(9)
+    assert "no interval" in reach(1)
 
 
 def test_holms_correction_by_hand():

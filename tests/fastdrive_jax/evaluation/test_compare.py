@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from fastdrive_jax.evaluation.compare import difference_rows
+from fastdrive_jax.evaluation.compare import difference_rows, holm_rows
+from fastdrive_jax.evaluation.results import point
 
 
 def test_rows_carry_the_difference_and_its_p():
@@ -12,3 +13,10 @@ def test_rows_carry_the_difference_and_its_p():
     assert difference.low <= 2.0 <= difference.high
     assert (difference.unit, difference.n, difference.seed) == ("m", 3, 1)
     assert (p.metric, p.value) == ("ade_p", pytest.approx(0.25))
+
+
+def test_a_family_of_tests_is_corrected_together():
+    family = [point(name, 0.5, "ade_p", p, n=9) for name, p in (("a", 0.04), ("b", 0.01))]
+    found = holm_rows(family)
+    assert [(row.method, row.metric) for row in found] == [("a", "ade_p_holm"), ("b", "ade_p_holm")]
+    assert [row.value for row in found] == pytest.approx([0.04, 0.02])

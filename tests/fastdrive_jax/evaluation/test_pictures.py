@@ -128,6 +128,9 @@ def test_plots_are_rgb_and_show_their_series():
 
     dots = plots.interval_bars(["a", "b"], [1, -1], [0.5, None], [1.5, None], "m", highlight=["a"])
     assert _has(dots, palette.ACCENT)
+    above = plots.interval_bars(["a", "b"], [5, 6], [4.9, 5.9], [5.1, 6.1], "m")
+    zero = (above == palette.rgb(palette.INK)).all(-1).mean(0).max()
+    assert zero > 0.4  # a line from bottom to top, though nothing is near it
 
 
 def test_curves_average_seeds_and_leave_single_points_out():
