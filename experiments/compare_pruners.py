@@ -7,6 +7,8 @@ frame, so that temporal methods have a past. What a quick start left in its fold
 made if it is not there. Writes OUT/compare.json and OUT/compare.md.
 """
 
+import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,6 +43,7 @@ from fastdrive_jax.evaluation.compare import DIFFERENCE, HOLM, difference_rows, 
 from fastdrive_jax.evaluation.foreground import foreground_rows
 from fastdrive_jax.evaluation.markdown import kept_share, markdown_table
 from fastdrive_jax.evaluation.planning import (
+    PlanningErrors,
     planning_errors,
     planning_metrics,
     planning_rows,
@@ -48,9 +51,10 @@ from fastdrive_jax.evaluation.planning import (
 from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.files import write_text
 from fastdrive_jax.inference.policy import DrivingPolicy, start_state
-from fastdrive_jax.pruning import PRUNERS
+from fastdrive_jax.pruning import PRUNERS, builds_on_recon
 from fastdrive_jax.pruning.accounting import frame_cost
 from fastdrive_jax.pruning.interface import cut_plan
+from fastdrive_jax.pruning.mistakes import MethodError
 
 OURS = "reconpruner"
 BUDGETED = (OURS, "prior")  # measured with one budget for all cameras and one for each
@@ -91,7 +95,7 @@ def compare_pruners(args: ComparePrunersArgs) -> Path:
     config = args.quickstart
     world = prepare(config, lambda stage, text: None if config.quiet else print(text, flush=True))
     drives = drives_of(world, args.split)
-    rows = measure(world, drives, args)
+    rows, failed = measure(world, drives, args)
     for name in BUDGETED:
         given = *method_of(name, trained_of(world)), world.val, world.shards.classes, args.ratios
         rows += budget_rows(name, *given)
@@ -105,7 +109,10 @@ def compare_pruners(args: ComparePrunersArgs) -> Path:
         "frames_timed_at_once": min(args.scenes, len(drives.frames)),
     }
     write_text(args.out / "compare.md", markdown(rows, args, meta["scenes"]))
-    return write_rows(args.out / "compare.json", rows, meta)
+    path = write_rows(args.out / "compare.json", rows, {**meta, "failed": failed})
+    if failed:
+        raise UserError(f"{path} lacks {len(failed)} of the settings, which failed: {failed[0]}")
+    return path
 
 
 def drives_of(world: WorldRun, split: Literal["val", "train"]) -> Drives:
@@ -122,32 +129,34 @@ def trained_of(world: WorldRun) -> Trained:
     return Trained(world.run.recon.pruner, world.trained["pruner"], world.prior)
 
 
-def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[Row]:
-    """Rows of all methods, and of the unpruned model, each compared with ReconPruner."""
-    data = drives.data
+def measure(
+    world: WorldRun, drives: Drives, args: ComparePrunersArgs
+) -> tuple[list[Row], list[str]]:
+    """Rows of all methods, and of the unpruned model, each compared with ReconPruner.
+
+    Returns:
+        The rows, and what is wrong with methods that failed, which have none.
+    """
     jobs = [(name, ratio) for ratio in args.ratios for name in args.methods]
     # Methods of one's own come first: a mistake in one shows before minutes of others.
     jobs = [(UNPRUNED, 1.0), *sorted(jobs, key=lambda job: job[0] in PRUNERS)]
     rows: list[Row] = []
+    failed: list[str] = []
     samples, programs = {}, {}
     for name, ratio in tqdm(jobs, desc="drives", unit="setting", disable=args.quickstart.quiet):
         pruner, weights = method_of(name, trained_of(world))
         policy = DrivingPolicy(world.model, pruner, ratio)
-        params = {"vla": world.params, "pruner": weights}
-        programs[label(name), ratio] = policy, params
-        drawn = is_drawn(name)
-        draws = range(RANDOM_DRAWS if drawn else 1)
-        runs = [drive(policy, params, drives, args.scenes, seed) for seed in draws]
-        errors = [planning_errors(w, data.future, data.future_valid) for w, _ in runs]
-        used = data.scene[errors[0].used]
-        samples[label(name), ratio] = np.mean(
-            [planning_metrics(e)[HEADLINE] for e in errors], axis=0
-        )
-        rows += planning_rows(label(name), ratio, mean_errors(errors), data.scene)
-        trained_seed = args.quickstart.pruner.seed if weights is world.trained["pruner"] else None
-        seed = 0 if drawn else trained_seed
-        rows += foreground_rows(label(name), ratio, drives.areas, runs[0][1], data.scene, seed)
-        rows += cost_rows(policy, weights, name)
+        program = policy, {"vla": world.params, "pruner": weights}
+        try:
+            errors, own = _driven(*program, name, drives, args)
+        except MethodError as error:
+            tqdm.write(f"fastdrive: {error}", file=sys.stderr)
+            failed.append(str(error))
+            continue
+        programs[label(name), ratio] = program
+        samples[label(name), ratio] = planning_metrics(errors)[HEADLINE]
+        used = drives.data.scene[errors.used]
+        rows += own
     for ratio in args.ratios:
         if (OURS, ratio) in samples:
             ours = OURS, samples[OURS, ratio]
@@ -157,7 +166,24 @@ def measure(world: WorldRun, drives: Drives, args: ComparePrunersArgs) -> list[R
             ]
             rows += [row for pair in found for row in pair]
             rows += holm_rows([p for _, p in found])
-    return rows + timing_rows(programs, drives, args)
+    return rows + timing_rows(programs, drives, args), failed
+
+
+def _driven(
+    policy: DrivingPolicy, params: dict, name: str, drives: Drives, args: ComparePrunersArgs
+) -> tuple[PlanningErrors, list[Row]]:
+    """Errors of one method at one ratio, and the rows that need no other."""
+    data, ratio, drawn = drives.data, policy.keep_ratio, is_drawn(name)
+    draws = range(RANDOM_DRAWS if drawn else 1)
+    runs = [drive(policy, params, drives, args.scenes, seed) for seed in draws]
+    errors = mean_errors([planning_errors(w, data.future, data.future_valid) for w, _ in runs])
+    trained = name != UNPRUNED and builds_on_recon(name)
+    seed = 0 if drawn else args.quickstart.pruner.seed if trained else None
+    return errors, [
+        *planning_rows(label(name), ratio, errors, data.scene),
+        *foreground_rows(label(name), ratio, drives.areas, runs[0][1], data.scene, seed),
+        *cost_rows(policy, params["pruner"], name),
+    ]
 
 
 def timing_rows(programs: dict, drives: Drives, args: ComparePrunersArgs) -> list[Row]:
@@ -236,13 +262,15 @@ def markdown(rows: Sequence[Row], args: ComparePrunersArgs, scenes: int) -> str:
         for metric, _, scale, digits in COLUMNS:
             method = f"{OURS} - {name}" if metric.endswith((DIFFERENCE, HOLM)) else name
             row = cells.get((method, ratio, metric))
-            found.append("" if row is None else _cell(row, scale, digits))
+            absent = "failed" if metric == HEADLINE else ""
+            found.append(absent if row is None else _cell(row, scale, digits))
         return [kept_share(ratio), name, *found]
 
     lines = [line(UNPRUNED, 1.0)]
     for ratio in args.ratios:
-        found = {name: cells[name, ratio, HEADLINE].value for name in map(label, args.methods)}
-        lines += [line(name, ratio) for name in sorted(found, key=found.get)]
+        found = {name: cells.get((name, ratio, HEADLINE)) for name in map(label, args.methods)}
+        error = {name: math.inf if row is None else row.value for name, row in found.items()}
+        lines += [line(name, ratio) for name in sorted(error, key=error.get)]
     budgets = []
     for ratio in args.ratios:
         for name, kind in ((name, kind) for name in BUDGETED for kind in (SHARED, EACH)):

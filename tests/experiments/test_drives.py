@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 from tiny_policy import small_config, small_params
 
-from experiments.compare_pruners import cost_rows
-from experiments.drives import UNPRUNED, Drives, drive, is_drawn, method_of
+from experiments import compare_pruners
+from experiments.camera_budgets import EACH, SHARED
+from experiments.compare_pruners import ComparePrunersArgs, cost_rows
+from experiments.drives import UNPRUNED, Drives, drive, is_drawn, label, method_of
 from experiments.driving_policies import vla_policy
 from experiments.efficiency_counts import added_flops
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.evaluation.planning import planning_errors, planning_rows
+from fastdrive_jax.evaluation.results import point
 from fastdrive_jax.inference.policy import DrivingPolicy
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PRUNERS, make_pruner
 from fastdrive_jax.pruning.accounting import recon_pruner_flops
+from fastdrive_jax.pruning.mistakes import MethodError
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 
 MINE = """
@@ -157,3 +162,39 @@ def test_what_the_librarys_methods_compute_is_counted(vla):
     slots = n + 6 + model.config.vocabulary.plan_length
     rows = 2 * 6 * text.num_heads * text.head_dim * slots
     assert added_flops(reusing, None, 6, jnp.float32) == pytest.approx(rows)
+
+
+def test_one_methods_mistake_leaves_the_others_figures(mine, monkeypatch):
+    scene, future = np.arange(4), np.zeros((4, 6, 2))
+
+    def driven(policy, params, name, drives, args):
+        if name == mine("twice"):
+            raise MethodError("twice is wrong")
+        errors = planning_errors(future + 1, future, np.ones((4, 6), bool))
+        return errors, planning_rows(label(name), policy.keep_ratio, errors, scene)
+
+    monkeypatch.setattr(compare_pruners, "_driven", driven)
+    monkeypatch.setattr(compare_pruners, "timing_rows", lambda *given: [])
+    run = SimpleNamespace(recon=SimpleNamespace(pruner=ReconPrunerConfig()))
+    world = SimpleNamespace(
+        model=None, params=None, run=run, trained={"pruner": None}, prior=np.zeros((1, 4))
+    )
+    drives = SimpleNamespace(data=SimpleNamespace(scene=scene))
+    args = ComparePrunersArgs(methods=(mine("twice"), "prior", "reconpruner"), ratios=(0.5,))
+    rows, failed = compare_pruners.measure(world, drives, args)
+    assert failed == ["twice is wrong"]
+    assert {row.method for row in rows} == {UNPRUNED, "prior", "reconpruner", "reconpruner - prior"}
+    rows += [
+        point(f"{name}, {kind}", 0.5, f"{what}_recall", 1.0)
+        for name in ("prior", "reconpruner")
+        for kind in (SHARED, EACH)
+        for what in ("foreground", "object")
+    ]
+    lines = compare_pruners.markdown(rows, args, 4).splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:6]] == [
+        UNPRUNED,
+        "prior",
+        "reconpruner",
+        "twice",
+    ]
+    assert lines[5].split(" | ")[4] == "failed"
