@@ -174,12 +174,14 @@ def scaled_config(dim: int) -> DecoderConfig:
 
 
 def interleaved(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, over rounds in which all take turns; the first warms up."""
+    """Median milliseconds over rounds in which all take turns in any order; the first warms up."""
     spent: dict[str, list[float]] = {name: [] for name in programs}
+    rng, names = np.random.default_rng(0), list(programs)
     for number in range(repeats + 1):
-        for name, run in programs.items():
+        rng.shuffle(names)  # what ran before leaves caches and threads behind
+        for name in names:
             begin = time.perf_counter()
-            jax.block_until_ready(run())
+            jax.block_until_ready(programs[name]())
             if number:
                 spent[name].append(1e3 * (time.perf_counter() - begin))
     return {name: float(np.median(times)) for name, times in spent.items()}

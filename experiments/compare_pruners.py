@@ -193,8 +193,11 @@ def timing_rows(programs: dict, drives: Drives, args: ComparePrunersArgs) -> lis
     spent: dict = {name: [] for name in programs}
     # As in the middle of a drive: a first frame may cost more.
     states = {name: start_state(policy, count) for name, (policy, _) in programs.items()}
+    rng, names = np.random.default_rng(0), list(programs)
     for number in range(args.rounds + 1):
-        for name, (policy, params) in programs.items():
+        rng.shuffle(names)  # what ran before leaves caches and threads behind
+        for name in names:
+            policy, params = programs[name]
             begin = time.perf_counter()
             planned = step(policy, params, *given, jax.random.key(0), states[name])
             jax.block_until_ready(planned)

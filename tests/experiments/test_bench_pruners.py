@@ -7,6 +7,7 @@ from experiments.bench_pruners import (
     bench_pruners,
     example_cut,
     example_inputs,
+    interleaved,
     scaled_config,
     with_evidence,
 )
@@ -94,3 +95,12 @@ def test_which_text_is_real_is_said_with_it(need):
     inputs = example_inputs(within({need}), CONFIG, 2, [48], jnp.float32)
     assert inputs.text_valid.shape == (2, 256)
     assert inputs.text_valid.all()
+
+
+def test_all_take_turns_but_not_always_behind_the_same_one():
+    ran = []
+    spent = interleaved({name: lambda name=name: ran.append(name) for name in "abc"}, 5)
+    rounds = [tuple(ran[k : k + 3]) for k in range(0, 18, 3)]
+    assert list(spent) == ["a", "b", "c"]
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    assert len(set(rounds)) > 2
