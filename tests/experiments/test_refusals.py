@@ -1,5 +1,7 @@
 """What a person can get wrong is refused before anything is computed."""
 
+import runpy
+import sys
 from dataclasses import replace
 
 import cv2
@@ -207,3 +209,12 @@ def test_the_benchmark_is_not_prepared_by_a_job_of_several_processes(tmp_path, m
     with pytest.raises(UserError, match="These 2 processes are one job"):
         eval_planning(EvalPlanningArgs(out=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_module_runs_as_the_command_does(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastdrive", "bench-pruners", "--k", "0"])
+    monkeypatch.delitem(sys.modules, "experiments.cli", raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("experiments.cli", run_name="__main__")
+    assert end.value.code == 2
+    assert "k=0" in capsys.readouterr().err
