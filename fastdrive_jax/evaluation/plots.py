@@ -279,8 +279,9 @@ def interval_bars(
     figure, axes = figure_of(6.4, 1.2 + 0.34 * len(names))
     for row, (name, value, low, high) in enumerate(zip(names, values, lows, highs, strict=True)):
         colour = palette.ACCENT if name in highlight else palette.MUTED
-        if low is not None:
-            axes.plot([low, high], [row, row], color=colour, linewidth=5, alpha=0.3)
+        if low is not None:  # ends where it ends: lines otherwise reach beyond by half their width
+            style = {"linewidth": 5, "alpha": 0.3, "solid_capstyle": "butt"}
+            axes.plot([low, high], [row, row], color=colour, **style)
         axes.plot([value], [row], "o", color=colour, markersize=7)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)

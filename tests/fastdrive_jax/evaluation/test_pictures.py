@@ -131,6 +131,10 @@ def test_plots_are_rgb_and_show_their_series():
     above = plots.interval_bars(["a", "b"], [5, 6], [4.9, 5.9], [5.1, 6.1], "m")
     zero = (above == palette.rgb(palette.INK)).all(-1).mean(0).max()
     assert zero > 0.4  # a line from bottom to top, though nothing is near it
+    band = plots.interval_bars(["a"], [0.5], [0.0], [1.0], "m", highlight=["a"]).astype(int)
+    begin = (band == palette.rgb(palette.INK)).all(-1).mean(0).argmax()
+    pale = (band[..., 2] - band[..., 0] > 40).any(0)  # the band or its dot, both blue
+    assert begin - 2 <= np.flatnonzero(pale)[0] <= begin + 2
 
 
 def test_curves_average_seeds_and_leave_single_points_out():
