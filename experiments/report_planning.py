@@ -36,7 +36,9 @@ from fastdrive_jax.files import write_text
 
 def write_results(out: Path, case: Case, results: Results, pictures: int) -> Path:
     """Writes planning.json, .csv and .md and the page; returns the page's path."""
+    frames, scenes = _counted(case)
     meta = {"device": str(jax.devices()[0]), "what": case.title, **case.meta}
+    meta |= {"frames": frames, "scenes": scenes}
     meta["protocols_without_truth"] = list(results.absent)
     write_rows(out / "planning.json", results.rows, meta)
     write_text(out / "planning.csv", as_csv(results.rows))
@@ -204,10 +206,15 @@ def _markdown(table: Table) -> str:
     return "\n".join([*markdown_table(table.header, table.lines), "", table.note])
 
 
-def _notes(case: Case, results: Results) -> tuple[str, ...]:
+def _counted(case: Case) -> tuple[int, int]:
+    """Frames that count, and scenes that they are of."""
     counts = case.truth.future_valid.all(1)
-    scenes = len(np.unique(case.truth.scene[counts]))
-    said = f"{counts.sum()} of {len(counts)} frames have a whole future and count. {reach(scenes)}"
+    return int(counts.sum()), len(np.unique(case.truth.scene[counts]))
+
+
+def _notes(case: Case, results: Results) -> tuple[str, ...]:
+    frames, scenes = _counted(case)
+    said = f"{frames} of {len(case.truth)} frames have a whole future and count. {reach(scenes)}"
     if not results.absent:
         return (*case.notes, said)
     absent = ", ".join(results.absent)

@@ -93,6 +93,8 @@ def test_tables_and_page(out):
     assert "18 of 18 frames have a whole future" in text
     assert "over 3 scenes" in text
     assert "too narrow" in text
+    meta = json.loads((out / "planning.json").read_text())["meta"]
+    assert (meta["frames"], meta["scenes"]) == (18, 3)
     with (out / "planning.csv").open() as file:
         found = list(csv.DictReader(file))
     assert len(found) == len(json.loads((out / "planning.json").read_text())["rows"])
