@@ -48,7 +48,7 @@ from data_pipelines.shard_files import (
 )
 from data_pipelines.worker_process import run_jobs
 from fastdrive_jax.errors import UserError
-from fastdrive_jax.files import read_json, write_json
+from fastdrive_jax.files import write_json
 
 # Evaluations count their trials from 0, so none of them begins as a demonstration does.
 FIRST_TRIAL = {"train": 1_000_000, "val": 2_000_000}
@@ -207,17 +207,24 @@ def finished_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardN
     """Notes of the shards that are whole and made of what they would be made of now."""
     notes = {}
     for job in jobs:
-        path = building / NOTES / f"{job.name}.json"
-        if not path.is_file():
+        note = _read_note(building / NOTES / f"{job.name}.json")
+        if note is None:
             continue
-        content = read_json(path)
-        ended = tuple(EpisodeNote(**episode) for episode in content.pop("episodes"))
-        note = ShardNote(**content, episodes=ended)
         shard = building / job.name
         whole = shard.is_file() and shard.stat().st_size == note.bytes
         if whole and note.identity == job.identity():
             notes[job.name] = note
     return notes
+
+
+def _read_note(path: Path) -> ShardNote | None:
+    """A shard's note; None where there is none, or none of this version: it is written again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ended = tuple(EpisodeNote(**episode) for episode in content.pop("episodes"))
+        return ShardNote(**content, episodes=ended)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _finish(building: Path, config: DemoConfig, notes: Sequence[ShardNote]) -> None:

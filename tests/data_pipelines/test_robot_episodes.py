@@ -152,12 +152,13 @@ def test_what_a_policy_moved_is_another_set(recorded, tmp_path):
 
 @simulated
 def test_the_bytes_do_not_depend_on_the_processes_or_on_a_kill(recorded, tmp_path, monkeypatch):
-    # Killed at the second shard: the first is kept, and two processes write the others.
+    # Killed at the third shard: the first is kept, and two processes write the others, also the
+    # second, whose note does not say that it is whole.
     write, calls = demonstrations.write_shard, []
 
     def killed(job, folder):
         calls.append(job.name)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return write(job, folder)
 
@@ -169,6 +170,7 @@ def test_the_bytes_do_not_depend_on_the_processes_or_on_a_kill(recorded, tmp_pat
     monkeypatch.undo()
     first = next((tmp_path / "again.building").glob("*train*-00000-*"))
     written = first.stat().st_mtime_ns
+    (tmp_path / "again.building" / "notes" / f"{calls[1]}.json").write_text("{}")
     again = record_demonstrations(out, CONFIG, workers=2, progress=False)
     assert (out / first.name).stat().st_mtime_ns == written
     assert again.digest == recorded.digest
