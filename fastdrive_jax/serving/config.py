@@ -38,7 +38,7 @@ class Limits:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value <= 0:
+            if not value > 0:  # nor is what is no number
                 raise UserError(f"limits.{name}={value} must be positive.")
         if self.bodies_mb < self.body_mb:
             raise UserError(
@@ -87,7 +87,7 @@ class ServeConfig:
         if not 0 <= self.port < 2**16:
             raise UserError(f"port={self.port} must be in 0..65535.")
         check_least(self, max_batch=1)
-        if self.max_wait_ms < 0 or self.seed < 0:
+        if not self.max_wait_ms >= 0 or self.seed < 0:
             raise UserError(
                 f"max_wait_ms={self.max_wait_ms} and seed={self.seed} must not be negative."
             )

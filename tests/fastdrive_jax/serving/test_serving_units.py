@@ -296,6 +296,8 @@ def test_settings_that_make_no_sense_are_refused(changed, named):
         ServeConfig(**changed)
     with pytest.raises(UserError, match=r"limits\.queue=0"):
         Limits(queue=0)
+    with pytest.raises(UserError, match=r"limits\.megapixels=nan"):
+        Limits(megapixels=float("nan"))
     with pytest.raises(UserError, match=r"limits\.bodies_mb=512 must hold"):
         Limits(body_mb=600)
 
