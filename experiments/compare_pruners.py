@@ -4,7 +4,8 @@
 
 The driving VLA that comes with the package plans unseen scenes of the synthetic world, frame after
 frame, so that temporal methods have a past. What a quick start left in its folder is taken, and
-made if it is not there. Writes OUT/compare.json and OUT/compare.md.
+made if it is not there. Writes OUT/compare.json and OUT/compare.md; plans stay in OUT/plans, and a
+run that goes on does not plan again what is there.
 """
 
 import math
@@ -35,6 +36,7 @@ from experiments.drives import (
     step,
 )
 from experiments.efficiency_counts import added_flops
+from experiments.planned import Part, Planned, Setting, read_planned, write_planned
 from experiments.planning import HEADLINE, mean_errors, planning_split
 from experiments.quickstart import RANDOM_DRAWS, RATIOS, QuickstartConfig, WorldRun, prepare
 from fastdrive_jax.errors import UserError
@@ -51,10 +53,12 @@ from fastdrive_jax.evaluation.planning import (
 from fastdrive_jax.evaluation.results import Row, point, write_rows
 from fastdrive_jax.files import write_text
 from fastdrive_jax.inference.policy import DrivingPolicy, start_state
+from fastdrive_jax.models.dinov2.weights import params_digest
 from fastdrive_jax.pruning import PRUNERS, builds_on_recon
 from fastdrive_jax.pruning.accounting import frame_cost
 from fastdrive_jax.pruning.interface import cut_plan
 from fastdrive_jax.pruning.mistakes import MethodError
+from fastdrive_jax.training.run_config import claim_run_folder
 
 OURS = "reconpruner"
 BUDGETED = (OURS, "prior")  # measured with one budget for all cameras and one for each
@@ -95,6 +99,7 @@ def compare_pruners(args: ComparePrunersArgs) -> Path:
     config = args.quickstart
     world = prepare(config, lambda stage, text: None if config.quiet else print(text, flush=True))
     drives = drives_of(world, args.split)
+    claim(args, world)
     rows, failed = measure(world, drives, args)
     for name in BUDGETED:
         given = *method_of(name, trained_of(world)), world.val, world.shards.classes, args.ratios
@@ -113,6 +118,14 @@ def compare_pruners(args: ComparePrunersArgs) -> Path:
     if failed:
         raise UserError(f"{path} lacks {len(failed)} of the settings, which failed: {failed[0]}")
     return path
+
+
+def claim(args: ComparePrunersArgs, world: WorldRun) -> None:
+    """Refuses a folder with plans of other weights or pictures; methods and ratios may be added."""
+    own = {"vla": world.params, "pruner": world.trained["pruner"]}
+    shards = {"train": world.shards.digest, "val": world.planned.digest}
+    made_from = {"weights": params_digest(own), "shards": shards}
+    claim_run_folder(args.out, {"split": args.split, "scenes": args.scenes, **made_from})
 
 
 def drives_of(world: WorldRun, split: Literal["val", "train"]) -> Drives:
@@ -174,16 +187,33 @@ def _driven(
 ) -> tuple[PlanningErrors, list[Row]]:
     """Errors of one method at one ratio, and the rows that need no other."""
     data, ratio, drawn = drives.data, policy.keep_ratio, is_drawn(name)
-    draws = range(RANDOM_DRAWS if drawn else 1)
-    runs = [drive(policy, params, drives, args.scenes, seed) for seed in draws]
-    errors = mean_errors([planning_errors(w, data.future, data.future_valid) for w, _ in runs])
+    draws = range(RANDOM_DRAWS) if drawn else (None,)
+    settings = [Setting(label(name), ratio, seed, name) for seed in draws]
+    runs = [_planned(policy, params, setting, drives, args) for setting in settings]
+    errors = mean_errors(
+        [planning_errors(run.waypoints, data.future, data.future_valid) for run in runs]
+    )
     trained = name != UNPRUNED and builds_on_recon(name)
     seed = 0 if drawn else args.quickstart.pruner.seed if trained else None
     return errors, [
         *planning_rows(label(name), ratio, errors, data.scene),
-        *foreground_rows(label(name), ratio, drives.areas, runs[0][1], data.scene, seed),
+        *foreground_rows(label(name), ratio, drives.areas, runs[0].kept, data.scene, seed),
         *cost_rows(policy, params["pruner"], name),
     ]
+
+
+def _planned(
+    policy: DrivingPolicy, params: dict, setting: Setting, drives: Drives, args: ComparePrunersArgs
+) -> Planned:
+    """Plans of all samples; those of an earlier run if it left them."""
+    names = [str(row) for row in range(len(drives.data.scene))]
+    folder, whole = args.out / "plans", Part()
+    found = read_planned(folder, setting, whole, names)
+    if found is None:
+        waypoints, kept = drive(policy, params, drives, args.scenes, setting.seed or 0)
+        found = Planned(waypoints, kept, np.ones(len(names), bool))
+        write_planned(whole.path(folder, setting), names, found)
+    return found
 
 
 def timing_rows(programs: dict, drives: Drives, args: ComparePrunersArgs) -> list[Row]:

@@ -15,6 +15,7 @@ from experiments.compare_pruners import ComparePrunersArgs, cost_rows
 from experiments.drives import UNPRUNED, Drives, drive, is_drawn, label, method_of
 from experiments.driving_policies import vla_policy
 from experiments.efficiency_counts import added_flops
+from experiments.planned import Setting
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.planning import planning_errors, planning_rows
 from fastdrive_jax.evaluation.results import point
@@ -198,3 +199,30 @@ def test_one_methods_mistake_leaves_the_others_figures(mine, monkeypatch):
         "twice",
     ]
     assert lines[5].split(" | ")[4] == "failed"
+
+
+def test_a_comparison_that_goes_on_plans_nothing_twice(monkeypatch, tmp_path):
+    seeds = []
+
+    def driven(policy, params, drives, scenes, seed):
+        seeds.append(seed)
+        return np.full((4, 6, 2), seed, np.float32), np.tile(np.arange(3), (4, 1))
+
+    monkeypatch.setattr(compare_pruners, "drive", driven)
+    args = ComparePrunersArgs(out=tmp_path)
+    drives = SimpleNamespace(data=SimpleNamespace(scene=np.arange(4)))
+    for _ in range(2):
+        for seed in (0, 1):
+            setting = Setting("random", 0.5, seed, "random")
+            found = compare_pruners._planned(None, {}, setting, drives, args)
+            np.testing.assert_array_equal(found.waypoints, np.full((4, 6, 2), seed))
+            np.testing.assert_array_equal(found.kept, np.tile(np.arange(3), (4, 1)))
+    assert seeds == [0, 1]
+    shards = SimpleNamespace(digest="of the shards")
+    vla, trained = {"kernel": np.ones(2)}, {"pruner": {"query": np.ones(2)}}
+    world = SimpleNamespace(params=vla, trained=trained, shards=shards, planned=shards)
+    for _ in range(2):
+        compare_pruners.claim(args, world)
+    other = SimpleNamespace(**vars(world) | {"params": {"kernel": np.zeros(2)}})
+    with pytest.raises(UserError, match="another config"):
+        compare_pruners.claim(args, other)
