@@ -4,12 +4,11 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fastdrive_jax.pruning import PrunerInputs, make_pruner, pruner_scores
-from fastdrive_jax.pruning.budgets import per_camera, slice_tokens
+from fastdrive_jax.pruning.budgets import per_camera
 from fastdrive_jax.pruning.interface import Seen, keep_tokens
 from fastdrive_jax.pruning.joint_pruner import share_below
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
@@ -17,12 +16,24 @@ from fastdrive_jax.pruning.recon_pruner import ReconPruner
 BATCH, GRID, CAMERAS = 4, (2, 5), 3
 LENGTH = CAMERAS * GRID[0] * GRID[1]
 SETTINGS = {"action_weight": 0.6, "sharpness": 0.5, "candidates": 1.6}
+jit_keep_tokens = jax.jit(keep_tokens, static_argnames=("pruner", "k"))
+jit_scores = jax.jit(pruner_scores, static_argnames="pruner")
 
 
 @pytest.fixture(scope="module")
 def params(small_pruner):
-    tokens = jnp.zeros((1, 4, small_pruner.layer.hidden_size))
-    return ReconPruner(small_pruner).init(jax.random.key(0), tokens)["params"]
+    tokens = np.zeros((1, 4, small_pruner.layer.hidden_size), np.float32)
+    return jax.jit(ReconPruner(small_pruner).init)(jax.random.key(0), tokens)["params"]
+
+
+@pytest.fixture(scope="module")
+def scorer(small_pruner):
+    return make_pruner("reconpruner", config=small_pruner)
+
+
+@pytest.fixture(scope="module")
+def method(small_pruner):
+    return make_pruner("jointpruner", config=small_pruner, **SETTINGS)
 
 
 def drawn(seed=0):
@@ -33,11 +44,8 @@ def drawn(seed=0):
     trust[3] = 0
     action = np.round(8 * rng.random((BATCH, LENGTH))) / 8  # ties
     return PrunerInputs(
-        tokens=jnp.asarray(rng.normal(size=(BATCH, LENGTH, 32)), jnp.float32),
-        state={
-            "action": jnp.asarray(action, jnp.float32),
-            "trust": jnp.asarray(trust, jnp.float32),
-        },
+        tokens=rng.normal(size=(BATCH, LENGTH, 32)).astype(np.float32),
+        state={"action": action.astype(np.float32), "trust": trust.astype(np.float32)},
         grid=GRID,
     )
 
@@ -72,15 +80,12 @@ def oracle(tokens, scores, action, trust, k, action_weight, sharpness, candidate
 
 
 @pytest.mark.parametrize("k", [1, 7, 20, LENGTH])
-def test_the_formula_gives_the_same_tokens(params, small_pruner, k):
-    method = make_pruner("jointpruner", config=small_pruner, **SETTINGS)
-    scorer = make_pruner("reconpruner", config=small_pruner)
-    choose = jax.jit(lambda inputs: keep_tokens(method, params, inputs, k).indices)
+def test_the_formula_gives_the_same_tokens(params, method, scorer, k):
     for seed in range(3):
         inputs = drawn(seed)
-        got = np.asarray(choose(inputs))
+        got = np.asarray(jit_keep_tokens(method, params, inputs, k).indices)
         pictures = PrunerInputs(inputs.tokens.reshape(BATCH * CAMERAS, -1, 32))
-        scores = np.asarray(pruner_scores(scorer, params, pictures), np.float64)
+        scores = np.asarray(jit_scores(scorer, params, pictures), np.float64)
         for sample, row in enumerate(scores.reshape(BATCH, LENGTH)):
             arrays = inputs.tokens, inputs.state["action"], inputs.state["trust"]
             tokens, action, trust = (np.asarray(x[sample], np.float64) for x in arrays)
@@ -88,56 +93,53 @@ def test_the_formula_gives_the_same_tokens(params, small_pruner, k):
             np.testing.assert_array_equal(got[sample], want)
 
 
-def test_a_batch_is_pruned_as_its_samples_are(params, small_pruner):
-    method = make_pruner("jointpruner", config=small_pruner, **SETTINGS)
-    choose = jax.jit(lambda inputs: keep_tokens(method, params, inputs, 9).indices)
-    together = choose(drawn())
+def test_a_batch_is_pruned_as_its_samples_are(params, method):
+    together = np.asarray(jit_keep_tokens(method, params, drawn(), 7).indices)
     for row in range(BATCH):
         one = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], drawn())
-        np.testing.assert_array_equal(choose(one)[0], together[row])
+        alone = np.asarray(jit_keep_tokens(method, params, one, 7).indices)
+        np.testing.assert_array_equal(alone[0], together[row])
 
 
-def test_without_past_its_candidates_are_reconpruners(params, small_pruner):
+def test_without_past_its_candidates_are_reconpruners(params, small_pruner, scorer):
     method = make_pruner("jointpruner", config=small_pruner, candidates=1.0)
     inputs = drawn().replace(grid=(3, 10))  # one camera
     inputs = inputs.replace(state=method.temporal.init(inputs))
-    got = keep_tokens(method, params, inputs, 11).indices
-    want = keep_tokens(make_pruner("reconpruner", config=small_pruner), params, inputs, 11)
-    np.testing.assert_array_equal(got, want.indices)
+    got = jit_keep_tokens(method, params, inputs, 11).indices
+    want = jit_keep_tokens(scorer, params, inputs, 11).indices
+    np.testing.assert_array_equal(got, want)
 
 
-def test_padding_is_never_kept_before_real_tokens(params, small_pruner):
-    method = make_pruner("jointpruner", config=small_pruner, **SETTINGS)
+def test_padding_is_never_kept_before_real_tokens(params, method):
     counts = np.array([30, 25, 21, 21])
-    inputs = drawn().replace(count=jnp.asarray(counts))
-    kept = np.asarray(keep_tokens(method, params, inputs, 20).indices)
+    inputs = drawn().replace(count=counts)
+    kept = np.asarray(jit_keep_tokens(method, params, inputs, 20).indices)
     assert (kept.max(axis=1) < counts).all()
 
 
-def test_each_cameras_own_budget_remembers_that_camera(params, small_pruner):
-    method = make_pruner("jointpruner", config=small_pruner, **SETTINGS)
+def test_each_cameras_own_budget_remembers_that_camera(params, method):
     inputs = drawn()
-    got = keep_tokens(per_camera(method, CAMERAS), params, inputs, 12).indices
+    got = np.asarray(jit_keep_tokens(per_camera(method, CAMERAS), params, inputs, 12).indices)
     for camera in range(CAMERAS):
-        part = slice_tokens(inputs, 10 * camera, 10 * camera + 10)
-        own = jax.tree.map(lambda x, first=10 * camera: x[:, first : first + 10], inputs.state)
-        want = keep_tokens(method, params, part.replace(state=own), 4).indices
+        part = jax.tree.map(lambda x, first=10 * camera: x[:, first : first + 10], inputs)
+        want = np.asarray(jit_keep_tokens(method, params, part, 4).indices)
         np.testing.assert_array_equal(got[:, 4 * camera : 4 * camera + 4], 10 * camera + want)
 
 
 def test_memory_of_kept_tokens_by_hand(small_pruner):
     method = make_pruner("jointpruner", config=small_pruner, forget=0.5)
-    state = {"action": jnp.array([[0.0, 0.4, 0.8]]), "trust": jnp.array([[0.0, 1.0, 0.5]])}
-    seen = Seen(action=jnp.array([[0.2, 0.8, 0.0]]), kept=jnp.array([[True, True, False]]))
+    state = {"action": np.float32([[0.0, 0.4, 0.8]]), "trust": np.float32([[0.0, 1.0, 0.5]])}
+    seen = Seen(action=np.float32([[0.2, 0.8, 0.0]]), kept=np.array([[True, True, False]]))
     after = method.temporal.observe(state, seen)
     np.testing.assert_allclose(after["action"], [[0.2, 0.8, 0.8]], atol=1e-6)
     np.testing.assert_allclose(after["trust"], [[1.0, 1.0, 0.25]], atol=1e-6)
 
 
 def test_shares_by_hand():
-    values = jnp.array([[3.0, 1.0, 1.0, 9.0], [5.0, 5.0, 5.0, 5.0]])
-    among = jnp.array([[True, True, True, False], [False, True, False, False]])
-    np.testing.assert_allclose(share_below(values, among), [[1, 0.5, 0, 0], [0, 0, 0, 0]])
+    values = np.float32([[3.0, 1.0, 1.0, 9.0], [5.0, 5.0, 5.0, 5.0]])
+    among = np.array([[True, True, True, False], [False, True, False, False]])
+    got = jax.jit(share_below)(values, among)
+    np.testing.assert_allclose(got, [[1, 0.5, 0, 0], [0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize(
@@ -150,10 +152,9 @@ def test_settings_that_make_no_sense_are_refused(small_pruner, setting):
 
 def test_only_candidates_are_compared(small_pruner, params):
     method, k = make_pruner("jointpruner", config=small_pruner), 40
-    inputs = PrunerInputs(tokens=jnp.zeros((1, 16 * 32, 32)), grid=(2, 16))
-    inputs = inputs.replace(state=method.temporal.init(inputs))
-    run = jax.jit(lambda inputs: keep_tokens(method, params, inputs, k).indices)
-    text = run.lower(inputs).compile().as_text()
+    inputs = PrunerInputs(tokens=np.zeros((1, 16 * 32, 32), np.float32), grid=(2, 16))
+    inputs = inputs.replace(state=jax.eval_shape(method.temporal.init, inputs))
+    text = jit_keep_tokens.lower(method, params, inputs, k).compile().as_text()
     shapes = re.findall(r"\b(?:f|s|u|pred|bf)\d*\[([\d,]+)\]", text)
     largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
     assert (3 * k) ** 2 <= largest < 512**2 / 8
