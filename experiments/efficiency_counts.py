@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -159,7 +159,6 @@ def added_flops(policy: DrivingPolicy, pruner_params: Any, text: int, dtype: jnp
     return count(pruner) - count(plain)
 
 
-@cache
 def parameter_shapes(config: DrivingConfig) -> dict:
     """Shapes of the model's parameters."""
     return abstract_params(config.vision, config.text)

@@ -1,5 +1,6 @@
 """OpenVLA's published tensors, and their places among our parameters."""
 
+import functools
 import re
 from collections.abc import Mapping
 from itertools import pairwise
@@ -48,6 +49,7 @@ def _is_unused(name: str, config: OpenVLAConfig) -> bool:
     )
 
 
+@functools.cache  # a published size takes seconds, and is asked for more than once
 def abstract_params(config: OpenVLAConfig) -> dict:
     """Shapes and types of the parameters, none allocated."""
     edge = config.image_size

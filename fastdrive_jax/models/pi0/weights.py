@@ -1,5 +1,6 @@
 """pi0 weights in, from the files of openpi's PyTorch model and of lerobot."""
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ def canonical_name(name: str) -> str:
     return name
 
 
+@functools.cache  # a published size takes seconds, and is asked for more than once
 def abstract_params(config: Pi0Config) -> dict:
     """Shapes and types of the parameters, none allocated."""
     edge = config.image_size

@@ -1,5 +1,6 @@
 """Qwen2.5-VL weights in, from Hugging Face tensors."""
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -97,6 +98,7 @@ def untied_head(name: str) -> UserError:
     )
 
 
+@functools.cache  # a published size takes seconds, and is asked for more than once
 def abstract_params(vision: VisionConfig, text: DecoderConfig) -> dict:
     """Shapes and types {"visual": ..., "language_model": ...} of the parameters, none allocated."""
 

@@ -1,7 +1,6 @@
 """pi0's published tensors to our parameters, and its published size."""
 
 import dataclasses
-import functools
 import re
 
 import jax
@@ -167,11 +166,6 @@ def test_canonical_names_stay():
     assert [canonical_name(name) for name in names] == list(names)
 
 
-@functools.cache
-def published_shapes():
-    return abstract_params(PI0)
-
-
 def parameters_of(config: Pi0Config) -> int:
     """The count by the architecture's sizes alone."""
     v, p, e = config.vision, config.prefix, config.expert
@@ -195,7 +189,7 @@ def parameters_of(config: Pi0Config) -> int:
 
 
 def test_the_published_size():
-    shapes = published_shapes()
+    shapes = abstract_params(PI0)
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count == parameters_of(PI0) == 3_238_048_528
     expert = sum(leaf.size for leaf in jax.tree.leaves(shapes["expert"]))
@@ -207,7 +201,7 @@ def test_the_published_size():
 def test_the_published_size_lowers_with_pruning():
     """Pictures to actions in one program, its vision tokens cut and its action attention read."""
     model, half = Pi0(PI0, jnp.bfloat16), jnp.bfloat16
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, half), published_shapes())
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, half), abstract_params(PI0))
     pruner, total = make_pruner("fastv"), PI0.visual_tokens
 
     def act(params, images, ids, lengths, state, noise):
