@@ -19,12 +19,12 @@ CONFIG = VisionConfig(
 
 def test_tokens_stay_the_same():
     images = np.random.default_rng(0).integers(0, 256, (2, 84, 140, 3), np.uint8)
-    params = VisionEncoder(CONFIG).init(jax.random.key(0), images)["params"]
-    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # biases are drawn as zeros
-    want = VisionEncoder(CONFIG).apply({"params": params}, images)
+    params = jax.jit(VisionEncoder(CONFIG).init)(jax.random.key(0), images)["params"]
+    params = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1, params)  # biases are drawn as zeros
+    want = jax.jit(VisionEncoder(CONFIG).apply)({"params": params}, images)
     wide = aligned_config(CONFIG, 16)
     assert wide.intermediate_size == 48
-    got = VisionEncoder(wide).apply({"params": align_hidden(params, CONFIG, 16)}, images)
+    got = jax.jit(VisionEncoder(wide).apply)({"params": align_hidden(params, CONFIG, 16)}, images)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.abs(want).max() > 1
 

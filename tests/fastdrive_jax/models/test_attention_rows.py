@@ -1,3 +1,4 @@
+import functools
 import math
 import re
 
@@ -12,7 +13,7 @@ from fastdrive_jax.models.attention_rows import attend_rows, attention_received,
 def drawn(queries, keys, seed=0):
     rng = np.random.default_rng(seed)
     shapes = (2, queries, 4, 8), (2, keys, 2, 8)
-    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
 def softmax_rows(query, key, seen):
@@ -29,12 +30,12 @@ def softmax_rows(query, key, seen):
 def test_rows_of_weights_are_those_of_a_softmax():
     query, key = drawn(3, 10)
     seen = np.array([[10, 4, 1], [6, 6, 3]])
-    rows = attention_rows(query, key, jnp.asarray(seen))
+    rows = np.asarray(jax.jit(attention_rows)(query, key, seen))
     assert rows.shape == (2, 4, 3, 10)
     for sample in range(2):
-        want = softmax_rows(np.asarray(query[sample]), np.asarray(key[sample]), seen[sample])
+        want = softmax_rows(query[sample], key[sample], seen[sample])
         np.testing.assert_allclose(rows[sample], want, atol=1e-5)
-    whole = attention_rows(query, key)
+    whole = np.asarray(jax.jit(attention_rows)(query, key))
     np.testing.assert_allclose(whole[0, :, 0], rows[0, :, 0], atol=1e-6)
 
 
@@ -44,11 +45,11 @@ def test_rows_anywhere_attend_to_what_they_see(monkeypatch, block_bytes):
     query, key = drawn(21, 34)
     value = key[::-1, :, ::-1]
     seen = np.random.default_rng(1).integers(1, 35, (2, 21))
-    got = attend_rows(query, key, value, jnp.asarray(seen))
+    attend = jax.jit(functools.partial(attend_rows))  # traced anew for each size of a block
+    got = np.asarray(attend(query, key, value, seen))
     for sample in range(2):
-        rows, keys = np.asarray(query[sample]), np.asarray(key[sample])
-        values = np.repeat(np.asarray(value[sample]), 2, axis=1)
-        weights = softmax_rows(rows, keys, seen[sample])
+        values = np.repeat(value[sample], 2, axis=1)
+        weights = softmax_rows(query[sample], key[sample], seen[sample])
         want = np.einsum("qrs,sqd->rqd", weights, values)
         np.testing.assert_allclose(got[sample], want, atol=1e-5)
 
@@ -60,20 +61,21 @@ def test_what_tokens_receive_is_the_mean_over_real_rows(monkeypatch, causal, blo
     monkeypatch.setattr("fastdrive_jax.models.attention_rows._BLOCK_BYTES", block_bytes)
     query, key = drawn(21, 21)
     lengths = np.array([21, 13])
-    got = attention_received(query, key, jnp.asarray(lengths), causal, every)
+    received = jax.jit(functools.partial(attention_received, causal=causal, every=every))
+    got = np.asarray(received(query, key, lengths))
     for sample, length in enumerate(lengths):
-        rows, keys = np.asarray(query[sample, :length:every]), np.asarray(key[sample])
+        rows, keys = query[sample, :length:every], key[sample]
         seen = np.arange(1, length + 1, every) if causal else np.full(len(rows), length)
         want = softmax_rows(rows, keys, seen).mean(axis=(0, 1))
         np.testing.assert_allclose(got[sample], want, atol=1e-5)
         np.testing.assert_allclose(got[sample].sum(), 1, atol=1e-5)
-    whole = attention_received(query, key, None, causal, every)
+    whole = np.asarray(received(query, key))
     np.testing.assert_allclose(whole[0], got[0], atol=1e-6)
     # The first rows alone, which see what they saw.
     few = np.array([9, 13])
-    got = attention_received(query, key, jnp.asarray(lengths), causal, every, jnp.asarray(few))
+    got = np.asarray(received(query, key, lengths, rows=few))
     for sample, (length, count) in enumerate(zip(lengths, few, strict=True)):
-        rows, keys = np.asarray(query[sample, :count:every]), np.asarray(key[sample])
+        rows, keys = query[sample, :count:every], key[sample]
         seen = np.arange(1, count + 1, every) if causal else np.full(len(rows), length)
         want = softmax_rows(rows, keys, seen).mean(axis=(0, 1))
         np.testing.assert_allclose(got[sample], want, atol=1e-5)

@@ -39,6 +39,7 @@ def sizes(name: str) -> dict:
 
 VISION, TEXT = VisionConfig(**sizes("vision")), DecoderConfig(**sizes("text"))
 HEIGHT, WIDTH = GOLDEN["size"]
+jit_encode = jax.jit(VisionEncoder(VISION).apply)
 
 
 def golden_tensors() -> dict[str, np.ndarray]:
@@ -61,7 +62,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def tokens(params):
-    return jax.jit(VisionEncoder(VISION).apply)({"params": params["visual"]}, golden_picture())
+    return jit_encode({"params": params["visual"]}, golden_picture())
 
 
 def place_ids() -> np.ndarray:
@@ -80,19 +81,19 @@ def decoder_logits(params, embeddings, where):
 
 
 def test_visual_tokens_are_the_golden_ones(tokens):
-    np.testing.assert_allclose(tokens[0, :, :3], GOLDEN["tokens"], atol=1e-4)
+    np.testing.assert_allclose(np.asarray(tokens)[0, :, :3], GOLDEN["tokens"], atol=1e-4)
 
 
 def test_logits_are_the_golden_ones(params, tokens):
-    table = params["language_model"]["embed_tokens"]["embedding"]
+    table = np.asarray(params["language_model"]["embed_tokens"]["embedding"])
     ids = np.array(GOLDEN["ids"])
-    embeddings = jnp.concatenate([table[ids[:2]], tokens[0], table[ids[2:]]])[None]
-    logits = jax.jit(decoder_logits)(params, embeddings, place_ids())
+    embeddings = np.concatenate([table[ids[:2]], np.asarray(tokens)[0], table[ids[2:]]])[None]
+    logits = np.asarray(jax.jit(decoder_logits)(params, embeddings, place_ids()))
     np.testing.assert_allclose(logits[0, :, :3], GOLDEN["logits"], atol=1e-4)
 
 
 def test_decoder_is_causal_by_its_gradients(params):
-    embeddings = jax.random.normal(jax.random.key(0), (1, 7, TEXT.hidden_size))
+    embeddings = np.random.default_rng(0).normal(size=(1, 7, TEXT.hidden_size)).astype(np.float32)
     where = np.broadcast_to(np.arange(7), (3, 1, 7))
 
     def one(x):
@@ -115,7 +116,7 @@ def test_windows_average_over_their_own_patches_only(grid):
     x = np.random.default_rng(0).normal(size=(2, grid[0] * grid[1], 8)) + 5
     layout = layout_of([grid], config)
     attend = jax.jit(lambda params, x: VisionAttention(config, full=False).apply(params, x, layout))
-    out = attend({"params": variables}, x)
+    out = np.asarray(attend({"params": variables}, x))
     for window in window_table(*grid, config)[0]:
         window = window[window < x.shape[1]]
         mean = np.broadcast_to(x[:, window].mean(axis=1, keepdims=True), x[:, window].shape)
@@ -143,21 +144,19 @@ def test_tokens_are_in_raster_order(params, tokens, block):
     def cut(path, leaf):
         return 0 * leaf if any(key.key == "proj" for key in path) else leaf
 
-    visual = jax.tree_util.tree_map_with_path(cut, params["visual"])
+    visual = {"params": jax.tree_util.tree_map_with_path(cut, params["visual"])}
     picture = golden_picture()
     changed = picture.copy()
     row, column = block
     changed[:, row * 28 : row * 28 + 28, column * 28 : column * 28 + 28] ^= 255
-    encode = jax.jit(VisionEncoder(VISION).apply)
-    moved = np.abs(encode({"params": visual}, picture) - encode({"params": visual}, changed)).max(
-        axis=-1
-    )[0]
+    before, after = (np.asarray(jit_encode(visual, given)) for given in (picture, changed))
+    moved = np.abs(before - after).max(axis=-1)[0]
     assert np.flatnonzero(moved > 1e-5).tolist() == [row * (WIDTH // 28) + column]
 
 
 def test_encoder_refuses_a_picture_that_is_not_made_of_tokens(params):
     with pytest.raises(UserError, match=r"60 x 84 pixels.*56 x 84"):
-        VisionEncoder(VISION).apply({"params": params["visual"]}, jnp.zeros((1, 60, 84, 3)))
+        jit_encode({"params": params["visual"]}, np.zeros((1, 60, 84, 3), np.float32))
 
 
 def test_sizes_of_the_3b_model_are_the_published_ones():
@@ -176,13 +175,14 @@ def test_one_program_for_each_number_of_kept_tokens(one_camera):
     config, params = one_camera
     model = DrivingVLA(config)
     run = jax.jit(lambda *inputs: generate(model, {"params": params["vla"]}, *inputs))
-    where = visual_positions(config, 2)
+    where = np.asarray(visual_positions(config, 2))
     for kept, programs in ((10, 1), (5, 2)):
         for seed in range(3):
-            tokens = jax.random.normal(jax.random.key(seed), (2, kept, config.text.hidden_size))
-            speed = jnp.full(2, float(seed))
-            prompt = config.vocabulary.prompt(speed, jnp.array([seed, 0]))
-            chosen = np.sort(np.random.default_rng(seed).permutation(10)[:kept])
+            rng = np.random.default_rng(seed)
+            tokens = rng.normal(size=(2, kept, config.text.hidden_size)).astype(np.float32)
+            speed = np.full(2, seed, np.float32)
+            prompt = config.vocabulary.prompt(speed, np.array([seed, 0]))
+            chosen = np.sort(rng.permutation(10)[:kept])
             out = run(tokens, where[:, :, chosen], prompt)
             assert out.shape == (2, config.vocabulary.steps, 2)
         assert run._cache_size() == programs

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +45,20 @@ CONFIG = DrivingConfig(vision=VISION, text=TEXT, image_size=SIZE, cameras=("left
 def encoded():
     """Parameters, pictures, and what the driving model's encoder sows."""
     rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.integers(0, 256, (2, 2, *SIZE, 3)), jnp.uint8)
+    images = rng.integers(0, 256, (2, 2, *SIZE, 3), np.uint8)
     model = DrivingVLA(CONFIG)
     init = jax.jit(lambda key: model.init(key, images, method="encode")["params"])
     params = init(jax.random.key(1))
     # Initial weights give almost even attention, which would prove little.
-    params = jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim == 2 else leaf, params)
-    _, kept = model.apply({"params": params}, images, method="encode", mutable=["intermediates"])
+    params = jax.tree.map(lambda leaf: 3 * np.asarray(leaf) if leaf.ndim == 2 else leaf, params)
+    apply = partial(model.apply, method="encode", mutable=["intermediates"])
+    _, kept = jax.jit(apply)({"params": params}, images)
     return params, images, kept["intermediates"]["visual"]
+
+
+@jax.jit
+def evidence_of_pictures(sown):
+    return vision_evidence(sown, VISION, GRID)
 
 
 def by_definition(query, key, position):
@@ -70,15 +77,14 @@ def by_definition(query, key, position):
 
 def test_evidence_is_that_of_an_explicit_softmax(encoded):
     _, _, sown = encoded
-    got = vision_evidence(sown, VISION, GRID)
+    got = jax.tree.map(np.asarray, evidence_of_pictures(sown))
     assert got.received.shape == (4, 10)
     assert got.keys.shape == (4, 10, 16)
     layout, _, places = ordered_layout(GRID, VISION)
     assert (places != np.arange(10)).any()
-    (query,), (key,) = (sown["blocks_1"]["attn"][name] for name in ("query", "key"))
+    query, key = (np.asarray(sown["blocks_1"]["attn"][name][0]) for name in ("query", "key"))
     for picture in range(4):
-        args = np.asarray(query[picture]), np.asarray(key[picture]), layout.position[0]
-        received, keys = by_definition(*args)
+        received, keys = by_definition(query[picture], key[picture], layout.position[0])
         np.testing.assert_allclose(got.received[picture], received, atol=1e-6)
         np.testing.assert_allclose(got.keys[picture], keys, atol=1e-5)
         assert received.max() > 2 * received.min()
@@ -90,11 +96,17 @@ def test_rows_in_merge_blocks_give_the_same_evidence(encoded):
     rows = patch_rows(images.reshape(4, *SIZE, 3), 14, 2)
     model = QwenVL(QwenVLConfig(vision=VISION, text=TEXT))
     layout = layout_of([GRID] * 4, VISION)
-    variables = {"params": params}
-    _, kept = model.apply(variables, rows, layout, method="encode", mutable=["intermediates"])
-    got = vision_evidence(kept["intermediates"]["visual"], VISION)
-    want = vision_evidence(sown, VISION, GRID)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
+
+    @jax.jit
+    def evidence(params, rows):
+        given = {"params": params}, rows, layout
+        _, kept = model.apply(*given, method="encode", mutable=["intermediates"])
+        return vision_evidence(kept["intermediates"]["visual"], VISION)
+
+    want = evidence_of_pictures(sown)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), evidence(params, rows), want
+    )
 
 
 def test_no_array_of_pairs_of_patches_is_held(encoded):
