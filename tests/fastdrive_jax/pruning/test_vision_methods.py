@@ -23,7 +23,7 @@ METHODS = {
     "vispruner by attention": make_pruner("vispruner", important_ratio=1.0),
     "visionzip": make_pruner("visionzip"),
     "visionzip as published": make_pruner("visionzip", contextual_ratio=0.5, as_published=True),
-    "tome": make_pruner("tome", rounds=4),
+    "tome": make_pruner("tome", rounds=2),
     "tome on keys": make_pruner("tome", metric="keys", rounds=3),
     "tome in one round": make_pruner("tome", rounds=1),
 }
@@ -87,13 +87,10 @@ def falling(values):
 
 def matches(features):
     """[(best, odd)] of each even place, odd a place among the odd ones."""
-    odd = features[1::2]
-    found = []
-    for x in features[::2]:
-        similar = [cosine(x, y) for y in odd]
-        best = falling(similar)[0]
-        found.append((similar[best], best))
-    return found
+    even, odd = np.stack(features[::2]), np.stack(features[1::2])
+    lengths = np.sqrt((even**2).sum(axis=1)[:, None] * (odd**2).sum(axis=1))
+    similar = even @ odd.T / lengths
+    return list(zip(similar.max(axis=1), similar.argmax(axis=1), strict=True))
 
 
 def vis_pruner_oracle(tokens, received, keys, k, ratio=0.5, per_round=8):
@@ -153,7 +150,7 @@ ORACLES = {
     "vispruner by attention": partial(vis_pruner_oracle, ratio=1.0),
     "visionzip": vision_zip_oracle,
     "visionzip as published": partial(vision_zip_oracle, ratio=0.5, add=True),
-    "tome": partial(tome_oracle, rounds=4),
+    "tome": partial(tome_oracle, rounds=2),
     "tome on keys": partial(tome_oracle, metric="keys", rounds=3),
     "tome in one round": partial(tome_oracle, rounds=1),
 }
