@@ -68,8 +68,8 @@ traces = []
 
 @partial(jax.jit, static_argnames=("pruner", "keep_ratio"))
 def compiled(pruner, params, inputs, keep_ratio, key):
-    padded = inputs.count is not None
-    traces.append((pruner, inputs.tokens.shape, padded, inputs.grid, keep_ratio))
+    given = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(inputs)]
+    traces.append((pruner, *given, inputs.grid, keep_ratio))
     return keep_indices(pruner, params, inputs, keep_ratio, key)
 
 
