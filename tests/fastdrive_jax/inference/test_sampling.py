@@ -53,6 +53,7 @@ CONFIG = QwenVLConfig(
 MODEL = QwenVL(CONFIG)
 GREEDY = SamplingConfig(max_new_tokens=12)
 run = jax.jit(answer_batch, static_argnums=(0, 4))
+apply = jax.jit(MODEL.apply, static_argnames=("method", "room"))
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,8 @@ def test_decoding_equals_reading_the_whole_text(variables):
     for sample in samples():
         answer = np.asarray(answers(variables, [sample])[0])
         longer = Sample([*sample.ids, *answer[0]], sample.rows, sample.grids)
-        logits = MODEL.apply(variables, collate([longer], CONFIG))[0]
-        most_likely = np.asarray(jnp.argmax(logits, axis=-1))[-13:-1]
+        logits = apply(variables, collate([longer], CONFIG))[0]
+        most_likely = np.argmax(logits, axis=-1)[-13:-1]
         ended = np.flatnonzero(np.isin(answer[0], CONFIG.eos_token_ids))
         length = ended[0] + 1 if len(ended) else 12
         np.testing.assert_array_equal(most_likely[:length], answer[0, :length])
@@ -155,10 +156,10 @@ def test_shares_of_drawn_tokens(config, expected):
 
 def test_decoding_writes_into_the_caches_that_it_is_given(variables):
     batch = collate(samples(), CONFIG)
-    tokens = MODEL.apply(variables, batch.rows, batch.layout, method="encode")
-    embeddings = MODEL.apply(variables, batch.ids, batch.visual, tokens, method="embed")
+    tokens = apply(variables, batch.rows, batch.layout, method="encode")
+    embeddings = apply(variables, batch.ids, batch.visual, tokens, method="embed")
     inputs = embeddings, batch.positions, batch.lengths
-    logits, caches = MODEL.apply(variables, *inputs, room=12, method="prefill")
+    logits, caches = apply(variables, *inputs, room=12, method="prefill")
     held = sum(x.nbytes for cache in caches for x in (cache.key, cache.value))
     rest = batch.next_position, jax.random.key(0), GREEDY
     lowered = decode_text.lower(MODEL, variables, logits, caches, *rest)
