@@ -109,6 +109,9 @@ def pair(tied: bool):
     return model, params_from_tensors(tensors, VISION, text), tensors
 
 
+encode = jax.jit(VisionEncoder(VISION).apply)
+
+
 @pytest.fixture(scope="module")
 def untied():
     return pair(tied=False)
@@ -172,7 +175,7 @@ def test_visual_tokens(untied, size):
         theirs = model.model.visual(
             torch.from_numpy(torch_patches(images)), grid_thw=torch_grid(images)
         ).pooler_output
-    ours = VisionEncoder(VISION).apply({"params": params["visual"]}, images)[0]
+    ours = encode({"params": params["visual"]}, images)[0]
     assert_near(ours, theirs, f"visual tokens of {size}")
 
 
@@ -181,8 +184,8 @@ def test_windows_matter(untied):
     _, params, _ = untied
     images = picture(224, 392)
     wide = VisionConfig(**{**vars(VISION), "fullatt_block_indexes": (0, 1, 2)})
-    windowed = VisionEncoder(VISION).apply({"params": params["visual"]}, images)
-    full = VisionEncoder(wide).apply({"params": params["visual"]}, images)
+    windowed = encode({"params": params["visual"]}, images)
+    full = jax.jit(VisionEncoder(wide).apply)({"params": params["visual"]}, images)
     assert np.abs(windowed - full).max() > 100 * TOLERANCE
 
 
@@ -193,13 +196,13 @@ def sequence_of(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([ids]), np.array([[int(i == IMAGE_TOKEN) for i in ids]])
 
 
-def our_hidden(params, text: DecoderConfig, ids, where, images):
+@functools.partial(jax.jit, static_argnums=1)
+def our_hidden(params, text: DecoderConfig, ids, where, tokens):
     """Hidden states and logits of ids with the picture's tokens in place of IMAGE_TOKEN."""
-    tokens = VisionEncoder(VISION).apply({"params": params["visual"]}, images)
     decoder, variables = Decoder(text), {"params": params["language_model"]}
-    embeddings = decoder.apply(variables, jnp.asarray(ids), method="embed")
-    embeddings = embeddings.at[0, ids[0] == IMAGE_TOKEN].set(tokens[0])
-    hidden, _ = decoder.apply(variables, embeddings, jnp.asarray(where))
+    embeddings = decoder.apply(variables, ids, method="embed")
+    places = jnp.flatnonzero(ids[0] == IMAGE_TOKEN, size=len(tokens))
+    hidden, _ = decoder.apply(variables, embeddings.at[0, places].set(tokens), where)
     return hidden, decoder.apply(variables, hidden, method="logits")
 
 
@@ -224,7 +227,8 @@ def test_hidden_states_and_logits(tied, size):
         )
         theirs = model.model(**keys).last_hidden_state
         their_logits = model(**keys).logits
-    hidden, logits = our_hidden(params, text_config(tied), ids, where.numpy(), images)
+    tokens = encode({"params": params["visual"]}, images)[0]
+    hidden, logits = our_hidden(params, text_config(tied), ids, where.numpy(), tokens)
     assert_near(hidden, theirs, f"hidden states, {tied=}, {size}")
     assert_near(logits, their_logits, f"logits, {tied=}, {size}")
 
