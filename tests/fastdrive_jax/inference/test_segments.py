@@ -3,14 +3,16 @@
 import dataclasses
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_openvla import random_params
 
 from fastdrive_jax.inference.segments import decode_token, prefill
-from fastdrive_jax.models.decoder import Decoder
+from fastdrive_jax.models.decoder import Decoder, DecoderLayer, mrope_angles
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.live import live_sequence
 from fastdrive_jax.pruning import Pruner, PrunerInputs
@@ -35,20 +37,21 @@ VISUAL = max(layout.count("v") for layout in LAYOUTS)
 TEXT = max(layout.count("t") for layout in LAYOUTS)
 
 
-def init(key):
+def shapes(decoder):
     def whole(decoder, ids):
         hidden, _ = decoder(decoder.embed(ids), jnp.zeros((3, 1, 2), jnp.int32))
         return decoder.logits(hidden)
 
-    return DECODER.init(key, jnp.zeros((1, 2), jnp.int32), method=whole)["params"]
+    init = partial(decoder.init, method=whole)
+    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 @pytest.fixture(scope="module")
 def params():
-    drawn = init(jax.random.key(0))
     # Larger queries and keys: attention that differs from token to token.
     return jax.tree.map(
-        lambda leaf: 1.5 * leaf if leaf.ndim == 2 and leaf.shape[0] == 32 else leaf, drawn
+        lambda leaf: 1.5 * leaf if leaf.ndim == 2 and leaf.shape[0] == 32 else leaf,
+        jax.tree.map(np.asarray, random_params(shapes(DECODER))),
     )
 
 
@@ -63,7 +66,38 @@ def sequences(layouts=LAYOUTS):
     return hidden[rows], where[:, rows], is_visual, lengths, answer[rows]
 
 
-def masked(params, sequence, keeps, monkeypatch, observe=()):
+@jax.jit
+def all_seen_but(params, hidden, where, answer, visible):
+    """Logits after each token and each layer's attention [layer, B, H, N, N], with all tokens.
+
+    Args:
+        params: Of the decoder.
+        hidden: The prompt [B, LENGTH, D].
+        where: Its position ids.
+        answer: Tokens behind it.
+        visible: Which keys are in sight in each layer [layer, B, LENGTH + STEPS].
+    """
+    x = jnp.concatenate([hidden, DECODER.apply({"params": params}, answer, method="embed")], 1)
+    batch, whole = x.shape[:2]
+    after = jnp.broadcast_to(50 + jnp.arange(STEPS), (3, batch, STEPS))
+    ids = jnp.concatenate([where, after], axis=2)
+    weights = []
+
+    def explicit(query, key, value, causal=True, lengths=None):
+        mask = np.tril(np.ones((whole, whole), bool)) & visible[len(weights), :, None]
+        mask |= np.eye(whole, dtype=bool)  # so that no row is empty
+        key, value = (jnp.repeat(y, query.shape[2] // key.shape[2], axis=2) for y in (key, value))
+        scores = jnp.einsum("bnhd,bshd->bhns", query, key) / math.sqrt(query.shape[-1])
+        weights.append(jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1))
+        return jnp.einsum("bhns,bshd->bnhd", weights[-1], value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdrive_jax.models.decoder.attention", explicit)
+        x, _ = DECODER.apply({"params": params}, x, ids)
+    return DECODER.apply({"params": params}, x, method="logits"), jnp.stack(weights)
+
+
+def masked(params, sequence, keeps, observe=()):
     """Logits after each token, and observed attention, with all tokens in all layers.
 
     What was cut stays in the sequence; from its layer on no key of it is in sight.
@@ -73,67 +107,51 @@ def masked(params, sequence, keeps, monkeypatch, observe=()):
     """
     hidden, where, is_visual, lengths, answer = sequence
     batch, whole = len(hidden), LENGTH + STEPS
-    x = jnp.concatenate([hidden, DECODER.apply({"params": params}, answer, method="embed")], 1)
-    after = np.broadcast_to(50 + np.arange(STEPS), (3, batch, STEPS))
-    ids = jnp.concatenate([where, after], axis=2)
     place = np.arange(whole)
     # The answer stands behind the padding, which nothing sees.
     visible = (place < lengths[:, None]) | (place >= LENGTH)
     is_visual = np.pad(is_visual, ((0, 0), (0, STEPS)))
-    weights = []
-
-    def explicit(query, key, value, causal=True, lengths=None):
-        mask = np.tril(np.ones((whole, whole), bool)) & visible[:, None]
-        mask |= np.eye(whole, dtype=bool)  # so that no row is empty
-        key, value = (jnp.repeat(y, query.shape[2] // key.shape[2], axis=2) for y in (key, value))
-        scores = jnp.einsum("bnhd,bshd->bhns", query, key) / math.sqrt(query.shape[-1])
-        share = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
-        weights.append(np.asarray(share))
-        return jnp.einsum("bhns,bshd->bnhd", share, value)
-
-    found = []
+    in_sight = []
     for layer in range(CONFIG.num_layers):
         if layer in keeps:
             kept = np.zeros((batch, whole), bool)
             for sample, places in enumerate(keeps[layer]):
                 kept[sample, places] = True
-            visible &= kept | ~is_visual
-        with monkeypatch.context() as patch:
-            patch.setattr("fastdrive_jax.models.decoder.attention", explicit)
-            x, _ = DECODER.apply({"params": params}, x, ids, (layer, layer + 1), method="span")
-        if layer in observe:
-            found.append(np.zeros((batch, VISUAL)))
-            for sample, n in enumerate(lengths):
-                gave = weights[-1][sample][:, [n - 1, *range(LENGTH, whole)]].mean(axis=(0, 1))
-                seen = np.where(visible[sample], gave, 0)[is_visual[sample]]
-                found[-1][sample, : len(seen)] = seen
-    logits = DECODER.apply({"params": params}, x, method="finish")
+            visible = visible & (kept | ~is_visual)
+        in_sight.append(visible)
+    found = all_seen_but(params, hidden, where, answer, np.stack(in_sight))
+    logits, weights = map(np.asarray, found)
     rows = np.stack([[n - 1, *range(LENGTH, whole)] for n in lengths])
-    return np.asarray(logits)[np.arange(batch)[:, None], rows], sum(found) / max(len(found), 1)
+    observed = np.zeros((batch, VISUAL))
+    for layer in observe:
+        for sample in range(batch):
+            gave = weights[layer, sample][:, rows[sample]].mean(axis=(0, 1))
+            seen = np.where(in_sight[layer][sample], gave, 0)[is_visual[sample]]
+            observed[sample, : len(seen)] += seen / len(observe)
+    return logits[np.arange(batch)[:, None], rows], observed
+
+
+@partial(jax.jit, static_argnames=("pruner", "ratio", "observe", "steps"))
+def _run(params, hidden, where, is_visual, lengths, answer, pruner, ratio, observe, steps):
+    live = live_sequence(hidden, where, is_visual, lengths, VISUAL, TEXT)
+    given = PrunerInputs(live.hidden, count=live.count)
+    start = jnp.full(len(hidden), 50, jnp.int32)
+    read = prefill(DECODER, params, live, start, ROOM, pruner, None, ratio, given, None, observe)
+    if not steps:
+        return read.logits[:, None], read, read.action
+
+    def step(segments, ids):
+        logits, segments, row = decode_token(DECODER, params, ids, segments, observe, VISUAL)
+        return segments, (logits, row)
+
+    _, (logits, rows) = jax.lax.scan(step, read.segments, answer[:, :steps].T)
+    logits = jnp.concatenate([read.logits[None], logits]).swapaxes(0, 1)
+    action = None if rows is None else (read.action + rows.sum(axis=0)) / (steps + 1)
+    return logits, read, action
 
 
 def run(params, sequence, pruner=None, ratio=1.0, observe=(), steps=STEPS):
-    hidden, where, is_visual, lengths, answer = sequence
-
-    @jax.jit
-    def whole(params, hidden, where, is_visual, lengths, answer):
-        live = live_sequence(hidden, where, is_visual, lengths, VISUAL, TEXT)
-        given = PrunerInputs(live.hidden, count=live.count)
-        start = jnp.full(len(hidden), 50)
-        read = prefill(
-            DECODER, params, live, start, ROOM, pruner, None, ratio, given, None, observe
-        )
-        logits, segments, action = [read.logits], read.segments, read.action
-        for step in range(steps):
-            more, segments, row = decode_token(
-                DECODER, params, answer[:, step], segments, observe, VISUAL
-            )
-            logits.append(more)
-            action = None if action is None else action + row
-        action = None if action is None else action / (steps + 1)
-        return jnp.stack(logits, axis=1), read, action
-
-    return whole(params, *map(jnp.asarray, (hidden, where, is_visual, lengths, answer)))
+    return _run(params, *sequence, pruner=pruner, ratio=ratio, observe=observe, steps=steps)
 
 
 def kept_places(segment, is_visual):
@@ -155,21 +173,28 @@ def by(need, *layers, own_rows=False, budgets=None):
     return Pruner(name=need, score=score, needs=frozenset({need}), cuts=cuts)
 
 
-def test_without_a_method_it_is_the_model(params, monkeypatch):
+@jax.jit
+def of_the_model(params, hidden, where):
+    """Logits, and what each layer sowed."""
+    apply = partial(DECODER.apply, {"params": params})
+    (x, _), sown = apply(hidden, where, mutable=["intermediates"])
+    return apply(x, method="logits"), sown["intermediates"]
+
+
+def test_without_a_method_it_is_the_model(params):
     sequence = sequences()
     logits, read, _ = run(params, sequence)
-    np.testing.assert_allclose(logits, masked(params, sequence, {}, monkeypatch)[0], atol=1e-5)
+    np.testing.assert_allclose(logits, masked(params, sequence, {})[0], atol=1e-5)
     assert len(read.segments) == 1
     hidden, where, _, lengths, _ = sequence
-    x, _ = DECODER.apply({"params": params}, hidden, where)
-    last = DECODER.apply({"params": params}, x, method="logits")
+    last, _ = of_the_model(params, hidden, where)
     np.testing.assert_allclose(logits[:, 0], last[np.arange(BATCH), lengths - 1], atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("layers", "budgets"), [((1,), (5,)), ((2,), (1,)), ((1, 3), (7, 3)), ((1, 2, 3), (8, 8, 2))]
 )
-def test_what_was_cut_might_as_well_be_masked_out(params, monkeypatch, layers, budgets):
+def test_what_was_cut_might_as_well_be_masked_out(params, layers, budgets):
     sequence = sequences()
     method = by("last_row", *layers, budgets=lambda n, ratio: budgets)
     logits, read, action = run(params, sequence, method, 0.5, observe=(0, 2, 3))
@@ -182,12 +207,12 @@ def test_what_was_cut_might_as_well_be_masked_out(params, monkeypatch, layers, b
         text = sum(layout.count("t") for layout in LAYOUTS[:1])
         assert segment.caches[0].key.shape[1] == budget + TEXT + ROOM
         assert text <= TEXT
-    want, observed = masked(params, sequence, keeps, monkeypatch, observe=(0, 2, 3))
+    want, observed = masked(params, sequence, keeps, observe=(0, 2, 3))
     np.testing.assert_allclose(logits, want, atol=1e-5)
     np.testing.assert_allclose(action, observed, atol=1e-5)
 
 
-def test_tokens_cut_before_the_model_might_as_well_be_masked_out(params, monkeypatch):
+def test_tokens_cut_before_the_model_might_as_well_be_masked_out(params):
     def score(params, inputs, key):
         return inputs.tokens[..., 0]
 
@@ -195,22 +220,18 @@ def test_tokens_cut_before_the_model_might_as_well_be_masked_out(params, monkeyp
     logits, read, _ = run(params, sequence, Pruner(name="input", score=score), 0.4)
     assert [segment.layers for segment in read.segments] == [(0, 4)]
     keeps = {0: kept_places(read.segments[0], sequence[2])}
-    want, _ = masked(params, sequence, keeps, monkeypatch)
+    want, _ = masked(params, sequence, keeps)
     np.testing.assert_allclose(logits, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("own_rows", [False, True])
 @pytest.mark.parametrize("need", ["last_row", "text_rows", "received"])
-def test_tokens_are_kept_by_the_attention_that_was_asked_for(params, monkeypatch, need, own_rows):
+def test_tokens_are_kept_by_the_attention_that_was_asked_for(params, need, own_rows):
     sequence = sequences()
     hidden, where, is_visual, lengths, _ = sequence
     _, read, _ = run(params, sequence, by(need, 2, own_rows=own_rows), 0.4, steps=0)
     layer = 2 if own_rows else 1
-    x, _ = DECODER.apply({"params": params}, hidden, where, (0, layer), method="span")
-    _, sown = DECODER.apply(
-        {"params": params}, x, where, (layer, layer + 1), method="span", mutable=["intermediates"]
-    )
-    found = sown["intermediates"][f"layers_{layer}"]["self_attn"]
+    found = of_the_model(params, hidden, where)[1][f"layers_{layer}"]["self_attn"]
     query, key = (np.asarray(found[name][0], np.float64) for name in ("query", "key"))
     for sample, n in enumerate(lengths):
         keys = np.repeat(key[sample, :n], 2, axis=1)
@@ -251,7 +272,7 @@ def test_all_tokens_kept_is_the_unpruned_model(params):
     assert len(run(params, sequence, by("received", 2), 1.0, steps=0)[1].segments) == 1
 
 
-def test_renumbered_positions_count_on_from_what_is_left(params, monkeypatch):
+def test_renumbered_positions_count_on_from_what_is_left(params):
     sequence = sequences()
     method = dataclasses.replace(by("last_row", 2), renumber=True)
     _, read, _ = run(params, sequence, method, 0.4, steps=0)
@@ -298,16 +319,15 @@ def test_cuts_that_make_no_sense_are_refused(params):
 
 
 def test_no_array_of_pairs_is_compiled():
-    length = 2048
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    length, shallow = 2048, Decoder(dataclasses.replace(CONFIG, num_layers=2))
 
     def read(params, hidden, where, need):
         is_visual = jnp.arange(length)[None] < length - 8
         live = live_sequence(hidden, where, is_visual, jnp.array([length]), length - 8, 8)
-        return prefill(DECODER, params, live, jnp.array([9]), 2, by(need, 2), None, 0.25).logits
+        return prefill(shallow, params, live, jnp.array([9]), 2, by(need, 1), None, 0.25).logits
 
     inputs = (
-        shapes,
+        shapes(shallow),
         jax.ShapeDtypeStruct((1, length, 32), jnp.float32),
         jax.ShapeDtypeStruct((3, 1, length), jnp.int32),
     )
@@ -318,18 +338,34 @@ def test_no_array_of_pairs_is_compiled():
         assert max(math.prod(map(int, size.split(","))) for size in sizes) < 4 * length**2
 
 
+@jax.jit
+def see_each_other(params, x, ids):
+    """One layer of a whole sequence without a causal mask, and its attention [H, N, N]."""
+    layer = DecoderLayer(CONFIG, causal=False)
+    (x, _), sown = layer.apply(
+        {"params": params}, x, mrope_angles(CONFIG, ids), mutable=["intermediates"]
+    )
+    found = sown["intermediates"]["self_attn"]
+    query, key = (found[name][0][0] for name in ("query", "key"))
+    scores = jnp.einsum("nhd,shd->hns", query, jnp.repeat(key, 2, axis=1)) / math.sqrt(8)
+    return x, jax.nn.softmax(scores, axis=-1)
+
+
 def test_without_a_causal_mask_all_tokens_see_each_other(params):
     """Each sample by itself, without padding, its attention explicit, what leaves cut out."""
     both = Decoder(CONFIG, causal=False)
-    hidden, where, is_visual, lengths, _ = map(jnp.asarray, sequences())
-    live = live_sequence(hidden, where, is_visual, lengths, VISUAL, TEXT)
+    hidden, where, is_visual, lengths, _ = sequences()
     acting = (1, 3)
-    read = jax.jit(
-        lambda live: prefill(
-            both, params, live, lengths, 1, by("received", 2), None, 0.5,
-            PrunerInputs(live.hidden, count=live.count), observe=(1, 3), acting=acting,
-        )
-    )(live)  # fmt: skip
+
+    @jax.jit
+    def read_whole(params, hidden, where, is_visual, lengths):
+        live = live_sequence(hidden, where, is_visual, lengths, VISUAL, TEXT)
+        given = PrunerInputs(live.hidden, count=live.count)
+        return prefill(both, params, live, lengths, 1, by("received", 2), None, 0.5, given,
+                       observe=(1, 3), acting=acting)  # fmt: skip
+
+    read = jax.tree.map(np.asarray, read_whole(params, hidden, where, is_visual, lengths))
+    finish = jax.jit(lambda params, x: both.apply({"params": params}, x, method="finish"))
     for sample, length in enumerate(map(int, lengths)):
         x, ids = hidden[sample, None, :length], where[:, sample, None, :length]
         visual, rows = np.flatnonzero(is_visual[sample]), np.zeros((2, VISUAL))
@@ -340,12 +376,8 @@ def test_without_a_causal_mask_all_tokens_see_each_other(params):
                 seen = np.sort(np.argsort(-received, kind="stable")[: VISUAL // 2])
                 kept = np.sort([*visual[seen], *np.flatnonzero(~is_visual[sample, :length])])
                 x, ids, visual = x[:, kept], ids[:, :, kept], np.searchsorted(kept, visual[seen])
-            given, options = (x, ids, (layer, layer + 1)), {"mutable": ["intermediates"]}
-            (x, _), sown = both.apply({"params": params}, *given, method="span", **options)
-            found = sown["intermediates"][f"layers_{layer}"]["self_attn"]
-            query, key = (found[name][0][0] for name in ("query", "key"))
-            scores = jnp.einsum("nhd,shd->hns", query, jnp.repeat(key, 2, axis=1)) / math.sqrt(8)
-            shares[layer] = np.asarray(jax.nn.softmax(scores, axis=-1))
+            x, share = see_each_other(params[f"layers_{layer}"], x, ids)
+            x, shares[layer] = np.asarray(x), np.asarray(share)
             if layer in (1, 3):
                 last = shares[layer][:, [x.shape[1] - offset for offset in acting]]
                 rows[layer // 2, seen] = last.mean(axis=(0, 1))[visual]
@@ -353,5 +385,5 @@ def test_without_a_causal_mask_all_tokens_see_each_other(params):
         np.testing.assert_array_equal(segment.ids[sample, : segment.count[sample]], seen)
         np.testing.assert_allclose(read.live.hidden[sample, : x.shape[1]], x[0], atol=1e-4)
         np.testing.assert_allclose(read.action[sample], rows.mean(axis=0), atol=1e-6)
-        want = both.apply({"params": params}, x[:, -1:], method="finish")[0, 0]
+        want = finish(params, x[:, -1:])[0, 0]
         np.testing.assert_allclose(read.logits[sample], want, atol=1e-5)
