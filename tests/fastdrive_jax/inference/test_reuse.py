@@ -90,15 +90,17 @@ def run(params, method, ratio, hidden, where, is_visual, lengths, answer, memory
     """Logits after prompt and each answer token, and what was read."""
     live = live_sequence(hidden, where, is_visual, lengths, VISUAL, TEXT)
     given = PrunerInputs(live.hidden, count=live.count, state=memory)
-    start = jnp.full(len(hidden), 50)
+    start = jnp.full(len(hidden), 50, jnp.int32)
     reused = prefill(
         DECODER, params, live, start, ROOM, method, None, ratio, given, observe=OBSERVE
     )
-    logits, segments = [reused.read.logits], reused.read.segments
-    for step in range(answer.shape[1]):
-        more, segments, _ = decode_token(DECODER, params, answer[:, step], segments)
-        logits.append(more)
-    return jnp.stack(logits, axis=1), reused
+
+    def step(segments, ids):
+        logits, segments, _ = decode_token(DECODER, params, ids, segments)
+        return segments, logits
+
+    _, logits = jax.lax.scan(step, reused.read.segments, answer.T)
+    return jnp.concatenate([reused.read.logits[None], logits]).swapaxes(0, 1), reused
 
 
 def empty(method, ratio, rows):
@@ -112,8 +114,8 @@ def drive(params, method, ratio, data, rows=range(BATCH)):
     hidden, answers, ranks = data
     caches, found = empty(method, ratio, rows), []
     for frame in range(FRAMES):
-        new = jnp.isin(rows, jnp.array(FRESH[frame], int))
-        caches = reset_state(caches, empty(method, ratio, rows), new)
+        new = np.isin(rows, np.array(FRESH[frame], int))
+        caches = jax.jit(reset_state)(caches, empty(method, ratio, rows), new)
         logits, reused = run(
             params,
             method,
@@ -154,6 +156,11 @@ def reference_layer(params, layer, x, ids, seen, computed, held):
     return x, *found[0]
 
 
+@jax.jit
+def finish(params, x):
+    return DECODER.apply({"params": params}, x, method="finish")
+
+
 def reference(params, data, frame, plan=(), held=None):
     """One frame by whole sequences. Samples that begin a drive compute all.
 
@@ -166,10 +173,10 @@ def reference(params, data, frame, plan=(), held=None):
     """
     hidden, answers, ranks = (part[frame] for part in data)
     whole = LENGTH + STEPS
-    embedded = DECODER.apply({"params": params}, answers, method="embed")
-    x = jnp.concatenate([hidden, embedded], axis=1)
+    embedded = np.asarray(params["embed_tokens"]["embedding"])[answers]
+    x = np.concatenate([hidden, embedded], axis=1)
     after = np.broadcast_to(50 + np.arange(STEPS), (3, BATCH, STEPS))
-    ids = jnp.concatenate([WHERE, after], axis=2)
+    ids = np.concatenate([WHERE, after], axis=2)
     place = np.arange(whole)
     # The answer stands behind the padding, which nothing sees.
     visible = (place < LENGTHS[:, None]) | (place >= LENGTH)
@@ -189,7 +196,7 @@ def reference(params, data, frame, plan=(), held=None):
         x, both, share = reference_layer(params, layer, x, ids, seen, computed.copy(), before)
         filled.append(both)
         weights.append(np.asarray(share))
-    logits = DECODER.apply({"params": params}, x, method="finish")
+    logits = finish(params, x)
     rows = np.stack([[n - 1, *range(LENGTH, whole)] for n in LENGTHS])
     return np.asarray(logits)[np.arange(BATCH)[:, None], rows], filled, weights
 
