@@ -166,6 +166,12 @@ def test_logits_of_a_padded_batch(theirs, variables, spare):
         assert error <= TOLERANCE
 
 
+def answers(variables, config):
+    """Of all samples in one batch, and their lengths."""
+    run, batch = jax.jit(answer_batch, static_argnums=(0, 4)), collate(samples(), CONFIG)
+    return [np.asarray(x) for x in run(QwenVL(CONFIG), variables, batch, jax.random.key(0), config)]
+
+
 def test_greedy_answers(theirs, variables):
     import torch
 
@@ -174,28 +180,23 @@ def test_greedy_answers(theirs, variables):
         expected = theirs.generate(
             **torch_inputs(samples(), left=True), max_new_tokens=32, do_sample=False
         )[:, batch.ids.shape[1] :].numpy()
-    run = jax.jit(answer_batch, static_argnums=(0, 4))
-    answer, lengths = run(QwenVL(CONFIG), variables, batch, jax.random.key(0), GREEDY)
+    answer, lengths = answers(variables, GREEDY)
     np.testing.assert_array_equal(answer[:, : expected.shape[1]], expected)
-    assert len(set(np.asarray(answer).ravel().tolist())) > 5
+    assert len(set(answer.ravel().tolist())) > 5
     print("lengths", lengths)
 
 
 def test_greedy_answers_under_a_repetition_penalty(theirs, variables):
-    """Sample by sample: transformers counts the padding of a batch as said."""
-    run = jax.jit(answer_batch, static_argnums=(0, 4))
+    """Theirs sample by sample: transformers counts the padding of a batch as said."""
     config = SamplingConfig(max_new_tokens=32, repetition_penalty=1.3)
-    changed = 0
-    for sample in samples():
+    answer, lengths = answers(variables, config)
+    changed = (answers(variables, GREEDY)[0] != answer).any()
+    for sample, row, length in zip(samples(), answer, lengths, strict=True):
         given = torch_inputs([sample], left=True)
         expected = theirs.generate(
             **given, max_new_tokens=32, do_sample=False, repetition_penalty=1.3
         )[0, given["input_ids"].shape[1] :].tolist()
-        batch = collate([sample], CONFIG)
-        answer, lengths = run(QwenVL(CONFIG), variables, batch, jax.random.key(0), config)
-        assert np.asarray(answer)[0, : lengths[0]].tolist() == expected
-        plain, _ = run(QwenVL(CONFIG), variables, batch, jax.random.key(0), GREEDY)
-        changed += np.asarray(plain)[0].tolist() != np.asarray(answer)[0].tolist()
+        assert row[:length].tolist() == expected
     assert changed  # the penalty does something
 
 
