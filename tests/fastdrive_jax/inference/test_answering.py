@@ -60,20 +60,31 @@ def test_a_method_sees_each_tokens_pixels(params):
     np.testing.assert_array_equal(seen[0], want)
 
 
-def run(pruner, ratio, params, samples, sampling=SAMPLING, pruner_params=None, foreground=None):
+def run(pruner, ratio, params, samples, sampling=SAMPLING, own=None, foreground=None, length=None):
     call = jax.jit(functools.partial(answer_pruned, MODEL, pruner, ratio, GRID, sampling))
-    both = {"vla": params, "pruner": pruner_params}
-    return call(both, collate(samples, CONFIG), jax.random.key(0), foreground)
+    both = {"vla": params, "pruner": own}
+    return call(both, collate(samples, CONFIG, length), jax.random.key(0), foreground)
 
 
 def test_all_tokens_answer_as_the_unpruned_model(params, samples):
     batch = collate(samples, CONFIG)
-    whole = answer_batch(MODEL, {"params": params}, batch, jax.random.key(0), SAMPLING)
+    program = jax.jit(answer_batch, static_argnums=(0, 4))
+    whole = program(MODEL, {"params": params}, batch, jax.random.key(0), SAMPLING)
     for name in ("uniform", "fastv"):
         found = run(make_pruner(name), 1.0, params, samples)
         np.testing.assert_array_equal(found.ids, whole[0])
         np.testing.assert_array_equal(found.lengths, whole[1])
         np.testing.assert_array_equal(found.keep_indices[0], np.arange(24))
+
+
+@jax.jit
+def read_alone(params, batch, stays):
+    """The model's own prefill of one sample's tokens at some places."""
+    apply = functools.partial(MODEL.apply, {"params": params})
+    tokens = apply(batch.rows, batch.layout, method="encode")
+    hidden = apply(batch.ids, batch.visual, tokens, method="embed")[:, stays]
+    where, length = batch.positions[:, :, stays], jnp.full(1, len(stays), jnp.int32)
+    return apply(hidden, where, length, 5, method="prefill")
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -86,13 +97,10 @@ def test_kept_tokens_answer_as_a_prompt_that_never_held_the_others(params, sampl
     for number, sample in enumerate(samples):
         batch = collate([sample], CONFIG)
         variables = {"params": params}
-        tokens = MODEL.apply(variables, batch.rows, batch.layout, method="encode")
-        hidden = MODEL.apply(variables, batch.ids, batch.visual, tokens, method="embed")
         stays = (batch.visual[0] < 0) | np.isin(batch.visual[0], chosen)
-        hidden, where = hidden[:, stays], batch.positions[:, :, stays]
-        length = np.array([stays.sum()], np.int32)
-        logits, caches = MODEL.apply(variables, hidden, where, length, 5, method="prefill")
-        seen = jnp.zeros((1, logits.shape[1]), bool).at[0, batch.ids[0]].set(True)
+        logits, caches = read_alone(params, batch, np.flatnonzero(stays))
+        seen = np.zeros((1, logits.shape[1]), bool)
+        seen[0, batch.ids[0]] = True
         answer = decode_text(
             MODEL, variables, logits, caches, batch.next_position, jax.random.key(0), sampling, seen
         )
@@ -140,18 +148,24 @@ def test_a_pruner_with_positions_sees_those_that_it_was_trained_with(params):
     config = ReconPrunerConfig(layer=CONFIG.text, rope=True)
     pruner, rng = make_pruner("reconpruner", config=config), np.random.default_rng(3)
     tokens = np.zeros((1, 8, CONFIG.text.hidden_size), np.float32)
-    own = ReconPruner(config).init(jax.random.key(5), tokens, np.zeros((3, 1, 8), np.int32))
+    init = jax.jit(ReconPruner(config).init)
+    own = init(jax.random.key(5), tokens, np.zeros((3, 1, 8), np.int32))
     rows, grids = process_pictures([rng.integers(0, 256, (56, 112, 3), np.uint8)] * 2)
     marks = [CONFIG.vision_start_token_id, CONFIG.image_token_id, CONFIG.vision_end_token_id]
     kept = [
         run(pruner, 0.4, params, [Sample([*[50] * before, *marks * 2, 60], rows, grids)],
-            pruner_params=own["params"]).keep_indices
+            own=own["params"], length=180).keep_indices
         for before in (1, 150)
     ]  # fmt: skip
     np.testing.assert_array_equal(*kept)
     batch = collate([Sample([*marks, 60], rows[:1], grids[:1])], CONFIG)
-    seen = MODEL.apply({"params": params}, batch.rows, batch.layout, method="encode")
-    scores = pruner.score(own["params"], layout_inputs(seen, GRID), None)
+
+    @jax.jit
+    def score(params, own, batch):
+        seen = MODEL.apply({"params": params}, batch.rows, batch.layout, method="encode")
+        return pruner.score(own, layout_inputs(seen, GRID), None)
+
+    scores = score(params, own["params"], batch)
     # Both pictures are the same, so the best of one are the best of both.
     best = np.sort(np.argsort(-np.asarray(scores[0]))[:3])
     np.testing.assert_array_equal(kept[0][0], [*best, *best + 8])
