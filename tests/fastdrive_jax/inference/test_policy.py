@@ -32,14 +32,37 @@ def policy_of(config, pruner, keep_ratio) -> DrivingPolicy:
     )
 
 
+@partial(jax.jit, static_argnames=("module", "method"))
+def applied(module, params, *given, method=None):
+    return module.apply({"params": params}, *given, method=method)
+
+
 def encode(config, params, images) -> np.ndarray:
-    model, variables = DrivingVLA(config), {"params": params["vla"]}
-    return np.asarray(jax.jit(lambda x: model.apply(variables, x, method="encode"))(images))
+    return np.asarray(applied(DrivingVLA(config), params["vla"], images, method="encode"))
 
 
 def pruner_scores_of(params, pruner, tokens) -> np.ndarray:
-    module, variables = ReconPruner(pruner), {"params": params["pruner"]}
-    return np.asarray(jax.jit(lambda x: module.apply(variables, x))(tokens))
+    return np.asarray(applied(ReconPruner(pruner), params["pruner"], tokens))
+
+
+@partial(jax.jit, static_argnames=("model", "renumber"))
+def whole_sequence(model, params, tokens, where, ids, renumber=False):
+    """Hidden states before the model and logits behind it, all in one pass.
+
+    Args:
+        model: The VLA.
+        params: Its parameters.
+        tokens: Visual tokens.
+        where: Their position ids.
+        ids: Text behind them.
+        renumber: Whether all positions are 0, 1, 2 and so on.
+    """
+    apply = partial(model.apply, {"params": params})
+    hidden, places = apply(tokens, where, ids, method="sequence")
+    if renumber:
+        places = jnp.broadcast_to(jnp.arange(hidden.shape[1]), places.shape)
+    whole = apply(hidden, places, method=lambda vla, *x: vla.language_model(*x)[0])
+    return hidden, apply(whole, method=lambda vla, x: vla.language_model.logits(x))
 
 
 def test_the_best_tokens_are_kept_in_raster_order(one_camera, small_pruner):
@@ -136,11 +159,15 @@ def test_repeated_calls_compile_once(one_camera, small_pruner):
 def test_two_cameras_share_one_budget(two_cameras, small_pruner):
     config, params = two_cameras
     policy = policy_of(config, small_pruner, 0.5)
-    tokens = jax.random.normal(jax.random.key(1), (4, 2 * N, 32))
+    tokens = np.random.default_rng(1).normal(size=(4, 2 * N, 32)).astype(np.float32)
     halves = tokens[:, :N], tokens[:, N:]
     alone = [pruner_scores_of(params, small_pruner, half) for half in halves]
-    given = driving_inputs(config, tokens)
-    kept = np.asarray(keep_before(policy.pruner, params["pruner"], given, 0.5).indices)
+
+    @jax.jit
+    def before(params, tokens):
+        return keep_before(policy.pruner, params, driving_inputs(config, tokens), 0.5).indices
+
+    kept = np.asarray(before(params["pruner"], tokens))
     assert kept.shape == (4, N)
     best = np.argsort(-np.concatenate(alone, axis=1), axis=1)[:, :N]
     np.testing.assert_array_equal(kept, np.sort(best, axis=1))
@@ -176,18 +203,16 @@ def test_without_a_picture_it_plans_from_the_prompt(one_camera):
     config, params = one_camera
     model, variables = DrivingVLA(config), {"params": params["vla"]}
     prompt = config.vocabulary.prompt(jnp.array([1.0, 9.0]), jnp.array([0, 2]))
-    tokens, where = jnp.zeros((2, 0, 32)), jnp.zeros((3, 2, 0), jnp.int32)
+    tokens, where = np.zeros((2, 0, 32), np.float32), np.zeros((3, 2, 0), np.int32)
     prefilled = jax.jit(lambda t, w: prefill(model, variables, t, w, prompt))(tokens, where)
-    hidden, ids = model.apply(variables, tokens, where, prompt, method="sequence")
+    hidden, logits = whole_sequence(model, params["vla"], tokens, where, prompt)
     assert hidden.shape == (2, 6, 32)
-    whole = model.apply(variables, hidden, ids, method=lambda vla, *x: vla.language_model(*x))[0]
-    logits = model.apply(variables, whole, method=lambda vla, x: vla.language_model.logits(x))
     np.testing.assert_allclose(prefilled.logits, logits[:, -1], atol=1e-5)
 
 
 def test_positions_are_given_out_anew_to_what_such_a_method_leaves(one_camera):
     config, params = one_camera
-    model, variables = DrivingVLA(config), {"params": params["vla"]}
+    model = DrivingVLA(config)
     method = dataclasses.replace(make_pruner("divprune"), renumber=True)
     images, speed, command = inputs(2)
     given = {"vla": params["vla"], "pruner": None}
@@ -200,14 +225,11 @@ def test_positions_are_given_out_anew_to_what_such_a_method_leaves(one_camera):
     vocabulary = config.vocabulary
     plan_ids = vocabulary.encode(planned.waypoints)
     ids = jnp.concatenate([vocabulary.prompt(speed, command), plan_ids[:, :-1]], axis=1)
-    hidden, _ = model.apply(variables, tokens, jnp.zeros((3, 2, 5), int), ids, method="sequence")
-    where = jnp.broadcast_to(jnp.arange(hidden.shape[1]), (3, *hidden.shape[:2]))
-    whole = model.apply(variables, hidden, where, method=lambda vla, *x: vla.language_model(*x)[0])
-    logits = model.apply(
-        variables, whole[:, -12:], method=lambda vla, x: vla.language_model.logits(x)
-    )
+    none = np.zeros((3, 2, 5), np.int32)
+    _, logits = whole_sequence(model, params["vla"], tokens, none, ids, renumber=True)
+    logits = np.asarray(logits)[:, -12:]
     first = vocabulary.first_displacement
-    want = first + jnp.argmax(logits[..., first : first + vocabulary.displacement_bins], axis=-1)
+    want = first + np.argmax(logits[..., first : first + vocabulary.displacement_bins], axis=-1)
     np.testing.assert_array_equal(plan_ids, want)
 
 
