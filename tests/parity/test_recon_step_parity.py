@@ -58,6 +58,7 @@ def drawn_batch() -> dict[str, np.ndarray]:
 PRIOR = np.random.default_rng(1).random((2, 6), np.float32)
 
 
+@functools.cache
 def drawn_params(config: ReconConfig):
     """Every parameter random, norms and biases too."""
     params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
