@@ -139,6 +139,7 @@ def inputs() -> dict[str, np.ndarray]:
     }
 
 
+@functools.cache
 def reference_prefix():
     """Embeddings [B, n, D] and which of them are real."""
     import torch
