@@ -65,14 +65,26 @@ def pixels_of(height: int, width: int, batch: int = 1) -> np.ndarray:
     return np.random.default_rng(height).normal(size=(batch, height, width, 3)).astype(np.float32)
 
 
-@needs_weights
-@pytest.mark.parametrize("size", [(224, 392), (364, 476), (518, 518)])
-def test_pretrained_tokens_equal_transformers(size):
+@pytest.fixture(scope="module")
+def pretrained():
+    """Our model and its parameters."""
+    return load_dinov2()
+
+
+@pytest.fixture(scope="module")
+def peer(pretrained):
+    """transformers' model with the same weights."""
     from fastdrive_jax.models.dinov2.onnx_file import read_onnx_encoder
 
-    peer = torch_model(load_dinov2()[0].config)
-    load_into(peer, canonical_names(read_onnx_encoder(packaged_file())))
-    model, params = load_dinov2()
+    model = torch_model(pretrained[0].config)
+    load_into(model, canonical_names(read_onnx_encoder(packaged_file())))
+    return model
+
+
+@needs_weights
+@pytest.mark.parametrize("size", [(224, 392), (364, 476), (518, 518)])
+def test_pretrained_tokens_equal_transformers(pretrained, peer, size):
+    model, params = pretrained
     pixels = pixels_of(*size)
     ours = jax.jit(model.apply)({"params": params}, pixels)
     theirs = torch_tokens(peer, pixels)
@@ -94,12 +106,12 @@ def test_random_tiny_model_equals_transformers_with_its_own_state_dict(size):
     assert config_of(tensors) == config
     params = params_from_tensors(tensors, config)
     pixels = pixels_of(*size, batch=2)
-    ours = ViT(config).apply({"params": params}, pixels)
+    ours = jax.jit(ViT(config).apply)({"params": params}, pixels)
     np.testing.assert_allclose(np.asarray(ours), torch_tokens(peer, pixels), atol=2e-5)
 
 
 @needs_weights
-def test_onnx_weights_reproduce_the_file_under_onnxruntime(tmp_path):
+def test_onnx_weights_reproduce_the_file_under_onnxruntime(pretrained, tmp_path):
     ort = pytest.importorskip("onnxruntime")
     import onnx
 
@@ -114,7 +126,7 @@ def test_onnx_weights_reproduce_the_file_under_onnxruntime(tmp_path):
     (theirs,) = session.run(
         [norm[0].output[0]], {"input_image": pixels.transpose(0, 3, 1, 2).copy()}
     )
-    model, params = load_dinov2()
+    model, params = pretrained
     ours = jax.jit(model.apply)({"params": params}, pixels)
     assert theirs.shape == ours.shape == (1, 257, 384)
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4
