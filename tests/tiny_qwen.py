@@ -14,10 +14,13 @@ ASKED = PrunedQwen(CONFIG, PRUNER, 0.4, 2, (56, 112), 12, SamplingConfig(5), "fl
 PROMPTS = ([40, IMAGE, IMAGE, 41, 42], [50, IMAGE, 51, 52, IMAGE, 53, 54, 55, 56])
 
 
+init = jax.jit(ReconPruner(PRUNER).init)
+
+
 def pruned_params() -> dict:
     """Random {"vla": ..., "pruner": ...}."""
     tokens = np.zeros((1, 4, CONFIG.text.hidden_size), np.float32)
-    pruner = ReconPruner(PRUNER).init(jax.random.key(0), tokens)["params"]
+    pruner = init(jax.random.key(0), tokens)["params"]
     return {"vla": random_params(), "pruner": pruner}
 
 
