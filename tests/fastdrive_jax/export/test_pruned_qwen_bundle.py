@@ -162,15 +162,16 @@ def test_eight_bits_answer_as_the_rounded_kernels_do(params, checkpoint, given, 
     again, bits, tensors = read_quantized_qwen(folder, "orbax")
     assert (again, bits) == (asked, EightBits())
     have = jax.jit(quantized_answer(again, bits))(tensors, *given)
-    flat, rounded = flatten_dict(cast, sep="/"), 0
+    tensors = jax.tree.map(np.asarray, tensors)
+    flat, rounded = jax.tree.map(np.asarray, flatten_dict(cast, sep="/")), 0
     for name, kernel in flat.items():
         if f"{name}/qvalue" not in tensors:
             np.testing.assert_array_equal(tensors[name], kernel)
             continue
         rounded += 1
         assert tensors[f"{name}/qvalue"].dtype == jnp.int8
-        scale = tensors[f"{name}/scale"]
-        flat[name] = (tensors[f"{name}/qvalue"] * scale).astype(dtype)
+        scale = tensors[f"{name}/scale"].astype(np.float32)
+        flat[name] = (tensors[f"{name}/qvalue"] * scale).astype(kernel.dtype)
         far = np.abs(flat[name].astype(np.float32) - np.asarray(kernel, np.float32))
         assert far.max() < 0.6 * float(scale.max()) + 0.01 * float(np.abs(kernel).max())
     # Every product with a kernel but the patch embedding's, the head's and the table's.
