@@ -94,6 +94,9 @@ def act(params, tokens, given, views=None, observe=(), steps=STEPS, model=MODEL,
     return sampled, prefilled
 
 
+embed_time = jax.jit(time_embedding, static_argnums=1)
+
+
 def joint(params, hidden, kept, state, noisy, time):
     """One sample: the velocity [H, A], and each layer's attention from actions to the prefix.
 
@@ -123,7 +126,7 @@ def joint(params, hidden, kept, state, noisy, time):
         low, high = x[..., :4], x[..., 4:]
         return np.concatenate([low * cos - high * sin, high * cos + low * sin], -1)
 
-    moment = np.asarray(time_embedding(jnp.asarray([time]), 16), np.float64)
+    moment = np.asarray(embed_time(np.array([time], np.float32), 16), np.float64)
     mixed = dense(noisy, expert["action_in_proj"])
     mixed = np.concatenate([mixed, np.repeat(moment, len(mixed), 0)], -1)
     mixed = dense(mixed, expert["action_time_mlp_in"])
@@ -171,7 +174,8 @@ def live_prompt(params, tokens, given, views):
 
 def joint_velocities(params, tokens, given, noisy, time, views=None, parts=()):
     """`joint` of each sample of a batch; what was cut stays in the sequence, out of sight."""
-    live = live_prompt(params, tokens, given, views)
+    live = jax.device_get(live_prompt(params, tokens, given, views))
+    given = jax.device_get(given)
     found, rows = [], np.zeros((len(ALL), len(tokens), N))
     for sample, length in enumerate(live.length.tolist()):
         count = int(live.count[sample])
@@ -179,7 +183,7 @@ def joint_velocities(params, tokens, given, noisy, time, views=None, parts=()):
         for segment in parts:
             ids = np.asarray(segment.ids[sample, : int(segment.count[sample])])
             kept[slice(*segment.layers), :count] = np.isin(np.arange(count), ids)
-        hidden, state = live.hidden[sample, :length], np.asarray(given["state"][sample])
+        hidden, state = live.hidden[sample, :length], given["state"][sample]
         velocity, seen = joint(
             params, hidden, kept, state, np.asarray(noisy[sample]), float(time[sample])
         )
@@ -281,9 +285,9 @@ def test_vla_pruner_remembers_what_the_actions_looked_at():
 
 def test_half_precision_decoders_give_float32_actions():
     given, (params, tokens) = inputs(), drawn()
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    half = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), params)
     run = jax.jit(lambda *given: act(*given, model=Pi0(CONFIG, jnp.bfloat16), steps=1))
-    sampled, prefilled = run(half, tokens.astype(jnp.bfloat16), given)
+    sampled, prefilled = run(half, np.asarray(tokens).astype(jnp.bfloat16), given)
     assert prefilled.segments[0].caches[0].key.dtype == jnp.bfloat16
     assert sampled.actions.dtype == jnp.float32
     assert sampled.attention is None
