@@ -1,5 +1,6 @@
 """The PyTorch module of an exported pruner scores as ours does."""
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -42,6 +43,7 @@ CASES = {
 GRID = (6, 8)
 
 
+@functools.cache
 def drawn(config: ReconPrunerConfig, tokens: int = GRID[0] * GRID[1], seed: int = 0):
     """Params, none of their vectors at its initial zeros or ones, tokens and ids."""
     keys = iter(jax.random.split(jax.random.key(seed), 64))
