@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import AHEAD
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.training import checkpoints as module
@@ -20,7 +21,7 @@ HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def data():
-    return iter(grain.MapDataset.range(1000).repeat().batch(4).to_iter_dataset())
+    return iter(grain.MapDataset.range(1000).repeat().batch(4).to_iter_dataset(AHEAD))
 
 
 def init(size=300):

@@ -18,6 +18,9 @@ from fastdrive_jax.training.loop import fit
 from fastdrive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fastdrive_jax.training.state import init_train_state, make_train_step
 
+# By default Grain reads 500 batches, of which a run here uses a few.
+AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+
 
 @dataclasses.dataclass(frozen=True)
 class TinyConfig:
@@ -38,7 +41,7 @@ def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 def make_batches(config: TinyConfig) -> grain.DatasetIterator:
     data = grain.MapDataset.range(64).seed(config.seed).shuffle().repeat().random_map(example)
-    return iter(data.batch(config.batch).to_iter_dataset())
+    return iter(data.batch(config.batch).to_iter_dataset(AHEAD))
 
 
 def loss_fn(params, batch, key):
