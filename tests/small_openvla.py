@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -36,7 +35,7 @@ def random_params(shapes, seed=0):
 
     def drawn(leaf):
         values = rng.normal(size=leaf.shape) / (leaf.shape[0] ** 0.5 if leaf.ndim > 1 else 5)
-        return jnp.asarray(values + (leaf.ndim == 1), jnp.float32)
+        return jax.device_put((values + (leaf.ndim == 1)).astype(np.float32))
 
     return jax.tree.map(drawn, shapes)
 

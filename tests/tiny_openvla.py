@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fastdrive_jax.models.decoder_config import DecoderConfig
@@ -54,7 +53,8 @@ def random_params(config: OpenVLAConfig, seed: int = 0) -> dict:
     """Parameters of which none is 0 or 1."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32), abstract_params(config)
+        lambda x: jax.device_put(rng.normal(0, 0.2, x.shape).astype(np.float32)),
+        abstract_params(config),
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from small_openvla import random_params
 
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
@@ -60,7 +61,14 @@ def batch(size=8):
 @functools.cache
 def encoder_params():
     shape = jnp.zeros((1, *batch()["image"].shape[1:]), jnp.uint8)
-    return VisionEncoder(ENCODER).init(jax.random.key(1), shape)["params"]
+    shapes = jax.eval_shape(VisionEncoder(ENCODER).init, jax.random.key(1), shape)
+    return random_params(shapes["params"], seed=1)
+
+
+@functools.cache
+def params(config=CONFIG):
+    init = functools.partial(init_params, config)
+    return random_params(jax.eval_shape(init, jax.random.key(0)))
 
 
 def loss_of(config=CONFIG, dtype=jnp.float32):
@@ -68,40 +76,46 @@ def loss_of(config=CONFIG, dtype=jnp.float32):
     return functools.partial(picture_loss, config=config, encode=encode, dtype=dtype)
 
 
+@functools.cache
+def step_of(config=CONFIG, dtype=jnp.float32):
+    """`((loss, metrics), (gradient, the frozen encoder's))`."""
+    return jax.jit(jax.value_and_grad(loss_of(config, dtype), argnums=(0, 3), has_aux=True))
+
+
+@functools.cache
+def usual():
+    return step_of()(params(), batch(), jax.random.key(2), {"encoder": encoder_params()})
+
+
 def test_it_is_the_loss_of_the_encoders_tokens():
-    params, key = init_params(CONFIG, jax.random.key(0)), jax.random.key(2)
-    tokens = encode_pictures(encoder_params(), batch()["image"], ENCODER, jnp.float32)
-    expected, _ = recon_loss(params, {**batch(), "tokens": tokens}, key, config=CONFIG)
-    found, metrics = loss_of()(params, batch(), key, {"encoder": encoder_params()})
+    @jax.jit
+    def by_tokens(params, encoder, batch, key):
+        tokens = encode_pictures(encoder, batch["image"], ENCODER, jnp.float32)
+        return recon_loss(params, {**batch, "tokens": tokens}, key, config=CONFIG)
+
+    expected, _ = by_tokens(params(), encoder_params(), batch(), jax.random.key(2))
+    (found, metrics), _ = usual()
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert 0 < metrics["kept"] < 1
 
 
 def test_the_encoder_gets_no_gradient():
-    params, key = init_params(CONFIG, jax.random.key(0)), jax.random.key(2)
-
-    def loss(frozen):
-        return loss_of()(params, batch(), key, frozen)[0]
-
-    grads = jax.grad(loss)({"encoder": encoder_params()})
+    _, (_, grads) = usual()
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
 
 
 def test_bfloat16_arithmetic_with_float32_parameters():
-    params, key = init_params(CONFIG, jax.random.key(0)), jax.random.key(2)
-    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), encoder_params())
-    step = jax.jit(jax.value_and_grad(loss_of(dtype=jnp.bfloat16), has_aux=True))
-    (found, _), grads = step(params, batch(), key, {"encoder": small})
-    (expected, _), full = jax.jit(jax.value_and_grad(loss_of(), has_aux=True))(
-        params, batch(), key, {"encoder": encoder_params()}
-    )
+    small = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), encoder_params())
+    given = params(), batch(), jax.random.key(2), {"encoder": small}
+    (found, _), (grads, _) = step_of(dtype=jnp.bfloat16)(*given)
+    (expected, _), (full, _) = usual()
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(found, expected, rtol=0.02)
-    one, two = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (grads, full))
-    cosine = jnp.vdot(one, two) / jnp.linalg.norm(one) / jnp.linalg.norm(two)
+    one, two = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (grads, full))
+    cosine = np.vdot(one, two) / np.linalg.norm(one) / np.linalg.norm(two)
     print(f"loss {found:.5f} and {expected:.5f}, cosine of the gradients {cosine:.4f}")
     assert cosine > 0.95
-    text = jax.jit(loss_of(dtype=jnp.bfloat16)).lower(params, batch(), key, {"encoder": small})
+    text = jax.jit(loss_of(dtype=jnp.bfloat16)).lower(*given)
     products = [line for line in text.as_text().splitlines() if "dot_general" in line]
     # All but the SSIM's windows, whose variances are small differences of large moments, and the
     # scores of the blockwise attention, which a CPU computes in float32 as quickly.
@@ -111,17 +125,11 @@ def test_bfloat16_arithmetic_with_float32_parameters():
 
 @pytest.mark.parametrize("remat", ["dots", "layer"])
 def test_remat_changes_no_gradient_and_saves_memory(remat):
-    params, key = init_params(CONFIG, jax.random.key(0)), jax.random.key(2)
-    frozen = {"encoder": encoder_params()}
-
-    def grads(config):
-        return jax.jit(jax.grad(loss_of(config), has_aux=True))
-
-    plain = grads(CONFIG)
-    again = grads(dataclasses.replace(CONFIG, remat=remat))
-    expected, found = (run(params, batch(), key, frozen)[0] for run in (plain, again))
+    given = params(), batch(), jax.random.key(2), {"encoder": encoder_params()}
+    again = step_of(dataclasses.replace(CONFIG, remat=remat))
+    (_, (expected, _)), (_, (found, _)) = usual(), again(*given)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), found, expected)
-    text = again.lower(params, batch(), key, frozen).as_text()
+    text = again.lower(*given).as_text()
     assert "optimization_barrier" in text  # what jax.checkpoint leaves in the program
 
 
@@ -137,13 +145,12 @@ def test_every_gradient_is_that_of_one_device():
 
     def grads(*shape):
         mesh = make_mesh(*shape)
-        params = init_params(config, jax.random.key(0))
-        frozen = {"encoder": encoder_params()}
-        params, frozen = (jax.device_put(x, tree_shardings(x, mesh)) for x in (params, frozen))
+        trees = jax.device_get((params(config), {"encoder": encoder_params()}))
+        trained, frozen = (jax.device_put(x, tree_shardings(x, mesh)) for x in trees)
         given = jax.device_put(small, batch_sharding(mesh))
         with jax.set_mesh(mesh):
             run = jax.jit(jax.grad(loss_of(config), has_aux=True))
-            found, _ = run(params, given, jax.random.key(2), frozen)
+            found, _ = run(trained, given, jax.random.key(2), frozen)
         return traverse_util.flatten_dict(jax.device_get(found), sep="/")
 
     expected, found = grads(1, 1, 1), grads(2, 2, 2)
