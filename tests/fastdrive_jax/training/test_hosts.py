@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hosts_run
 import numpy as np
 import pytest
 
@@ -35,7 +36,7 @@ def stopped(tmp_path_factory):
     both = [start(folder, "--watch", "--host", port, number) for number in range(2)]
     try:
         for line in both[1].stdout:
-            if line.startswith("log 5"):
+            if line.startswith("log 20"):
                 break
         both[1].terminate()
         outs = [process.communicate(timeout=120) for process in both]
@@ -45,27 +46,43 @@ def stopped(tmp_path_factory):
     return folder, [(process.returncode, *out) for process, out in zip(both, outs, strict=True)]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The records of a run that one process, this one, began and ended."""
+    folder = tmp_path_factory.mktemp("alone")
+    hosts_run.main(folder, STEPS, watched=True)
+    return read_log(folder / "metrics.jsonl")
+
+
+def losses(records):
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
 def test_both_save_the_same_step_though_one_got_the_signal(stopped):
     folder, ends = stopped
     assert [code for code, _, _ in ends] == [128 + signal.SIGTERM] * 2, ends
     saved = max(int(path.name) for path in (folder / "checkpoints").iterdir())
-    assert 5 <= saved < STEPS
+    assert 20 <= saved < STEPS
     assert f"SIGTERM: saved step {saved} in" in ends[0][2]
     assert "saved step" not in ends[1][2]  # one says it
     assert "Traceback" not in ends[0][2] + ends[1][2]
 
 
-def test_one_process_goes_on_to_where_one_alone_would_be(stopped, tmp_path):
+def test_two_learn_what_one_alone_learns(stopped, alone):
+    together = losses(read_log(stopped[0] / "metrics.jsonl"))
+    np.testing.assert_allclose(together[:20], losses(alone)[:20], rtol=0, atol=1e-5)
+
+
+def test_one_process_goes_on_to_where_one_alone_would_be(stopped, alone):
     folder, _ = stopped
-    for where in (folder, tmp_path / "alone"):
-        out, err = start(where, "--watch").communicate(timeout=120)
-        assert out.splitlines()[-1] == f"done {STEPS} 2", err
+    result = hosts_run.main(folder, STEPS, watched=True)
+    assert (int(result.state.step), result.best_step) == (STEPS, 2)
     together, alone = (
         [
             (record["step"], record["kind"], record.get("loss", record.get("l2")))
-            for record in read_log(where / "metrics.jsonl")
+            for record in records
         ]
-        for where in (folder, tmp_path / "alone")
+        for records in (read_log(folder / "metrics.jsonl"), alone)
     )
     assert [record[:2] for record in together] == [record[:2] for record in alone]
     np.testing.assert_allclose(
