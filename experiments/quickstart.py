@@ -280,7 +280,8 @@ def check_export(bundle: Path, params: dict, data: PlanningSplit, samples: int =
     run = jax.jit(plan, static_argnums=0)
     for form in ("safetensors", "orbax"):
         policy, reloaded = read_policy(bundle, form)
-        expected, got = run(policy, params, *inputs), run(policy, reloaded, *inputs)
+        # From the host, so that arrays which lie otherwise on the device need no other program.
+        expected, got = (run(policy, jax.device_get(x), *inputs) for x in (params, reloaded))
         for want, have in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
             if not np.array_equal(want, have):
                 raise RuntimeError(f"the {form} export in {bundle} plans something else")

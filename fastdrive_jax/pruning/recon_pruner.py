@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -79,6 +80,7 @@ class ReconPruner(nn.Module):
         return nn.Dense(1, use_bias=False, name="scorer")(products)[..., 0]
 
 
+@cache  # one method of one config: functions jitted for it are not compiled for an equal one
 def recon_pruner(config: ReconPrunerConfig) -> Pruner:
     """A trained ReconPruner as a method; its params are those of the module ("params" collection).
 

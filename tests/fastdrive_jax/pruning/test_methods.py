@@ -64,6 +64,12 @@ def test_a_batch_is_scored_as_its_samples_are(recon):
         np.testing.assert_array_equal(alone[0], together[row])
 
 
+def test_equal_configs_make_the_method_for_which_a_program_is_compiled_already():
+    one, other = (make_pruner("reconpruner", config=ReconPrunerConfig(SMALL)) for _ in range(2))
+    assert one == other
+    assert one != make_pruner("reconpruner", config=ReconPrunerConfig(SMALL, rope=True))
+
+
 def test_prior_is_each_cameras_mean_mask():
     fractions = np.array([[1.0, 0.0], [0.0, 0.0], [0.5, 1.0]])
     means = mean_fractions(fractions, np.array([0, 0, 1]))
