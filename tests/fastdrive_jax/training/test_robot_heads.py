@@ -1,9 +1,9 @@
 """Labels by hand, and losses that are zero where the heads say what is so."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_openvla import small_openvla
@@ -20,7 +20,12 @@ from fastdrive_jax.training.robot_heads import (
 )
 
 HEADS = HeadConfig(kinds=5, located=(2, 4), point_layer=0, locate_layer=1)
-TARGET = jnp.array([1])
+TARGET = np.array([1])
+
+labels_of = jax.jit(read_labels, static_argnums=(1, 2))
+centres_of = jax.jit(view_centres, static_argnums=1)
+losses_of_tokens = jax.jit(token_losses, static_argnums=1)
+losses_of_prompt = jax.jit(prompt_losses, static_argnums=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +38,18 @@ def pictures(config, places):
     segments = np.zeros((1, config.views, config.image_size, config.image_size), np.int32)
     for view, row, column in places:
         segments[0, view, row, column] = 1
-    return jnp.asarray(segments)
+    return segments
+
+
+def zero_heads(config):
+    shapes = jax.eval_shape(partial(init_heads, config, HEADS), jax.random.key(0))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
 
 
 def test_labels_are_areas_and_centres_within_tokens():
     # One token row of two tokens of 2 x 4 pixels.
-    segments = jnp.asarray([[[[1, 1, 0, 0, 0, 2, 0, 0], [1, 1, 0, 0, 0, 0, 0, 2]]]])
-    labels = read_labels(segments, 3, (1, 2))
+    segments = np.array([[[[1, 1, 0, 0, 0, 2, 0, 0], [1, 1, 0, 0, 0, 0, 0, 2]]]])
+    labels = labels_of(segments, 3, (1, 2))
     np.testing.assert_allclose(labels.area[0], [[0.5, 0.5, 0], [0.75, 0, 0.25]])
     np.testing.assert_allclose(labels.centre[0, 0, 1], [0, -0.5], atol=1e-6)  # columns 0 and 1
     # Kind 2 in the second token: row 0 column 1 and row 1 column 3 of 2 x 4.
@@ -49,8 +59,8 @@ def test_labels_are_areas_and_centres_within_tokens():
 def test_the_centre_in_a_picture_is_the_mean_of_its_pixels(config):
     edge = config.image_size
     given = [(0, 0, 0), (0, 0, 1), (0, edge - 1, edge - 1), (1, 3, 5)]
-    labels = read_labels(pictures(config, given), HEADS.kinds, config.token_grid)
-    found = view_centres(labels, config)[0, :, 1]
+    labels = labels_of(pictures(config, given), HEADS.kinds, config.token_grid)
+    found = np.asarray(centres_of(labels, config))[0, :, 1]
     pixel = lambda k: (2 * k + 1) / edge - 1  # noqa: E731
     mean = np.mean([[pixel(row), pixel(column)] for view, row, column in given if not view], axis=0)
     np.testing.assert_allclose(found[0], mean, atol=1e-5)
@@ -66,70 +76,71 @@ def test_places_are_the_centres_of_tokens(config):
 
 
 def test_heads_that_know_lose_nothing(config):
-    labels = read_labels(pictures(config, [(0, 2, 3), (1, 4, 1)]), HEADS.kinds, config.token_grid)
+    labels = labels_of(pictures(config, [(0, 2, 3), (1, 4, 1)]), HEADS.kinds, config.token_grid)
     count, size = config.visual_tokens, config.text.hidden_size
-    heads = jax.tree.map(jnp.zeros_like, init_heads(config, HEADS, jax.random.key(0)))
-    tokens = jnp.zeros((1, count, size))
+    heads = zero_heads(config)
+    tokens = np.zeros((1, count, size), np.float32)
     # The place head reads the answer from the first channels.
-    own = jnp.broadcast_to(token_places(config), (1, count, 3))
-    answer = jnp.concatenate([own, labels.centre.reshape(1, count, -1)], axis=-1)
-    known = tokens.at[..., : answer.shape[-1]].set(answer)
-    eye = jnp.eye(size, answer.shape[-1])
+    own = np.broadcast_to(token_places(config), (1, count, 3))
+    answer = np.concatenate([own, np.reshape(labels.centre, (1, count, -1))], axis=-1)
+    known = tokens.copy()
+    known[..., : answer.shape[-1]] = answer
+    eye = np.eye(size, answer.shape[-1], dtype=np.float32)
     told = heads | {"place": heads["place"] | {"kernel": eye}}
-    assert token_losses(told, config, known, labels)["place_loss"] < 1e-10
-    blind = token_losses(told, config, tokens, labels)
+    assert losses_of_tokens(told, config, known, labels)["place_loss"] < 1e-10
+    blind = losses_of_tokens(told, config, tokens, labels)
     assert blind["place_loss"] > 0.1
     np.testing.assert_allclose(blind["kind_loss"], np.log(HEADS.kinds), rtol=1e-5)
 
 
 def test_pointing_and_locating_ask_for_what_is_left(config):
-    labels = read_labels(pictures(config, [(0, 2, 3), (1, 4, 1)]), HEADS.kinds, config.token_grid)
+    labels = labels_of(pictures(config, [(0, 2, 3), (1, 4, 1)]), HEADS.kinds, config.token_grid)
     count, size = config.visual_tokens, config.text.hidden_size
-    heads = jax.tree.map(jnp.zeros_like, init_heads(config, HEADS, jax.random.key(0)))
-    place = jnp.asarray([count + 3])
+    heads = zero_heads(config)
 
     def losses(kept, heads=heads):
-        hidden = jnp.zeros((1, 1 + kept.shape[1] + 8, size))
-        given = {0: hidden, 1: hidden}
-        return prompt_losses(heads, config, HEADS, given, place * 0, labels, TARGET, kept)
+        hidden = np.zeros((1, 1 + kept.shape[1] + 8, size), np.float32)
+        given, place = {0: hidden, 1: hidden}, np.array([0])
+        return losses_of_prompt(heads, config, HEADS, given, place, labels, TARGET, kept)
 
-    everything = jnp.arange(count)[None]
+    everything = np.arange(count)[None]
     # Nothing known: every token as likely as any other.
     np.testing.assert_allclose(losses(everything)["point_loss"], np.log(count), rtol=1e-5)
-    true = view_centres(labels, config)[:, :, jnp.asarray([1, *HEADS.located])]
+    true = np.asarray(centres_of(labels, config))[:, :, [1, *HEADS.located]]
     told = heads | {"locate": heads["locate"] | {"bias": true.reshape(-1)}}
     assert losses(everything, told)["locate_loss"] < 1e-10
     # Of the two targets only that of the second picture is left.
     holds = np.asarray(labels.area[0, :, 1]) > 0
     second = np.flatnonzero(holds)[-1]
-    left = jnp.asarray([[second - 1, second]])
+    left = np.array([[second - 1, second]])
     np.testing.assert_allclose(losses(left)["point_loss"], np.log(2), rtol=1e-5)
     np.testing.assert_allclose(
         losses(left)["locate_loss"], np.square(true[0, 1, 0]).mean(), rtol=1e-5
     )
     # Nothing is asked of what cannot be seen.
-    none = jnp.asarray([[k for k in range(count) if not holds[k]][:2]])
+    none = np.array([[k for k in range(count) if not holds[k]][:2]])
     assert losses(none)["point_loss"] == losses(none)["locate_loss"] == 0
 
 
 def test_each_sample_is_asked_for_its_own_thing(config):
     """Two samples of one picture whose instructions ask for different kinds."""
-    one = pictures(config, [(0, 2, 3)]).at[0, 0, 9, 9].set(3)
-    labels = read_labels(jnp.concatenate([one, one]), HEADS.kinds, config.token_grid)
+    one = pictures(config, [(0, 2, 3)])
+    one[0, 0, 9, 9] = 3
+    labels = labels_of(np.concatenate([one, one]), HEADS.kinds, config.token_grid)
     count, size = config.visual_tokens, config.text.hidden_size
-    heads = jax.tree.map(jnp.zeros_like, init_heads(config, HEADS, jax.random.key(0)))
-    heads["point"]["bias"] = heads["point"]["bias"].at[0].set(1e3)
+    heads = zero_heads(config)
+    heads["point"]["bias"][0] = 1024  # rounds nowhere
     first = np.flatnonzero(np.asarray(labels.area[0, :, 1]) > 0)
-    hidden = jnp.zeros((2, 1 + count, size)).at[:, 1 + first, 0].set(1)
-    kept = jnp.broadcast_to(jnp.arange(count), (2, count))
+    hidden = np.zeros((2, 1 + count, size), np.float32)
+    hidden[:, 1 + first, 0] = 1
+    kept, places = np.broadcast_to(np.arange(count), (2, count)), np.zeros(2, int)
     given = {0: hidden, 1: hidden}
 
     def loss(*target):
-        target = jnp.asarray(target)
-        places = jnp.zeros(2, int)
-        return prompt_losses(heads, config, HEADS, given, places, labels, target, kept)[
-            "point_loss"
-        ]
+        losses = losses_of_prompt(
+            heads, config, HEADS, given, places, labels, np.array(target), kept
+        )
+        return float(losses["point_loss"])
 
     # It points at what kind 1 is in: right for those that ask for it.
     assert loss(1, 1) < 1e-6
