@@ -39,11 +39,12 @@ def test_ssim_equals_scikit_image(config):
 
 def test_ssim_of_constant_pictures_has_a_closed_form():
     a, b = 0.3, 0.8
-    x, y = jnp.full((1, 20, 24, 3), a), jnp.full((1, 20, 24, 3), b)
+    x, y = (np.full((1, 20, 24, 3), value, np.float32) for value in (a, b))
     c1 = 0.01**2
     expected = (2 * a * b + c1) / (a**2 + b**2 + c1)
-    np.testing.assert_allclose(ssim(x, y), [expected], atol=2e-4)
-    np.testing.assert_allclose(ssim(x, x), [1.0], atol=1e-6)
+    compiled = jax.jit(ssim)
+    np.testing.assert_allclose(compiled(x, y), [expected], atol=2e-4)
+    np.testing.assert_allclose(compiled(x, x), [1.0], atol=1e-6)
 
 
 def test_ssim_gradient_equals_finite_differences():
@@ -53,10 +54,11 @@ def test_ssim_gradient_equals_finite_differences():
         # blurred pictures stay float32.
         config = SsimConfig(k1=0.5, k2=0.5)
 
+        @jax.jit
         def f(x):
-            return ssim(x, jnp.asarray(target), config).sum()
+            return ssim(x, target, config).sum()
 
-        gradient = jax.grad(f)(jnp.asarray(prediction))
+        gradient = jax.jit(jax.grad(f))(prediction)
         rng = np.random.default_rng(1)
         for _ in range(4):
             way = rng.standard_normal(prediction.shape).astype(np.float32)
@@ -66,30 +68,32 @@ def test_ssim_gradient_equals_finite_differences():
 
 
 def test_gradient_is_finite_where_both_pictures_are_blank():
-    blank = jnp.zeros((1, 16, 16, 3))
-    assert np.isfinite(jax.grad(lambda x: reconstruction_loss(x, blank)["loss"])(blank)).all()
+    blank = np.zeros((1, 16, 16, 3), np.float32)
+    gradient = jax.jit(jax.grad(lambda x: reconstruction_loss(x, blank)["loss"]))(blank)
+    assert np.isfinite(gradient).all()
 
 
 def test_reconstruction_loss_is_the_published_mixture():
     prediction, target = pictures()
-    similarity, error = ssim(prediction, target).mean(), np.square(prediction - target).mean()
-    mixed = reconstruction_loss(prediction, target)
+    similarity = np.mean(jax.jit(ssim)(prediction, target))
+    error = np.square(prediction - target).mean()
+    loss = jax.jit(reconstruction_loss, static_argnums=2)
+    mixed = loss(prediction, target)
     np.testing.assert_allclose(mixed["loss"], 0.2 * (1 - similarity) + 0.8 * error, rtol=1e-6)
     np.testing.assert_allclose(mixed["ssim"], similarity, rtol=1e-6)
     np.testing.assert_allclose(mixed["mse"], error, rtol=1e-6)
-    alone = reconstruction_loss(prediction, target, 0.0)
+    alone = loss(prediction, target, 0.0)
     assert alone.keys() == {"loss", "mse"}
     np.testing.assert_allclose(alone["loss"], error, rtol=1e-6)
-    pure = reconstruction_loss(prediction, target, 1.0)
+    pure = loss(prediction, target, 1.0)
     np.testing.assert_allclose(pure["loss"], 1 - similarity, rtol=1e-6)
 
 
 def test_losses_are_float32_from_bfloat16():
-    prediction, target = (jnp.asarray(x, jnp.bfloat16) for x in pictures())
-    assert ssim(prediction, target).dtype == jnp.float32
-    assert {x.dtype for x in reconstruction_loss(prediction, target).values()} == {
-        np.dtype("float32")
-    }
+    given = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in pictures()]
+    assert jax.eval_shape(ssim, *given).dtype == jnp.float32
+    found = jax.eval_shape(reconstruction_loss, *given)
+    assert {x.dtype for x in found.values()} == {np.dtype("float32")}
 
 
 def test_wrong_shapes_and_windows_are_refused():

@@ -1,5 +1,6 @@
+from functools import partial
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,17 +12,28 @@ from fastdrive_jax.training.optimizer import (
     make_optimizer,
 )
 
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
 PARAMS = {
-    "dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)},
-    "stacked": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 4))},
-    "input_layernorm": {"weight": jnp.ones((2, 4))},
-    "query": jnp.ones((1, 4)),
+    "dense": {"kernel": ones(3, 4), "bias": ones(4)},
+    "stacked": {"kernel": ones(2, 3, 4), "bias": ones(2, 4)},
+    "input_layernorm": {"weight": ones(2, 4)},
+    "query": ones(1, 4),
 }
+
+
+@partial(jax.jit, static_argnums=0)
+def first_update(optimizer, grads, params):
+    return optimizer.update(grads, optimizer.init(params), params)
 
 
 def test_schedule_rises_then_follows_the_cosine():
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, total_steps=24, end_factor=0.1)
-    rates = np.array([learning_rate_schedule(config)(step) for step in range(26)])
+    rate = jax.jit(learning_rate_schedule(config))
+    rates = np.array([rate(step) for step in range(26)])
     np.testing.assert_allclose(rates[:5], [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
     np.testing.assert_allclose(rates[14], 2.0 * (0.1 + 0.9 * 0.5), rtol=1e-6)
     np.testing.assert_allclose(rates[24:], 0.2, rtol=1e-5)
@@ -43,20 +55,20 @@ def test_only_matrices_decay():
     optimizer = make_optimizer(
         OptimizerConfig(learning_rate=0.1, weight_decay=0.5, schedule="constant")
     )
-    zero = jax.tree.map(jnp.zeros_like, PARAMS)
-    updates, _ = optimizer.update(zero, optimizer.init(PARAMS), PARAMS)
+    zero = jax.tree.map(np.zeros_like, PARAMS)
+    updates, _ = first_update(optimizer, zero, PARAMS)
     np.testing.assert_allclose(updates["dense"]["kernel"], -0.05, rtol=1e-6)
     np.testing.assert_array_equal(updates["dense"]["bias"], 0.0)
     np.testing.assert_array_equal(updates["input_layernorm"]["weight"], 0.0)
 
 
 def test_clipping_is_by_global_norm():
-    grads = {"a": jnp.full((4, 4), 100.0)}
-    params = {"a": jnp.zeros((4, 4))}
+    grads = {"a": np.full((4, 4), 100.0, np.float32)}
+    params = {"a": np.zeros((4, 4), np.float32)}
 
     def first_moment(clip):
         optimizer = make_optimizer(OptimizerConfig(clip_norm=clip, beta1=0.0))
-        _, state = optimizer.update(grads, optimizer.init(params), params)
+        _, state = first_update(optimizer, grads, params)
         leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (4, 4)]
         return leaves[0]
 
