@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from small_openvla import random_params
 
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
@@ -31,6 +33,14 @@ PRUNER = ReconPrunerConfig(layer=TEXT)
 
 def small_config(cameras: tuple[str, ...] = ("CAM_FRONT",)) -> DrivingConfig:
     return DrivingConfig(vision=VISION, text=TEXT, image_size=(56, 140), cameras=cameras)
+
+
+def random_vla(config: DrivingConfig) -> dict:
+    """Random params of a VLA for whose initialisation no program is compiled."""
+    images = np.zeros((1, len(config.cameras), *config.image_size, 3), np.uint8)
+    ids = np.zeros((1, config.vocabulary.plan_length), np.int32)
+    shapes = jax.eval_shape(DrivingVLA(config).init, jax.random.key(0), images, ids[:, :3], ids)
+    return random_params(shapes["params"])
 
 
 def small_params(config: DrivingConfig, seed: int = 0) -> dict:

@@ -8,12 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_policy import random_vla, small_config
 
 from experiments.bench_pruners import BenchPrunersArgs, bench_pruners
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import read_rows
 from fastdrive_jax.inference.policy import DrivingPolicy, plan
-from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import PrunerInputs, make_pruner
 
 PAGE = Path(__file__).parents[2] / "docs" / "add_a_method.md"
@@ -36,13 +37,12 @@ def test_its_test_passes(files):
 
 @pytest.mark.parametrize("name", ["contrast", "every"])
 def test_its_methods_drive(files, name):
-    config = DrivingConfig(image_size=(56, 140))
-    model = DrivingVLA(config)
+    small = small_config()
+    config = dataclasses.replace(small, text=dataclasses.replace(small.text, num_layers=2))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, 1, *config.image_size, 3), np.uint8)
-    prompt, ids = np.zeros((1, 3), np.int32), np.zeros((1, 12), np.int32)
-    vla = jax.jit(model.init)(jax.random.key(0), images[:1], prompt, ids)["params"]
-    policy = DrivingPolicy(model, make_pruner(f"{name}.py:{name}"), 0.5)
+    vla = random_vla(config)
+    policy = DrivingPolicy(DrivingVLA(config), make_pruner(f"{name}.py:{name}"), 0.5)
     speed, command = np.array([3.0, 5.0], np.float32), np.array([0, 1], np.int32)
     run = jax.jit(plan, static_argnums=0)
     planned = run(policy, {"vla": vla, "pruner": None}, images, speed, command)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_openvla import random_params
 
 PAGE = Path(__file__).parents[2] / "docs" / "add_a_model.md"
 
@@ -22,9 +23,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def given(model):
-    params = jax.jit(model["init"])(jax.random.key(0))
-    tokens = jax.random.normal(jax.random.key(1), (2, model["VISUAL"], 64))
-    return params, tokens, jnp.arange(10).reshape(2, 5)
+    params = random_params(jax.eval_shape(model["init"], jax.random.key(0)))
+    tokens = np.random.default_rng(1).normal(size=(2, model["VISUAL"], 64)).astype(np.float32)
+    return params, tokens, np.arange(10).reshape(2, 5)
 
 
 @pytest.mark.parametrize(("method", "ratio"), [("fastv", 0.5), ("divprune", 0.25)])

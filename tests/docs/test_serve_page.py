@@ -9,15 +9,14 @@ import subprocess
 from pathlib import Path
 
 import cv2
-import jax
-import numpy as np
 import pytest
+from tiny_policy import random_vla, small_config
 from tiny_service import picture, running, service_of
 
 from experiments.cli import parse
 from experiments.serve import ServeArgs
 from fastdrive_jax.inference.policy import DrivingPolicy
-from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
+from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning import make_pruner
 from fastdrive_jax.serving.config import ServeConfig
 from fastdrive_jax.serving.programs import compile_programs, time_programs
@@ -29,12 +28,9 @@ CONFIG = ServeConfig(ratios=(0.5,), max_batch=1)
 
 @pytest.fixture(scope="module")
 def address():
-    model = DrivingVLA(DrivingConfig(image_size=(56, 140)))
-    images = np.zeros((1, 1, 56, 140, 3), np.uint8)
-    prompt, ids = np.zeros((1, 3), np.int32), np.zeros((1, 12), np.int32)
-    vla = jax.jit(model.init)(jax.random.key(0), images, prompt, ids)["params"]
-    policy = DrivingPolicy(model, make_pruner("uniform"), 0.5)
-    params = {"vla": vla, "pruner": None}
+    config = small_config()
+    policy = DrivingPolicy(DrivingVLA(config), make_pruner("uniform"), 0.5)
+    params = {"vla": random_vla(config), "pruner": None}
     programs = compile_programs(policy, params, CONFIG.ratios, CONFIG.batch_sizes)
     with running(service_of(Ready(programs, time_programs(programs, 3)), CONFIG)) as found:
         yield found
