@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
+from tiny_policy import random_vla, small_config
 from tiny_service import RATIOS, SIZES, Direct, running, service_of
 
 from fastdrive_jax.inference.policy import DrivingPolicy
@@ -26,9 +27,10 @@ def looks_elsewhere() -> Pruner:
 
 
 @pytest.fixture(scope="session")
-def policy(one_camera) -> tuple[DrivingPolicy, dict]:
-    config, params = one_camera
-    return DrivingPolicy(DrivingVLA(config), looks_elsewhere(), 1.0), {**params, "pruner": None}
+def policy() -> tuple[DrivingPolicy, dict]:
+    config = small_config()
+    params = {"vla": random_vla(config), "pruner": None}
+    return DrivingPolicy(DrivingVLA(config), looks_elsewhere(), 1.0), params
 
 
 @pytest.fixture(scope="session")
