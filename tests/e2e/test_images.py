@@ -131,10 +131,11 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(command, pictures, tmp_path_factory) -> Path:
+def finished(weights, pictures, tmp_path_factory) -> Path:
+    """A run in this process; a second start is in one of its own."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    done = command(pictures, out, "--seeds", "0", "1")
-    assert done.returncode == 0, done.stderr[-3000:]
+    given = [f"--weights={weights}", f"--images={pictures}", f"--out={out}"]
+    assert main(["quickstart", *given, *SMALL, "--seeds", "0", "1"]) == 0
     return out
 
 
@@ -390,10 +391,9 @@ def small_disk(tmp_path):
         pytest.param("2m", id="checkpoints"),
     ],
 )
-def test_a_full_disk_is_one_sentence(command, pictures, small_disk, size):
+def test_a_full_disk_is_one_sentence(refuse, pictures, small_disk, size):
     out = small_disk(size) / "run"
-    done = command(pictures, out)
-    refused(done.returncode, done.stderr, str(out))
+    refuse(pictures, out, [], str(out))
     assert not (out / "report.html").exists()
     assert not (out / "export").exists()
 
