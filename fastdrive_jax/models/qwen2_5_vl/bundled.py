@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import load_file, save_file
@@ -104,5 +105,7 @@ def load_vla(
     if wanted != found:
         odd = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
         raise UserError(f"VLA weights {path} are of another config: {', '.join(odd[:8])} differ.")
-    params = {name: value.astype(jnp.float32) for name, value in tensors.items()}
+    # On the host: on the device each shape would be a program of its own.
+    tensors = jax.device_get(tensors)
+    params = {name: jax.device_put(value.astype(np.float32)) for name, value in tensors.items()}
     return model, traverse_util.unflatten_dict(params, sep="/")
