@@ -101,9 +101,18 @@ def same_share(want: np.ndarray, have: np.ndarray) -> float:
     return float(np.mean(same)) / want.shape[1]
 
 
-def of_plan(function: Callable, *first, answer: str = "waypoints") -> PlanFn:
-    """A function that gives a plan, or another `answer` with kept tokens, as arrays, compiled."""
-    run = jax.jit(function)
+def of_plan(
+    function: Callable, *first, answer: str = "waypoints", static: int | None = None
+) -> PlanFn:
+    """A function that gives a plan, or another `answer` with kept tokens, as arrays, compiled.
+
+    Args:
+        function: Pure.
+        first: Its first arguments.
+        answer: Name of what it gives.
+        static: Which of the arguments is; one program then serves all that are equal.
+    """
+    run = jax.jit(function, static_argnums=static)
 
     def call(*inputs):
         found = run(*first, *inputs)
@@ -124,7 +133,7 @@ def of_program(program: Callable[..., dict], answer: str) -> PlanFn:
 
 def training_plan(source: Source, keep_ratio: float) -> PlanFn:
     """What all else is compared with."""
-    return of_plan(functools.partial(plan, policy_of(source, keep_ratio)), source.params)
+    return of_plan(plan, policy_of(source, keep_ratio), source.params, static=0)
 
 
 def differences(
@@ -160,7 +169,7 @@ def _planners(out: Path, forms, bucket: Bucket, first: bool, converted: bool) ->
     if "policy" in forms and first:
         for form in ("safetensors", "orbax"):
             policy, params = read_policy(out / "policy", form)
-            yield f"policy, {form}", of_plan(functools.partial(plan, policy), params), METRES
+            yield f"policy, {form}", of_plan(plan, policy, params, static=0), METRES
     if "stablehlo" in forms and runs_here(out / "stablehlo"):
         run = of_program(read_program(out / "stablehlo", PROGRAMS, bucket), "waypoints")
         name = f"stablehlo, {100 * bucket.keep_ratio:g}% kept, batch {bucket.batch}"

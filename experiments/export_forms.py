@@ -77,7 +77,7 @@ def driving_bench(source: Source, bucket: Bucket, frames: int, folder: Path) -> 
     found = check_frames(source.vla.cameras, source.vla.image_size, frames)
     policy, params = policy_of(source, bucket.keep_ratio), source.params
     size, plain = _num_bytes(params), "float32"
-    forms = {plain: Form(of_plan(functools.partial(plan, policy), params), size)}
+    forms = {plain: Form(of_plan(plan, policy, params, static=0), size)}
     for name, bits in EIGHT_BITS.items():
         quantized = QuantizedPolicy(policy, source.pruner, bits.weights, bits.activations)
         tensors = quantize_params(quantized, params)

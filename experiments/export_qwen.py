@@ -1,6 +1,5 @@
 """`fastdrive export` of a Qwen2.5-VL with its ReconPruner: what is read, written and checked."""
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -142,17 +141,26 @@ def qwen_differences(
         for form, run, bound, kernels in _answerers(out, forms, bucket, first=number == 0):
             kernel = attention_kernel(asked.dtype, asked.vla.text.head_dim, kernels)
             if kernel not in wanted:
-                with contextlib.nullcontext() if kernels is None else kernels_of(kernels):
-                    wanted[kernel] = in_batches(of_answer(asked, params), given, bucket.batch)
+                answers = of_answer(asked, params, kernels)
+                wanted[kernel] = in_batches(answers, given, bucket.batch)
             have, want = in_batches(run, given, bucket.batch), wanted[kernel]
             other = float((want[0] != have[0]).sum())
             kept = same_share(want[1], have[1])
             yield Difference(form, "ids of answers", other, bound, kept, frames)
 
 
-def of_answer(asked: PrunedQwen, params: dict) -> PlanFn:
-    """The training code's answers to images, ids and lengths."""
-    return of_plan(partial(answer_pictures, asked), params, answer="ids")
+def of_answer(asked: PrunedQwen, params: dict, kernels: str | None = None) -> PlanFn:
+    """The training code's answers to images, ids and lengths; see `kernels_of`."""
+    if kernels is None:
+        return of_plan(answer_pictures, asked, params, answer="ids", static=0)
+    # Traced anew: a program that is known by its arguments may have been traced with others.
+    run = of_plan(partial(answer_pictures, asked), params, answer="ids")
+
+    def call(*inputs):
+        with kernels_of(kernels):
+            return run(*inputs)
+
+    return call
 
 
 def check_inputs(

@@ -212,7 +212,7 @@ class _Driver:
         self._source, self._stride = record_source(shards, config.split), len(shards.cameras)
         self._places = [shards.cameras.index(name) for name in cameras]
         self._shards = shards
-        self._methods: dict[Setting, tuple[Pruner, Any]] = {}
+        self._methods: dict[tuple[str, int | None], tuple[Pruner, Any]] = {}
 
     @cached_property
     def _mesh(self):
@@ -299,9 +299,11 @@ class _Driver:
 
     def _method(self, setting: Setting) -> tuple[Pruner, Any]:
         """The same objects at each call, since programs are known by them."""
-        if setting not in self._methods:
-            self._methods[setting] = self._make(setting)
-        return self._methods[setting]
+        trained = setting.name != UNPRUNED and builds_on_recon(setting.name)
+        key = setting.name, setting.seed if trained else None  # a draw's seed is none of a training
+        if key not in self._methods:
+            self._methods[key] = self._make(setting)
+        return self._methods[key]
 
     def _make(self, setting: Setting) -> tuple[Pruner, Any]:
         if setting.name == UNPRUNED:

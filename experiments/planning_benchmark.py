@@ -234,7 +234,8 @@ def _plan(
         return _without_tokens(constant_velocity(data.speed[rows], steps))
     if setting.name == "ego_history":
         model, params = ego_history()
-        return _without_tokens(np.asarray(model.apply(params, _ego_samples(data, rows))))
+        plan = jax.jit(model.apply)
+        return _without_tokens(np.asarray(plan(params, _ego_samples(data, rows))))
     if setting.name == DRIVEN:
         return _without_tokens(bench.truth.future[rows])
     if setting.name == "no_image":

@@ -1,6 +1,8 @@
 """Token pruners: one file per method, one interface, and the list of them by name."""
 
+import contextlib
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -57,6 +59,9 @@ PRUNERS: Mapping[str, Callable[..., Pruner]] = MappingProxyType(
 def make_pruner(name: str, **settings) -> Pruner:
     """A method made with its settings.
 
+    Programs are known by their method: one of `PRUNERS` that was made before is given again, so
+    that what was compiled for another seed, training or call serves this one too.
+
     Args:
         name: Of `PRUNERS`, or "FILE.py:FUNCTION", a function of your own that returns a `Pruner`.
         settings: Of the method; `config=` for one that `builds_on_recon`.
@@ -64,7 +69,11 @@ def make_pruner(name: str, **settings) -> Pruner:
     Raises:
         UserError: There is no such method, or a function of your own returns something else.
     """
-    made = _maker(name)(**settings)
+    maker = _maker(name)
+    if name in PRUNERS:
+        with contextlib.suppress(TypeError):  # of settings that are no keys, such as lists
+            return _made(maker, **settings)
+    made = maker(**settings)
     if not isinstance(made, Pruner):
         raise UserError(f"{name} returns {made!r}; let it return a fastdrive_jax.pruning.Pruner.")
     return made
@@ -77,6 +86,11 @@ def builds_on_recon(name: str) -> bool:
         UserError: There is no such method.
     """
     return "config" in inspect.signature(_maker(name)).parameters
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def _made(maker: Callable[..., Pruner], /, **settings) -> Pruner:
+    return maker(**settings)
 
 
 def _maker(name: str) -> Callable[..., Pruner]:

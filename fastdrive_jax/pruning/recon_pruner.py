@@ -3,8 +3,8 @@
 `[Q*, V*] = PrunerLayer([Q, V])`, `S = w^T (V* . Q*)`. It is trained by `training.reconstruction`.
 """
 
+import functools
 from dataclasses import dataclass
-from functools import cache
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ class ReconPruner(nn.Module):
         return nn.Dense(1, use_bias=False, name="scorer")(products)[..., 0]
 
 
-@cache  # one method of one config: functions jitted for it are not compiled for an equal one
+@functools.cache  # one object for equal configs: programs are known by their method
 def recon_pruner(config: ReconPrunerConfig) -> Pruner:
     """A trained ReconPruner as a method; its params are those of the module ("params" collection).
 

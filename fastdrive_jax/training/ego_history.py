@@ -118,7 +118,6 @@ def fit_ego_history(
         )
     out = np.isin(scene, names[:: min(config.held_out, len(names))])
     model = EgoHistory(config.hidden, future.shape[1])
-    params = model.init(jax.random.key(config.seed), ego)
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
     known = [np.asarray(valid) & rows[:, None] for rows in (~out, out)]
@@ -144,11 +143,12 @@ def fit_ego_history(
         return carry, held
 
     @jax.jit
-    def run(params):
+    def run():
+        params = model.init(jax.random.key(config.seed), ego)
         start = params, optimizer.init(params), params, jnp.inf
         return jax.lax.scan(step, start, length=config.steps)[0][2]
 
-    return model, run(params)
+    return model, run()
 
 
 def constant_velocity(speed: Float[np.ndarray, " S"], steps: int) -> Float[np.ndarray, "S T 2"]:

@@ -41,7 +41,7 @@ def config(tmp_path_factory):
     shards = build_shards(read_nuscenes(root), folder / "shards", progress=False).path
     layer = ReconPrunerConfig(layer=CONFIG.text)
     tokens = np.zeros((1, 4, CONFIG.text.hidden_size), np.float32)
-    params = ReconPruner(layer).init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(ReconPruner(layer).init)(jax.random.key(0), tokens)["params"]
     described = {"kind": "pruner", "pruner": to_plain(layer)}
     return CheckpointConfig(
         checkpoint=write_checkpoint(folder / "model"),

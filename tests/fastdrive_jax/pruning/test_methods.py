@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,3 +164,15 @@ def test_padding_changes_no_score(recon, rope):
         )
         scores = np.asarray(jit_scores(pruner, params, padded))[:, :15]
         np.testing.assert_allclose(scores, want, atol=1e-5)
+
+
+def test_programs_of_a_method_serve_it_when_it_is_made_again():
+    """Equal methods are one object, those with other settings are not."""
+    config = ReconPrunerConfig(layer=SMALL)
+    again = ReconPrunerConfig(layer=replace(SMALL))
+    assert make_pruner("reconpruner", config=config) is make_pruner("reconpruner", config=again)
+    assert make_pruner("fastv") is make_pruner("fastv")
+    assert make_pruner("fastv", layer=2) is not make_pruner("fastv")
+    assert make_pruner("prune2drive", weights=[1.0, 2.0]).name == "prune2drive"
+    with pytest.raises(TypeError, match="wide"):
+        make_pruner("fastv", wide=[2])
