@@ -35,9 +35,9 @@ def random_params(shapes, seed=0):
 
     def drawn(leaf):
         values = rng.normal(size=leaf.shape) / (leaf.shape[0] ** 0.5 if leaf.ndim > 1 else 5)
-        return jax.device_put((values + (leaf.ndim == 1)).astype(np.float32))
+        return (values + (leaf.ndim == 1)).astype(np.float32)
 
-    return jax.tree.map(drawn, shapes)
+    return jax.device_put(jax.tree.map(drawn, shapes))
 
 
 def unit_body(instructions, model, **parts):

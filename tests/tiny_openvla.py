@@ -52,9 +52,9 @@ SLOTS = replace(TOKENS, views=2, head="regression", chunk=2, proprio_dim=4)
 def random_params(config: OpenVLAConfig, seed: int = 0) -> dict:
     """Parameters of which none is 0 or 1."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jax.device_put(rng.normal(0, 0.2, x.shape).astype(np.float32)),
-        abstract_params(config),
+    shapes = abstract_params(config)
+    return jax.device_put(
+        jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
     )
 
 

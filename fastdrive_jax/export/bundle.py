@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import safetensors
 from flax.traverse_util import flatten_dict
 from safetensors import flax as safetensors_flax
+from safetensors import numpy as safetensors_numpy
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.export import manifest as manifests
@@ -110,7 +111,7 @@ def read_bundle_safetensors(folder: str | Path) -> tuple[Params, dict[str, Any]]
     manifest = manifests.load(folder)
     manifests.check_files(folder, manifest, SAFETENSORS)
     try:
-        flat = safetensors_flax.load_file(folder / SAFETENSORS)
+        flat = jax.device_put(safetensors_numpy.load_file(folder / SAFETENSORS))
     except safetensors.SafetensorError as error:
         raise UserError(f"{folder / SAFETENSORS} cannot be read ({error})") from error
     _check_tensors(folder / SAFETENSORS, flat, manifest)

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax import export
-from safetensors.flax import load_file
+from safetensors.numpy import load_file
 
 WEIGHTS = "model.safetensors"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # JAX's name of a backend to the program's
@@ -58,7 +58,7 @@ def load_program(
         )
     check_sums(folder, manifest, (found[0], WEIGHTS))
     program = export.deserialize(bytearray((folder / found[0]).read_bytes()))
-    weights = load_file(folder / WEIGHTS)
+    weights = jax.device_put(load_file(folder / WEIGHTS))
     run, names = jax.jit(program.call), list(config["inputs"])
     shapes = program.in_avals[-len(names) :]  # the weights stand before them
     takes = ", ".join(map("{} {}".format, names, shapes))

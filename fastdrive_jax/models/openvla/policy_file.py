@@ -1,5 +1,6 @@
 """A small OpenVLA as one file: weights, and beside them sizes, words and the actions' ranges."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
+from safetensors.numpy import load_file, save_file
 
 from fastdrive_jax.configs import from_plain, to_plain
 from fastdrive_jax.errors import UserError
@@ -48,7 +49,7 @@ def save_policy(path: Path, params: dict, spec: PolicySpec) -> None:
         UserError: The file cannot be written (full disk).
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    flat = {name: jnp.asarray(value, jnp.bfloat16) for name, value in flat.items()}
+    flat = {name: np.asarray(value).astype(jnp.bfloat16) for name, value in flat.items()}
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +67,9 @@ def load_policy(path: Path) -> tuple[OpenVLA, dict, PolicySpec]:
         UserError: The file is missing or unreadable, is no policy, or does not fit its own sizes.
     """
     try:
-        with safe_open(path, framework="flax") as file:
+        with safe_open(path, framework="numpy") as file:
             kept = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = load_file(path)
     except Exception as error:  # safetensors raises several kinds
         raise UserError(f"The policy {path} can't be read ({error}).") from error
     if kept is None:
@@ -89,8 +90,9 @@ def load_policy(path: Path) -> tuple[OpenVLA, dict, PolicySpec]:
     )
     if odd:
         raise UserError(f"The policy {path} does not fit its own sizes: {', '.join(odd[:8])}.")
-    params = {name: jnp.asarray(value, jnp.float32) for name, value in tensors.items()}
-    return model, traverse_util.unflatten_dict(params, sep="/"), spec
+    # Converted on the host: on the device each shape would be a program to compile.
+    params = {name: value.astype(np.float32) for name, value in tensors.items()}
+    return model, jax.device_put(traverse_util.unflatten_dict(params, sep="/")), spec
 
 
 def bundled_policy() -> Path:
@@ -111,6 +113,7 @@ def example_inputs(config: OpenVLAConfig) -> dict[str, np.ndarray | None]:
     }
 
 
+@functools.cache  # the whole model is traced
 def abstract_params(model: OpenVLA) -> dict:
     """Shapes and types of the parameters, none allocated."""
     inputs = example_inputs(model.config)

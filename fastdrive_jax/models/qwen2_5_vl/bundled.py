@@ -1,5 +1,6 @@
 """The tiny driving VLAs that the package carries, of `fastdrive train-vla` and `widen-vla`."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingConfig, DrivingVLA
@@ -35,7 +36,7 @@ def save_vla(path: Path, params: dict, cameras: tuple[str, ...] | None = None) -
         UserError: The file cannot be written (full disk).
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    flat = {name: jnp.asarray(value, jnp.bfloat16) for name, value in flat.items()}
+    flat = {name: np.asarray(value).astype(jnp.bfloat16) for name, value in flat.items()}
     metadata = None if cameras is None else {_CAMERAS: json.dumps(cameras)}
     partial = path.with_name(path.name + ".partial")
     try:
@@ -93,19 +94,22 @@ def load_vla(
         tensors = load_file(path)
     except Exception as error:  # safetensors raises several kinds
         raise UserError(f"VLA weights {path} can't be read ({error}).") from error
-    config = model.config
-    images = jax.ShapeDtypeStruct((1, len(config.cameras), *config.image_size, 3), jnp.uint8)
-    ids = jax.ShapeDtypeStruct((1, config.vocabulary.plan_length), jnp.int32)
-    prompt = jax.ShapeDtypeStruct((1, 3), jnp.int32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), images, prompt, ids)["params"]
-    wanted = {
-        name: leaf.shape for name, leaf in traverse_util.flatten_dict(wanted, sep="/").items()
-    }
+    wanted = _shapes(model)
     found = {name: value.shape for name, value in tensors.items()}
     if wanted != found:
         odd = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
         raise UserError(f"VLA weights {path} are of another config: {', '.join(odd[:8])} differ.")
-    # On the host: on the device each shape would be a program of its own.
-    tensors = jax.device_get(tensors)
-    params = {name: jax.device_put(value.astype(np.float32)) for name, value in tensors.items()}
-    return model, traverse_util.unflatten_dict(params, sep="/")
+    # Converted on the host: on the device each shape would be a program to compile.
+    params = {name: value.astype(np.float32) for name, value in tensors.items()}
+    return model, jax.device_put(traverse_util.unflatten_dict(params, sep="/"))
+
+
+@functools.cache
+def _shapes(model: DrivingVLA) -> dict[str, tuple[int, ...]]:
+    """Of the parameters by flat name."""
+    config = model.config
+    images = jax.ShapeDtypeStruct((1, len(config.cameras), *config.image_size, 3), jnp.uint8)
+    ids = jax.ShapeDtypeStruct((1, config.vocabulary.plan_length), jnp.int32)
+    prompt = jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    found = jax.eval_shape(model.init, jax.random.key(0), images, prompt, ids)["params"]
+    return {name: leaf.shape for name, leaf in traverse_util.flatten_dict(found, sep="/").items()}
