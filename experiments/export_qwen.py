@@ -151,6 +151,7 @@ def qwen_differences(
 
 def of_answer(asked: PrunedQwen, params: dict, kernels: str | None = None) -> PlanFn:
     """The training code's answers to images, ids and lengths; see `kernels_of`."""
+    params = jax.device_put(params, jax.local_devices()[0])  # programs are known by places, too
     if kernels is None:
         return of_plan(answer_pictures, asked, params, answer="ids", static=0)
     # Traced anew: a program that is known by its arguments may have been traced with others.
