@@ -14,6 +14,7 @@ from fastdrive_jax.models.qwen2_5_vl.config import (
     VisionConfig,
 )
 from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
+from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 
 MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 TEMPLATE = """
@@ -68,6 +69,13 @@ def random_params(config: QwenVLConfig = CONFIG, seed: int = 0) -> dict:
     head = params["language_model"]["lm_head"]["kernel"]
     head[:, config.image_token_id] = head[:, 5]  # an earlier id wins
     return params
+
+
+def random_pruner(config: ReconPrunerConfig, seed: int = 0) -> dict:
+    """Weights of a ReconPruner; nothing is compiled for them."""
+    rng, tokens = np.random.default_rng(seed), np.zeros((1, 4, config.layer.hidden_size))
+    shapes = jax.eval_shape(ReconPruner(config).init, jax.random.key(0), tokens)["params"]
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
 
 def write_tokenizer(folder: Path) -> None:

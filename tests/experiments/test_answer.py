@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_checkpoint import CONFIG, write_checkpoint
+from tiny_checkpoint import CONFIG, random_pruner, write_checkpoint
 
 from experiments.answer import AnswerArgs, answer
 from experiments.cli import main
@@ -18,9 +18,9 @@ from fastdrive_jax.models.qwen2_5_vl.model import QwenVL
 from fastdrive_jax.models.qwen2_5_vl.processor import read_processor
 from fastdrive_jax.models.qwen2_5_vl.sequence import collate
 from fastdrive_jax.pruning import make_pruner
-from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
+from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 
-PROMPTS = ("Where to?", "See <image> and <image>.", "And this?", "No picture.", "Last <image>!")
+PROMPTS = ("Where to?", "See <image> and <image>.", "And this?", "No image.", "Last <image>!")
 PRUNER = ReconPrunerConfig(layer=CONFIG.text)
 SIZES = ((), ((56, 84), (112, 56)), ((84, 84),), (), ((60, 100),))
 
@@ -73,10 +73,10 @@ def test_batches_answer_as_each_request_alone(checkpoint, requests, tmp_path):
 
 def test_an_interrupted_run_goes_on(checkpoint, requests, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    answer(args(checkpoint, requests=requests, out=whole))
+    answer(args(checkpoint, requests=requests, out=whole, batch_size=2))
     text = whole.read_bytes()
     cut.write_bytes(text[: text.index(b"\n", text.index(b"\n") + 1) + 20])  # in the third line
-    assert len(answer(args(checkpoint, requests=requests, out=cut))) == 3
+    assert len(answer(args(checkpoint, requests=requests, out=cut, batch_size=2))) == 3
     assert cut.read_bytes() == text
     assert answer(args(checkpoint, requests=requests, out=cut)) == []
 
@@ -199,8 +199,8 @@ def alike(checkpoint):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    params = jax.jit(ReconPruner(PRUNER).init)(jax.random.key(0), np.zeros((1, 4, 48), np.float32))
-    return write_pruner(tmp_path_factory.mktemp("pruner") / "export", params["params"], PRUNER)
+    folder = tmp_path_factory.mktemp("pruner") / "export"
+    return write_pruner(folder, random_pruner(PRUNER), PRUNER)
 
 
 def test_pruned_answers_are_those_of_the_kept_tokens(checkpoint, alike, trained, tmp_path):

@@ -5,11 +5,10 @@ import json
 from dataclasses import replace
 
 import cv2
-import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_checkpoint import CONFIG, write_checkpoint
+from tiny_checkpoint import CONFIG, random_pruner, write_checkpoint
 
 from data_pipelines.build import build_shards
 from data_pipelines.nuscenes.source import read_nuscenes
@@ -28,7 +27,7 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.truth import LidarWays
 from fastdrive_jax.export.bundle import write_bundle
 from fastdrive_jax.models.qwen2_5_vl.impromptu import planning_answer
-from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
+from fastdrive_jax.pruning.recon_pruner import ReconPrunerConfig
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +39,12 @@ def config(tmp_path_factory):
     root = generate(folder / "world", world, progress=False)
     shards = build_shards(read_nuscenes(root), folder / "shards", progress=False).path
     layer = ReconPrunerConfig(layer=CONFIG.text)
-    tokens = np.zeros((1, 4, CONFIG.text.hidden_size), np.float32)
-    params = jax.jit(ReconPruner(layer).init)(jax.random.key(0), tokens)["params"]
     described = {"kind": "pruner", "pruner": to_plain(layer)}
     return CheckpointConfig(
         checkpoint=write_checkpoint(folder / "model"),
         shards=shards,
         root=root,
-        pruners=(write_bundle(folder / "recon", {"pruner": params}, described),),
+        pruners=(write_bundle(folder / "recon", {"pruner": random_pruner(layer)}, described),),
         samples=9,
         batch_size=4,
         max_new_tokens=5,
