@@ -191,7 +191,8 @@ class RunCheckpoints:
             if there:
                 self._set_aside(step)
             args = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator.get_state())
+                state=ocp.args.StandardSave(_one_copy(state)),
+                data=ocp.args.JsonSave(iterator.get_state()),
             )
             self._manager.save(step, args=args, metrics=metrics, force=True)
             if better:
@@ -298,6 +299,22 @@ def _held(folder: Path) -> Iterator[None]:
                 ) from error
             # A network disk may have no locks at all.
         yield
+
+
+def _one_copy(state: Any) -> Any:
+    """Of what all devices of the only process hold, the first one's copy.
+
+    Orbax has each device write a part, so that hosts share the work; on one host that only costs
+    the compilation of a program that cuts it off, for every shape and device.
+    """
+    if jax.process_count() > 1:
+        return state
+
+    def one(leaf):
+        whole = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+        return leaf.addressable_data(0) if whole else leaf
+
+    return jax.tree.map(one, state)
 
 
 def _check_room(folder: Path, tree: Any) -> None:

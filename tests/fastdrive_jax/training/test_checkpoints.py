@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from tiny_run import AHEAD
 
+from experiments.bench_train import compilations
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.parallel.mesh import make_mesh, replicated_sharding
 from fastdrive_jax.training import checkpoints as module
 from fastdrive_jax.training.checkpoints import RunCheckpoints
 from fastdrive_jax.training.state import abstract_state
@@ -61,6 +63,21 @@ def test_state_and_data_position_come_back(tmp_path):
     np.testing.assert_array_equal(next(again), next(batches))
     older, _ = restore(tmp_path, step=2)
     assert int(older["step"]) == 2
+
+
+def test_what_all_devices_hold_is_written_once_and_compiles_nothing(tmp_path):
+    """The devices write no parts, each cut off by a program; and the state may be donated."""
+    place = replicated_sharding(make_mesh())
+    kept = jax.device_get(init(16))
+    state = jax.device_put(kept, place)
+    with RunCheckpoints(tmp_path, {"a": 1}) as checkpoints:
+        with compilations() as compiled:
+            checkpoints.save(1, state, data())
+        jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(state)
+    assert not compiled
+    restored, _ = restore(tmp_path, abstract_state(lambda: init(16), place))
+    assert_same(kept, restored)
+    assert {leaf.sharding for leaf in jax.tree.leaves(restored)} == {place}
 
 
 def test_only_the_newest_are_kept(tmp_path):
