@@ -35,7 +35,7 @@ def config(tmp_path_factory):
     return RobotTrainConfig(
         demos=(folder / "demos",),
         out=folder / "run",
-        model=replace(model, text=replace(model.text, num_layers=3)),
+        model=replace(model, text=replace(model.text, num_layers=2)),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1, total_steps=3),
         loss=RobotLossConfig(
             HeadConfig(point_layer=0, locate_layer=1),
