@@ -210,10 +210,11 @@ def picture_tokens(source: Source, frames: int) -> Iterator[tuple[np.ndarray, ..
         else:
             key = jax.random.fold_in(jax.random.key(0), number)
             tokens = jax.random.normal(key, (1, grid[0] * grid[1], size))
-        for picture in tokens.reshape(-1, 1, grid[0] * grid[1], size):
-            ids = layout_inputs(picture, grid).position_ids
-            arrays = (picture, ids) if source.pruner.rope else (picture,)
-            yield tuple(map(np.asarray, arrays))
+        for picture in np.asarray(tokens).reshape(-1, 1, grid[0] * grid[1], size):
+            if source.pruner.rope:
+                yield picture, np.asarray(layout_inputs(picture, grid).position_ids)
+            else:
+                yield (picture,)
 
 
 def token_grid(source: Source) -> tuple[int, int] | None:

@@ -287,7 +287,8 @@ def test_scores_are_checked_picture_by_picture(two_cameras):
     source = read_source(two_cameras)
     rows, columns = source.vla.token_grid
     frames = check_frames(source.vla.cameras, source.vla.image_size, 2).images
-    whole = DrivingVLA(source.vla).apply({"params": source.params["vla"]}, frames, method="encode")
+    encode = jax.jit(functools.partial(DrivingVLA(source.vla).apply, method="encode"))
+    whole = encode({"params": source.params["vla"]}, frames)
     found = list(picture_tokens(source, 2))
     assert [tokens.shape for (tokens,) in found] == 4 * [(1, rows * columns, 32)]
     joined = np.concatenate([tokens for (tokens,) in found]).reshape(whole.shape)
@@ -308,8 +309,13 @@ def test_onnx_scores_a_picture_as_the_policy_does(two_cameras, tmp_path):
     score = read_onnx(tmp_path / "out" / "onnx", ONNX_PRUNER)
     tokens = np.random.default_rng(0).normal(size=(2, rows * columns, 32)).astype(np.float32)
     scores = np.concatenate([score(picture[None])[0][0] for picture in tokens])
-    pruner, given = recon_pruner(PRUNER), driving_inputs(source.vla, tokens.reshape(1, -1, 32))
-    want = keep_before(pruner, source.params["pruner"], given, 0.5).indices[0]
+
+    @jax.jit
+    def kept(params, tokens):
+        given = driving_inputs(source.vla, tokens.reshape(1, -1, 32))
+        return keep_before(recon_pruner(PRUNER), params, given, 0.5).indices[0]
+
+    want = kept(source.params["pruner"], tokens)
     np.testing.assert_array_equal(np.sort(np.argsort(-scores, kind="stable")[: len(want)]), want)
 
 
