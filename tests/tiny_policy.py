@@ -1,9 +1,7 @@
 """A driving VLA and a pruner small enough to compile in seconds."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from small_openvla import random_params
 
 from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.qwen2_5_vl.config import VisionConfig
@@ -35,21 +33,30 @@ def small_config(cameras: tuple[str, ...] = ("CAM_FRONT",)) -> DrivingConfig:
     return DrivingConfig(vision=VISION, text=TEXT, image_size=(56, 140), cameras=cameras)
 
 
-def random_vla(config: DrivingConfig) -> dict:
-    """Random params of a VLA for whose initialisation no program is compiled."""
+def random_vla(config: DrivingConfig, seed: int = 0) -> dict:
+    """Random params of a VLA; no program is compiled for them, nor for those of `small_params`."""
     images = np.zeros((1, len(config.cameras), *config.image_size, 3), np.uint8)
     ids = np.zeros((1, config.vocabulary.plan_length), np.int32)
     shapes = jax.eval_shape(DrivingVLA(config).init, jax.random.key(0), images, ids[:, :3], ids)
-    return random_params(shapes["params"])
+    return _drawn(shapes["params"], seed)
 
 
 def small_params(config: DrivingConfig, seed: int = 0) -> dict:
     """Random {"vla": ..., "pruner": ...}."""
-    images = jnp.zeros((1, len(config.cameras), *config.image_size, 3), jnp.uint8)
-    prompt = jnp.zeros((1, 3), jnp.int32)
-    ids = jnp.zeros((1, config.vocabulary.plan_length), jnp.int32)
-    keys = jax.random.split(jax.random.key(seed))
-    vla = jax.jit(DrivingVLA(config).init)(keys[0], images, prompt, ids)["params"]
-    tokens = jnp.zeros((1, 4, config.text.hidden_size))
-    pruner = jax.jit(ReconPruner(PRUNER).init)(keys[1], tokens)["params"]
-    return {"vla": vla, "pruner": pruner}
+    tokens = np.zeros((1, 4, config.text.hidden_size), np.float32)
+    shapes = jax.eval_shape(ReconPruner(PRUNER).init, jax.random.key(0), tokens)
+    return {"vla": random_vla(config, seed), "pruner": _drawn(shapes["params"], seed)}
+
+
+def _drawn(shapes: dict, seed: int) -> dict:
+    """As an initialisation draws them: normal by the number of inputs, and no biases."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name in ("scale", "bias"):
+            return np.full(leaf.shape, float(name == "scale"), np.float32)
+        inputs = leaf.shape[-1 if name == "embedding" else 0]
+        return (rng.normal(size=leaf.shape) / np.sqrt(inputs)).astype(np.float32)
+
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
