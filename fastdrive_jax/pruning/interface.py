@@ -173,9 +173,8 @@ class Pruner:
             before the first layer.
 
     Raises:
-        MethodError: It needs what there is not.
-        ValueError: Not exactly one of `score`, `choose` and `merge` is given, or it reuses without
-            cuts or memory.
+        MethodError: It needs what there is not, not exactly one of `score`, `choose` and `merge`
+            is given, or it reuses without cuts or memory.
     """
 
     name: str
@@ -196,9 +195,11 @@ class Pruner:
                 f"choose from {', '.join(get_args(Need))}."
             )
         if self.reuse and (self.cuts is None or self.temporal is None):
-            raise ValueError(f"pruner {self.name!r} reuses, so it must have cuts and temporal")
+            raise MethodError(f"The method {self.name!r} reuses: let it have cuts and temporal.")
         if sum(part is not None for part in (self.score, self.choose, self.merge)) != 1:
-            raise ValueError(f"pruner {self.name!r} must have one of score, choose and merge")
+            raise MethodError(
+                f"The method {self.name!r} must have one of score, choose and merge, and no other."
+            )
 
 
 class Kept(flax.struct.PyTreeNode):
@@ -299,7 +300,7 @@ def cut_plan(
 
     Raises:
         UserError: The ratio is outside (0, 1].
-        ValueError: The cuts are not ascending layers of the model with falling budgets.
+        MethodError: The cuts are not ascending layers of the model with falling budgets.
     """
     k = pruner.budget(n, keep_ratio)
     if pruner.cuts is None:
@@ -314,9 +315,9 @@ def cut_plan(
     ascending = all(a < b for a, b in zip((first - 1, *layers), (*layers, num_layers), strict=True))
     falling = all(a >= b for a, b in zip((n, *budgets), (*budgets, 1), strict=True))
     if len(budgets) != len(layers) or not ascending or not falling:
-        raise ValueError(
-            f"pruner {pruner.name!r} cuts to {budgets} tokens on entering layers {layers} of "
-            f"{num_layers}, which must be {first} to {num_layers - 1}, ascending, with K falling"
+        raise MethodError(
+            f"The method {pruner.name!r} cuts to {budgets} tokens on entering layers {layers} of "
+            f"{num_layers}: let them be {first} to {num_layers - 1}, ascending, with K falling."
         )
     return tuple(zip(layers, budgets, strict=True))
 

@@ -17,6 +17,7 @@ from fastdrive_jax.models.decoder_config import DecoderConfig
 from fastdrive_jax.models.live import live_sequence
 from fastdrive_jax.pruning import Pruner, PrunerInputs
 from fastdrive_jax.pruning.interface import Cuts
+from fastdrive_jax.pruning.mistakes import MethodError
 
 CONFIG = DecoderConfig(
     hidden_size=32,
@@ -314,7 +315,7 @@ def test_cuts_that_make_no_sense_are_refused(params):
         ((1,), (3, 2)),
     ):
         method = by("last_row", *layers, budgets=lambda n, ratio, budgets=budgets: budgets)
-        with pytest.raises(ValueError, match=r"last_row.*cuts to"):
+        with pytest.raises(MethodError, match=r"last_row.*cuts to"):
             run(params, sequences(), method, 0.5)
 
 

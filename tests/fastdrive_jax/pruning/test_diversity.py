@@ -18,6 +18,7 @@ from fastdrive_jax.pruning.max_min import (
     pairwise_distances,
     unit_tokens,
 )
+from fastdrive_jax.pruning.mistakes import MethodError
 
 GRID, CAMERAS, DIM, BATCH = (2, 5), 3, 8, 4
 PICTURE = math.prod(GRID)
@@ -381,7 +382,7 @@ def test_a_pruner_either_scores_or_chooses():
         return jnp.broadcast_to(LENGTH - 1 - jnp.arange(k), (BATCH, k))
 
     for given in ({}, {"score": score, "choose": last}):
-        with pytest.raises(ValueError, match="one of score, choose and merge"):
+        with pytest.raises(MethodError, match="one of score, choose and merge"):
             Pruner(name="odd", **given)
     kept = choose(Pruner(name="last", choose=last), drawn("continuous"), 3)
     np.testing.assert_array_equal(kept, [[27, 28, 29]] * BATCH)  # raster order
