@@ -403,11 +403,12 @@ def test_what_a_killed_export_left_is_no_strange_file(run, tmp_path):
 def test_places_that_are_not_for_an_export_are_refused(run, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")  # as if it still trained: without a bundle
     with pytest.raises(UserError, match="where a run keeps its own bundle"):
-        export_model(ExportArgs(folder, folder / "export", check=False))
+        export_model(ExportArgs(folder, folder / "export", forms=("pruner",), check=False))
     assert not (folder / "export").exists()
     (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
     with pytest.raises(UserError, match=r"file/out can't be written \(Not a directory\)"):
-        export_model(ExportArgs(folder, tmp_path / "file" / "out", check=False))
+        export_model(ExportArgs(folder, out, forms=("pruner",), check=False))
 
 
 def test_a_bundle_without_its_run_is_checked_too_but_is_no_onnx(run, tmp_path):
