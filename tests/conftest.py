@@ -39,6 +39,7 @@ import pytest
 # On GPUs float32 products are rounded to TF32 unless this is asked for; CPUs know no difference.
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes, whichever file is run
+jax.devices()  # made now: a command that is tested in this process would ask for fewer
 
 # Each compiled program is mapped into memory in several pieces, and Linux ends a process that asks
 # for more than 65,530 of them: a whole run of the tests compiles that much.
