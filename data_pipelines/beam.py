@@ -8,7 +8,7 @@ disk or a mounted bucket) and have this package installed.
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from data_pipelines.build import ShardJob, ShardNote, finished_notes, write_shard
+from data_pipelines.build import ShardJob, ShardNote, kept_notes, write_shard
 from fastdrive_jax.errors import UserError
 
 
@@ -39,7 +39,7 @@ def beam_runner(options: Sequence[str]) -> Callable[[Sequence[ShardJob], Path], 
         with pipeline:
             # Without a shuffle a runner would fuse both steps and write all shards in one worker.
             (pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(write_shard, folder=folder))
-        notes = finished_notes(folder, jobs)
+        notes = kept_notes(folder, jobs)
         if len(notes) < len(jobs):
             raise UserError(
                 f"Beam ended but {len(jobs) - len(notes)} of {len(jobs)} shards are not in "

@@ -35,6 +35,7 @@ from data_pipelines.schema import Classes, Record, Source, tfds_features
 from data_pipelines.shard_files import (
     NOTES,
     check_new,
+    finished_notes,
     give_name,
     remove_strangers,
     take_notes_back,
@@ -174,7 +175,7 @@ def build_shards(
         stack.enter_context(locked(building))
         take_notes_back(building)
         jobs = plan_jobs(source, records_per_shard, skip_bad)
-        notes = finished_notes(building, jobs)
+        notes = kept_notes(building, jobs)
         check_space(source.size * (len(jobs) - len(notes)) // len(jobs), building)
         remove_strangers(building, notes)
         waiting = [job for job in jobs if job.name not in notes]
@@ -300,29 +301,17 @@ def _typed(record: Record, features) -> dict:
     }
 
 
-def finished_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardNote]:
-    """Notes of the shards that are whole and made of what they would be made of now."""
-    notes = {}
-    for job in jobs:
-        note = _read_note(building / NOTES / f"{job.name}.json")
-        if note is None:
-            continue
-        shard = building / job.name
-        whole = shard.is_file() and shard.stat().st_size == note.bytes
-        if whole and note.identity == job.identity() and len(note.bad) <= job.skip_bad:
-            notes[job.name] = note
-    return notes
+def kept_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardNote]:
+    """Notes of the finished shards that lack no more samples than they may."""
+    most = {job.name: job.skip_bad for job in jobs}
+    notes = finished_notes(building, jobs, _note)
+    return {name: note for name, note in notes.items() if len(note.bad) <= most[name]}
 
 
-def _read_note(path: Path) -> ShardNote | None:
-    """A shard's note; None where there is none, or none of this version: it is written again."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        lists = {key: tuple(content[key]) for key in ("scenes", "bad")}
-        size = content["image_size"] and tuple(content["image_size"])
-        return ShardNote(**content | lists | {"image_size": size})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _note(content: dict[str, Any]) -> ShardNote:
+    lists = {key: tuple(content[key]) for key in ("scenes", "bad")}
+    size = content["image_size"] and tuple(content["image_size"])
+    return ShardNote(**content | lists | {"image_size": size})
 
 
 def _finish(

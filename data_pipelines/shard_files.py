@@ -6,9 +6,10 @@ What the records are is for others to say; see `build` for driving and `robot.de
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,32 @@ def take_notes_back(building: Path) -> None:
     if (aside := _aside(building)).is_dir():
         shutil.rmtree(building / NOTES, ignore_errors=True)
         aside.rename(building / NOTES)
+
+
+def finished_notes(
+    building: Path, jobs: Sequence[Any], parse: Callable[[dict[str, Any]], Any]
+) -> dict[str, Any]:
+    """Notes of the shards that are whole and made of what they would be made of now, by name.
+
+    A note that is damaged or of another version is none: its shard is written again.
+
+    Args:
+        building: Folder of the shards.
+        jobs: That write them, with `name` and `identity`.
+        parse: Makes a note, with `bytes` and `identity`, of the JSON that it was written as.
+    """
+    notes = {}
+    for job in jobs:
+        try:
+            path = building / NOTES / f"{job.name}.json"
+            note = parse(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        shard = building / job.name
+        whole = shard.is_file() and shard.stat().st_size == note.bytes
+        if whole and note.identity == job.identity():
+            notes[job.name] = note
+    return notes
 
 
 def _aside(building: Path) -> Path:

@@ -1,7 +1,4 @@
-"""A synthetic driving data set, as pictures in the nuScenes layout and as shards.
-
-fastdrive world --out runs/world
-"""
+"""A synthetic driving data set, as pictures in the nuScenes layout and as shards."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

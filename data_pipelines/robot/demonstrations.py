@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -40,6 +41,7 @@ from data_pipelines.robot.tasks import TASKS
 from data_pipelines.shard_files import (
     NOTES,
     check_new,
+    finished_notes,
     give_name,
     remove_strangers,
     take_notes_back,
@@ -129,7 +131,7 @@ def record_demonstrations(
         stack.enter_context(locked(building))
         take_notes_back(building)
         jobs = plan_jobs(config, make_policy)
-        notes = finished_notes(building, jobs)
+        notes = finished_notes(building, jobs, _note)
         remove_strangers(building, notes)
         bar = stack.enter_context(
             tqdm(
@@ -203,28 +205,9 @@ def _made(make_policy: Callable[[], RobotPolicy]) -> RobotPolicy:
     return make_policy()
 
 
-def finished_notes(building: Path, jobs: Sequence[ShardJob]) -> dict[str, ShardNote]:
-    """Notes of the shards that are whole and made of what they would be made of now."""
-    notes = {}
-    for job in jobs:
-        note = _read_note(building / NOTES / f"{job.name}.json")
-        if note is None:
-            continue
-        shard = building / job.name
-        whole = shard.is_file() and shard.stat().st_size == note.bytes
-        if whole and note.identity == job.identity():
-            notes[job.name] = note
-    return notes
-
-
-def _read_note(path: Path) -> ShardNote | None:
-    """A shard's note; None where there is none, or none of this version: it is written again."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        ended = tuple(EpisodeNote(**episode) for episode in content.pop("episodes"))
-        return ShardNote(**content, episodes=ended)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _note(content: dict[str, Any]) -> ShardNote:
+    ended = tuple(EpisodeNote(**episode) for episode in content["episodes"])
+    return ShardNote(**content | {"episodes": ended})
 
 
 def _finish(building: Path, config: DemoConfig, notes: Sequence[ShardNote]) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from traced_pruners import traced
 
 from fastdrive_jax.pruning import Pruner, PrunerInputs, keep_indices, make_pruner, pruner_scores
 from fastdrive_jax.pruning.budgets import camera_budgets
@@ -64,14 +65,7 @@ def drawn(kind, seed=0, counts=None):
     )
 
 
-traces = []
-
-
-@partial(jax.jit, static_argnames=("pruner", "keep_ratio"))
-def compiled(pruner, params, inputs, keep_ratio, key):
-    given = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(inputs)]
-    traces.append((pruner, *given, inputs.grid, keep_ratio))
-    return keep_indices(pruner, params, inputs, keep_ratio, key)
+compiled, check_traces = traced(keep_indices)
 
 
 jit_distances = jax.jit(lambda tokens, valid: pairwise_distances(unit_tokens(tokens, valid)))
@@ -82,7 +76,7 @@ jit_orders = jax.jit(jax.vmap(farthest_first, in_axes=(0, 0, None, 0)), static_a
 
 def choose(pruner, inputs, k):
     ratio = min(1.0, (k + 0.5) / LENGTH)  # the floor of which is K
-    return np.asarray(compiled(pruner, None, inputs, keep_ratio=ratio, key=KEY))
+    return np.asarray(compiled(pruner, None, inputs, ratio, KEY))
 
 
 def cosine_matrix(tokens):
@@ -205,8 +199,7 @@ def test_one_compilation_serves_all_pictures(name):
     for seed in range(3):
         for k in (7, 20):
             choose(METHODS[name], drawn("continuous", seed, counts=COUNTS), k)
-    known = [trace for trace in traces if trace[0] is METHODS[name]]
-    assert len(known) == len(set(known))
+    check_traces(METHODS[name])
 
 
 def largest_array(pruner, rows, cameras, dim, k):
@@ -293,10 +286,7 @@ def test_a_token_that_is_no_number_hangs_no_method(name):
     whole = PrunerInputs(tokens=tokens, relevance=tokens[..., 0], grid=(8, 8))
     broken = whole.replace(tokens=tokens.copy())
     broken.tokens[0, 5, 3] = np.nan
-    want, kept = (
-        np.asarray(compiled(METHODS[name], None, x, keep_ratio=0.25, key=KEY))
-        for x in (whole, broken)
-    )
+    want, kept = (np.asarray(compiled(METHODS[name], None, x, 0.25, KEY)) for x in (whole, broken))
     assert all(len(set(row)) == 48 for row in kept)
     np.testing.assert_array_equal(kept[1], want[1])
 

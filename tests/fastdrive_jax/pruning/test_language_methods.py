@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from traced_pruners import traced
 
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.pruning import PrunerInputs, make_pruner
@@ -81,14 +82,7 @@ def drawn(kind, seed=0, counts=None, cut=0, padded_text=True):
     )
 
 
-traces = []
-
-
-@partial(jax.jit, static_argnames=("pruner", "k"))
-def compiled(pruner, params, inputs, k):
-    given = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(inputs)]
-    traces.append((pruner, *given, inputs.cut, k))
-    return keep_tokens(pruner, params, inputs, k)
+compiled, check_traces = traced(keep_tokens)
 
 
 jit_scores = jax.jit(pruner_scores, static_argnames="pruner")
@@ -291,8 +285,7 @@ def test_one_compilation_serves_all_frames(name):
     for seed in range(3):
         for k in (7, 60):
             leave(name, drawn("continuous", seed, counts=COUNTS), k)
-    known = [trace for trace in traces if trace[0] is METHODS[name]]
-    assert len(known) == len(set(known))
+    check_traces(METHODS[name])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from traced_pruners import traced
 
 from fastdrive_jax.pruning import PrunerInputs, make_pruner
 from fastdrive_jax.pruning.interface import keep_tokens
@@ -63,14 +64,7 @@ def drawn(kind, seed=0, counts=None):
     )
 
 
-traces = []
-
-
-@partial(jax.jit, static_argnames=("pruner", "k"))
-def compiled(pruner, params, inputs, k):
-    given = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(inputs)]
-    traces.append((pruner, *given, inputs.grid, k))
-    return keep_tokens(pruner, params, inputs, k)
+compiled, check_traces = traced(keep_tokens)
 
 
 def choose(name, inputs, k):
@@ -208,8 +202,7 @@ def test_one_compilation_serves_all_pictures(name):
     for seed in range(3):
         for k in (13, 25):
             choose(name, drawn("continuous", seed, counts=COUNTS), k)
-    known = [trace for trace in traces if trace[0] is METHODS[name]]
-    assert len(known) == len(set(known))
+    check_traces(METHODS[name])
 
 
 def largest_array(pruner, length, k):
@@ -219,7 +212,7 @@ def largest_array(pruner, length, k):
         vision_received=np.zeros((1, length), np.float32),
         vision_keys=np.zeros((1, length, 4), np.float32),
     )
-    text = compiled.lower(pruner, None, inputs, k=k).compile().as_text()
+    text = compiled.lower(pruner, None, inputs, k).compile().as_text()
     shapes = re.findall(r"\b(?:f|s|u|pred|bf)\d*\[([\d,]+)\]", text)
     return max(math.prod(int(size) for size in shape.split(",")) for shape in shapes)
 
@@ -258,7 +251,7 @@ def test_a_method_gets_what_it_needs():
     bare = drawn("continuous").replace(vision_received=None, vision_keys=None)
     for name, need in (("vispruner", "vision_received"), ("tome on keys", "vision_keys")):
         with pytest.raises(ValueError, match=need):
-            compiled(METHODS[name], None, bare, k=3)
+            compiled(METHODS[name], None, bare, 3)
     kept = jax.eval_shape(partial(keep_tokens, METHODS["tome"], None, k=44), bare)
     assert kept.indices.shape == (BATCH, 44)
 

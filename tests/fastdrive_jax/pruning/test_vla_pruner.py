@@ -2,11 +2,11 @@
 
 import math
 import re
-from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from traced_pruners import traced
 
 from fastdrive_jax.pruning import PrunerInputs, make_pruner
 from fastdrive_jax.pruning.budgets import per_camera
@@ -89,18 +89,11 @@ def expected(inputs, k, form):
 
 METHODS = {form: make_pruner("vlapruner", as_published=form) for form in FORMS}
 METHODS["openvla"] = make_pruner("vlapruner_released")  # the same under a name of its own
-traces = []
-
-
-@partial(jax.jit, static_argnames=("pruner", "k"))
-def compiled(pruner, params, inputs, k):
-    given = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(inputs)]
-    traces.append((pruner, *given, k))
-    return keep_tokens(pruner, params, inputs, k)
+compiled, check_traces = traced(keep_tokens)
 
 
 def choose(form, inputs, k):
-    return np.asarray(compiled(METHODS[form], None, inputs, k=k).indices)
+    return np.asarray(compiled(METHODS[form], None, inputs, k).indices)
 
 
 @pytest.mark.parametrize("k", [1, 4, 11, 18, LENGTH])
@@ -133,8 +126,7 @@ def test_one_compilation_serves_all_frames():
     for seed in range(3):
         for k in (4, 11):
             choose(None, drawn(seed=seed), k)
-    known = [trace for trace in traces if trace[0] is METHODS[None]]
-    assert len(known) == len(set(known))
+    check_traces(METHODS[None])
 
 
 def test_history_is_a_window_of_frames():
@@ -171,7 +163,7 @@ def test_it_stands_and_looks_where_it_was_published():
 def test_each_camera_has_its_own_budget_as_published_for_oft():
     inputs = drawn()
     method = per_camera(METHODS["openvla-oft"], CAMERAS)
-    got = np.asarray(compiled(method, None, inputs, k=12).indices)
+    got = np.asarray(compiled(method, None, inputs, 12).indices)
     for sample, frames in enumerate(FRAMES):
         want = []
         for camera in range(CAMERAS):
@@ -216,7 +208,7 @@ def test_only_candidates_are_compared():
         received=np.zeros((1, length), np.float32),
         state={"rows": np.zeros((1, 3, length), np.float32), "frames": np.zeros(1, np.int32)},
     )
-    text = compiled.lower(METHODS[None], None, inputs, k=k).compile().as_text()
+    text = compiled.lower(METHODS[None], None, inputs, k).compile().as_text()
     shapes = re.findall(r"\b(?:f|s|u|pred|bf)\d*\[([\d,]+)\]", text)
     largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
     assert (2 * k) ** 2 <= largest < length**2 / 8
