@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from experiments.chips import CHIPS, ChipName
+from fastdrive_jax.errors import UserError
 from fastdrive_jax.parallel.mesh import replicated_sharding
 from fastdrive_jax.parallel.rules import tree_shardings
 
@@ -28,6 +30,38 @@ def whole_shapes(mesh: Mesh) -> Callable[..., jax.ShapeDtypeStruct]:
         return jax.ShapeDtypeStruct(sides, dtype, sharding=place)
 
     return shape
+
+
+def compile_for(chip: ChipName, lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled:
+    """The program, compiled for devices of `chips.chip_devices`.
+
+    Args:
+        chip: Whose devices it was lowered for.
+        lowered: The program.
+        what: Names it in errors.
+
+    Raises:
+        UserError: It does not fit the chip's memory.
+    """
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler of a TPU ends here; the others leave it to whoever runs the program.
+        if "Ran out of memory" not in str(error):
+            raise
+        raise UserError(_too_large(what, chip, str(error).splitlines()[0])) from error
+    memory, need = CHIPS[chip].memory, peak_bytes(compiled)
+    if memory is not None and need > memory:
+        why = f"{need / 2**30:.1f} GiB are needed, and there are {memory / 2**30:.1f}"
+        raise UserError(_too_large(what, chip, why))
+    return compiled
+
+
+def _too_large(what: str, chip: str, why: str) -> str:
+    return (
+        f"{what} does not fit the memory of a {chip} ({why}); shard it over more devices, or make "
+        "it smaller."
+    )
 
 
 def peak_bytes(program: jax.stages.Compiled) -> int:

@@ -28,7 +28,7 @@ from experiments.export_source import Source, read_source
 from experiments.frame_stages import clock
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import Row, point, write_rows
-from fastdrive_jax.export.programs import Bucket
+from fastdrive_jax.export.programs import Bucket, float32_products
 from fastdrive_jax.inference.pictures import layout_inputs
 from fastdrive_jax.models.qwen2_5_vl.driving import DrivingVLA
 from fastdrive_jax.pruning.recon_pruner import ReconPruner
@@ -89,7 +89,8 @@ def bench_export(args: BenchExportArgs) -> Path:
         else:
             source = with_qwen(source, args.qwen, args.keep_ratio)
             bench = qwen_bench(source, bucket, args.frames, Path(folder))
-        rows = [*_errors(source, bench, args), *_times(bench, args)]
+        with float32_products([bench.plain]):  # as the programs do
+            rows = [*_errors(source, bench, args), *_times(bench, args)]
     meta = {
         "run": str(args.run),
         "device": str(jax.devices()[0].device_kind),

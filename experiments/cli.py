@@ -39,6 +39,7 @@ COMMANDS = {  # in the order of --help: in which file, of which arguments, which
     "compile-train": ("compile_train", "CompileTrainArgs", "compile_train"),
     "bench-train": ("bench_train", "BenchTrainArgs", "bench_train"),
     "plot-metrics": ("plot_metrics", "PlotMetricsArgs", "plot_metrics"),
+    "compile-export": ("compile_export", "CompileExportArgs", "compile_export"),
     "compile-model": ("compile_model", "CompileModelArgs", "compile_model"),
 }
 

@@ -1,16 +1,18 @@
 """Compile a published VLA ahead of time, without its weights: what a device would need.
 
     fastdrive compile-model --model 3b --devices 8
+    fastdrive compile-model --model 3b --chip v5e
 
 Of Qwen2.5-VL it encodes one picture of 3,249 visual tokens, reads it with a prompt and decodes one
 token; of OpenVLA the same with one picture of 256; of OpenVLA-OFT a chunk of actions from two, of
 pi0 from three.
-Nothing is allocated: the devices are virtual ones of the CPU. Its compiler keeps float32 copies of
-bfloat16 weights, so a peak is an upper bound, and it counts the FLOPs of a loop, as in attention,
-once. The 3B takes 22 s on one device (2 cores). Writes OUT/compile_MODEL_DEVICES.json.
+Nothing is allocated and no accelerator is needed. Virtual devices are those of the CPU, whose
+compiler keeps float32 copies of bfloat16 weights, so that a peak is an upper bound, and counts the
+FLOPs of a loop, as in attention, once; for a real chip no FLOPs are counted. The 3B takes 22 s on
+one virtual device (2 cores).
+Writes OUT/compile_MODEL_DEVICES.json, with the name of a real chip before the number.
 """
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.ahead_of_time import abstract_shards, peak_bytes, whole_shapes
+from experiments.ahead_of_time import abstract_shards, compile_for, peak_bytes, whole_shapes
+from experiments.chips import CHIPS, ChipName, chip_devices
 from experiments.compile_openvla import openvla_stages
 from experiments.compile_pi0 import pi0_stages
 from fastdrive_jax.errors import UserError
 from fastdrive_jax.evaluation.results import point, write_rows
-from fastdrive_jax.models.attention import attention_kernel
+from fastdrive_jax.models.attention import attention_kernel, kernels_of
 from fastdrive_jax.models.openvla.config import OPENVLA_7B, OPENVLA_OFT_7B
 from fastdrive_jax.models.openvla.weights import abstract_params as abstract_openvla
 from fastdrive_jax.models.pi0.config import PI0
@@ -49,25 +52,26 @@ class CompileModelArgs:
 
     Attributes:
         model: Qwen2.5-VL's 3B or 7B, OpenVLA, OpenVLA-OFT or pi0.
-        devices: Virtual devices to shard it over.
+        devices: Devices to shard it over.
         prompt_tokens: Text tokens in addition to the images.
         out: Folder for the figures.
+        chip: Accelerator to compile for; "virtual" takes devices of the CPU.
     """
 
     model: Literal["3b", "7b", "openvla_7b", "openvla_oft_7b", "pi0"] = "3b"
     devices: int = 1
     prompt_tokens: int = 256
     out: Path = Path("runs/compile")
+    chip: ChipName = "virtual"
 
 
 def compile_model(args: CompileModelArgs) -> Path:
     """Compiles, prints and writes the figures; returns their path."""
     if args.devices < 1 or args.prompt_tokens < 1:
         raise UserError("devices and prompt_tokens must be at least 1.")
-    with contextlib.suppress(RuntimeError):  # jax was used before: `make_mesh` counts its devices
-        jax.config.update("jax_num_cpu_devices", args.devices)
+    chip, devices = CHIPS[args.chip], chip_devices(args.chip, args.devices)
     tensor = int(np.gcd(args.devices, TENSOR_MOST))
-    mesh = make_mesh(1, args.devices // tensor, tensor)
+    mesh = make_mesh(1, args.devices // tensor, tensor, devices)
     if args.model in QWENS:
         config, build = QWENS[args.model], qwen_stages
         shapes = abstract_params(config.vision, config.text)
@@ -80,25 +84,32 @@ def compile_model(args: CompileModelArgs) -> Path:
         shapes, visual_tokens = abstract_openvla(config), config.visual_tokens
     shapes = abstract_shards(shapes, mesh)
     decoder = config.prefix if args.model in PI0S else config.text
-    kernel = attention_kernel(jnp.bfloat16, decoder.head_dim)
-    print(f"attention: {kernel}; bfloat16; mesh {dict(mesh.shape)}", flush=True)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     rows = [point(args.model, None, "parameters", parameters)]
-    for stage, lowered in build(config, shapes, mesh, args.prompt_tokens).items():
-        compiled = lowered.compile()
+    with kernels_of(chip.platform):
+        print(
+            f"attention: {attention_kernel(jnp.bfloat16, decoder.head_dim)}; bfloat16; "
+            f"mesh {dict(mesh.shape)}",
+            flush=True,
+        )
+        stages = build(config, shapes, mesh, args.prompt_tokens)
+    for stage, lowered in stages.items():
+        compiled = compile_for(args.chip, lowered, f"{stage} of {args.model}")
         found = {
-            "flops": compiled.cost_analysis()["flops"],
             "argument_bytes": compiled.memory_analysis().argument_size_in_bytes,
             "peak_bytes": peak_bytes(compiled),
         }
+        if chip.platform == "cpu":
+            found["flops"] = compiled.cost_analysis()["flops"]
         for name, value in found.items():
             metric = f"{stage}_{name}_per_device"
             rows.append(point(args.model, None, metric, float(value)))
     for row in rows:
         print(f"{row.metric}: {row.value:,.0f}", flush=True)
-    path = args.out / f"compile_{args.model}_{args.devices}.json"
     meta = {"devices": args.devices, "mesh": dict(mesh.shape), "visual_tokens": visual_tokens}
-    return write_rows(path, rows, meta)
+    meta |= {"kind": devices[0].device_kind}
+    known = args.model if args.chip == "virtual" else f"{args.model}_{args.chip}"
+    return write_rows(args.out / f"compile_{known}_{args.devices}.json", rows, meta)
 
 
 def qwen_stages(

@@ -10,7 +10,6 @@ theirs. OUT gets a folder for each form, README.md (the model card) and torch_pr
 form is read back and compared with the training code. One to two minutes on 2 CPU cores.
 """
 
-import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,13 @@ from fastdrive_jax.errors import UserError
 from fastdrive_jax.export.driving import driving_program, write_policy
 from fastdrive_jax.export.eight_bits import need_qwix
 from fastdrive_jax.export.onnx_programs import OPSET, need_converter, write_onnx
-from fastdrive_jax.export.programs import PLATFORMS, Bucket, need_flatbuffers, write_programs
+from fastdrive_jax.export.programs import (
+    PLATFORMS,
+    Bucket,
+    float32_products,
+    need_flatbuffers,
+    write_programs,
+)
 from fastdrive_jax.export.pruner import TORCH_MODULE, write_pruner
 from fastdrive_jax.export.quantized import QuantizedPolicy, write_quantized
 from fastdrive_jax.files import write_bytes, write_text
@@ -116,10 +121,14 @@ def export_model(args: ExportArgs) -> Path:
     found: list[Difference] = []
     if args.check:
         given = args.out, forms, source, buckets, args.check_frames
-        whole = () if source.qwen is None else qwen_differences(*given)
-        for one in itertools.chain(differences(*given), whole):
-            print(f"check: {one}", flush=True)
-            found.append(one)
+        checks = [("float32", differences(*given))]
+        if source.qwen is not None:
+            checks.append((source.qwen.dtype, qwen_differences(*given)))
+        for dtype, check in checks:
+            with float32_products([dtype]):
+                for one in check:
+                    print(f"check: {one}", flush=True)
+                    found.append(one)
         refuse_differences(found)
     device = str(jax.devices()[0].device_kind)
     card = model_card(source, forms, buckets, args.platforms, found, OPSET, device, args.check)

@@ -5,15 +5,16 @@
     OUT/b1_k56.cpu.stablehlo one program for a batch size, a number of kept tokens and a platform
     OUT/run.py               runs them without this library
 
-A program holds the attention kernel of its platform. JAX guarantees that a program is still read by
-later releases for six months.
+A program holds the attention kernel of its platform. One of float32 weights multiplies in float32
+on all of them: by default, a GPU rounds to TF32 and a TPU to bfloat16, and would plan another way.
+JAX guarantees that a program is still read by later releases for six months.
 """
 
 import contextlib
 import functools
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,21 @@ def lower(program: Program, tensors: dict, bucket: Bucket, platform: str) -> jax
         jax.ShapeDtypeStruct((bucket.batch, *array.shape), array.dtype)
         for array in program.inputs.values()
     ]
-    with kernels_of(platform):
+    with kernels_of(platform), float32_products(t.dtype for t in weights.values()):
         return jax.export.export(jax.jit(run), platforms=(platform,))(weights, *inputs)
+
+
+def float32_products(dtypes: Iterable[Any]) -> contextlib.AbstractContextManager:
+    """Where all weights are float32, what is traced within also multiplies in float32.
+
+    Of half precision it says nothing: a TPU's kernels refuse to multiply that any more precisely.
+
+    Args:
+        dtypes: Of the weights.
+    """
+    if {np.dtype(dtype) for dtype in dtypes} == {np.dtype("float32")}:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
 
 
 def read_program(
