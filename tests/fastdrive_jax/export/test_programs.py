@@ -70,7 +70,9 @@ def test_float32_weights_are_multiplied_as_such(policy, platform):
     """By default a TPU rounds to bfloat16 and a GPU to TF32, which moves waypoints."""
     with jax.default_matmul_precision("default"):  # as a user's process has it
         program = lower(driving_program(policy[0]), flatten(policy[1]), BUCKETS[0], platform)
-    products = [line for line in program.mlir_module().splitlines() if "dot_general" in line]
+    products = [
+        line for line in program.mlir_module().splitlines() if "stablehlo.dot_general" in line
+    ]
     assert len(products) > 10
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
