@@ -43,8 +43,11 @@ def compile_for(chip: ChipName, lowered: jax.stages.Lowered, what: str) -> jax.s
     Raises:
         UserError: It does not fit the chip's memory.
     """
+    # A GPU tries cuBLAS's and XLA's own products and takes the faster. Where none can be tried XLA
+    # would take its own, and fail where a shape suits none of them.
+    options = {"xla_gpu_enable_triton_gemm": False} if CHIPS[chip].platform == "gpu" else None
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         # The compiler of a TPU ends here; the others leave it to whoever runs the program.
         if "Ran out of memory" not in str(error):
@@ -65,7 +68,8 @@ def _too_large(what: str, chip: str, why: str) -> str:
 
 
 def peak_bytes(program: jax.stages.Compiled) -> int:
-    """Most bytes that a program holds on a device, its arguments and results among them."""
+    """Most bytes that a program holds on a device: arguments, results and, on a TPU, itself."""
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    held += memory.generated_code_size_in_bytes
     return held + memory.output_size_in_bytes - memory.alias_size_in_bytes

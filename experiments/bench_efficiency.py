@@ -82,7 +82,7 @@ def bench_efficiency(args: BenchEfficiencyArgs) -> Path:
         }
 
     meta["attention"] = attention_kernel(dtype, args.driving.text.head_dim)
-    seen = meta["attention"] == "blockwise"
+    seen = meta["attention"] in ("blockwise", "chunked")
     if not seen:
         print(
             "programs are not counted: their attention is a kernel of another library", flush=True

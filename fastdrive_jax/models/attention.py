@@ -3,27 +3,26 @@
 | device | type | kernel |
 | --- | --- | --- |
 | NVIDIA since Ampere | half precision | "cudnn", flash attention |
-| GPU | else, short | "xla": a loop over heads would launch more kernels than there is work |
+| GPU | else | "chunked": all heads, some query rows at a time |
 | TPU | any | "splash", Pallas |
 | all else | any | "blockwise", below: a few query rows against all keys at a time |
 
 None of them holds N x N scores of a long sequence. On a CPU one head at a time: all heads' scores
-at once go through memory several times. Where they are few (some 45 tokens, a small batch), the
-loop is what takes time, and "xla" does all heads at once.
+at once go through memory several times. Where they are few (some 45 tokens on a CPU, 64 MiB on a
+GPU), the loop is what takes time, and "xla" does all at once.
 
 Under `jax.set_mesh` each device attends for its own samples and heads (`attention_mesh`).
 """
 
 import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fastdrive_jax.models.attention_chunked import chunked_attention
 from fastdrive_jax.models.attention_mesh import current_mesh, over_mesh
 from fastdrive_jax.models.attention_splash import splash_attention
 
@@ -36,11 +35,10 @@ _ROWS, _KEYS = 512, 1024  # of a block of those
 _SHORT_BYTES = 1 << 26  # of all scores, up to which a GPU holds them
 _FEW_SCORES = 1 << 11, 1 << 15  # of a head, and of all, up to which a CPU does all heads at once
 _NOTHING = -1e30  # score of a key that is out of sight; finite, so that no row divides 0 by 0
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_platform = jax.make_user_context()  # `jax.jit` traces anew where it differs
 
 
-@contextlib.contextmanager
-def kernels_of(platform: str) -> Iterator[None]:
+def kernels_of(platform: str) -> contextlib.AbstractContextManager:
     """What is traced within takes the kernels of a platform, which need not be here.
 
     One program for several platforms won't do: JAX lowers each branch of it for all of them, and a
@@ -50,16 +48,12 @@ def kernels_of(platform: str) -> Iterator[None]:
         platform: "cpu", "gpu" or "tpu"; "cuda" for a GPU without cuDNN, whose calls `jax.export`
             does not keep; "any" for the plain operations that converters know.
     """
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
+    return _platform(platform)
 
 
 def plain_operations() -> bool:
     """Whether a program is made for a converter, see `kernels_of`."""
-    return _platform.get() == "any"
+    return _platform.value == "any"
 
 
 def attention_kernel(dtype: jnp.dtype, head_dim: int, platform: str | None = None) -> str:
@@ -70,15 +64,15 @@ def attention_kernel(dtype: jnp.dtype, head_dim: int, platform: str | None = Non
         head_dim: d.
         platform: See `kernels_of`; None takes what that says, or asks jax.
     """
-    asked = platform or _platform.get()
+    asked = platform or _platform.value
     platform = asked or jax.default_backend()
     if platform == "any":
         return "xla"
-    if platform == "gpu" and not asked and not has_cudnn(jax.local_devices()[0]):
-        return "blockwise"
-    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128:
-        return "cudnn"
+    if platform in ("gpu", "cuda"):
+        half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+        fits = half and head_dim % 8 == 0 and head_dim <= 128
+        here = platform == "gpu" and (asked or has_cudnn(jax.local_devices()[0]))
+        return "cudnn" if fits and here else "chunked"
     return "splash" if platform == "tpu" else "blockwise"
 
 
@@ -107,7 +101,8 @@ def attention(
         value: [B, S, G, d].
         causal: Whether query i sees keys 0 to i only; N and S are then equal.
         lengths: How many keys of each sample are real; None takes all. A sample needs one.
-        kernel: "cudnn", "splash", "blockwise" or "xla", which holds all scores; None chooses.
+        kernel: "cudnn", "chunked", "splash", "blockwise" or "xla", which holds all scores; None
+            chooses.
     """
     if causal and query.shape[1] != key.shape[1]:
         raise ValueError(f"causal needs as many queries as keys, got {query.shape}, {key.shape}")
@@ -125,12 +120,11 @@ def _kernel_for(query, key) -> str:
     batch, count, heads, size = query.shape
     kernel = attention_kernel(query.dtype, size)
     scores = count * key.shape[1]
-    on_gpu = (_platform.get() or jax.default_backend()) in ("gpu", "cuda")
-    if on_gpu:
-        short = 4 * batch * heads * scores <= _SHORT_BYTES
-    else:
-        short = scores <= _FEW_SCORES[0] and batch * heads * scores <= _FEW_SCORES[1]
-    return "xla" if count == 1 or (kernel == "blockwise" and short) else kernel
+    short = {
+        "blockwise": scores <= _FEW_SCORES[0] and batch * heads * scores <= _FEW_SCORES[1],
+        "chunked": 4 * batch * heads * scores <= _SHORT_BYTES,
+    }
+    return "xla" if count == 1 or short.get(kernel) else kernel
 
 
 def _cudnn(query, key, value, *, causal, lengths):
@@ -349,4 +343,9 @@ def _backward(causal, share, saved, grad):
 
 
 _attend.defvjp(_forward, _backward)
-_KERNELS = {"blockwise": blockwise_attention, "cudnn": _cudnn, "splash": splash_attention}
+_KERNELS = {
+    "blockwise": blockwise_attention,
+    "chunked": chunked_attention,
+    "cudnn": _cudnn,
+    "splash": splash_attention,
+}

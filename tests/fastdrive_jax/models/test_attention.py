@@ -14,6 +14,7 @@ from fastdrive_jax.models.attention import (
     blockwise_attention,
     kernels_of,
 )
+from fastdrive_jax.models.attention_chunked import chunked_attention
 from fastdrive_jax.models.attention_splash import splash_attention
 
 # queries, keys, causal, lengths; some need several blocks, parts and filled-up ones
@@ -29,12 +30,16 @@ CASES = {
 }
 KERNELS = {
     "blockwise": blockwise_attention,
+    "chunked": functools.partial(chunked_attention, chunk_bytes=1 << 20),
     "splash": functools.partial(splash_attention, interpret=True),
 }
 
 
 jit_attention = jax.jit(attention, static_argnames=("causal", "kernel"))
-jit_blockwise = jax.jit(blockwise_attention)
+JITTED = {
+    "blockwise": jax.jit(blockwise_attention),
+    "chunked": jax.jit(functools.partial(chunked_attention, chunk_bytes=1 << 10)),
+}
 
 
 def drawn(count, keys, groups=2, heads=4, size=8):
@@ -78,16 +83,18 @@ def test_results_and_gradients_equal_jaxs_own(case, kernel):
         np.testing.assert_allclose(one, other, atol=5e-4)
 
 
+@pytest.mark.parametrize("kernel", JITTED)
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_query_heads_share_keys(groups):
+def test_query_heads_share_keys(groups, kernel):
     query, key, value, _ = drawn(9, 9, groups)
     shared = 4 // groups
     keys, values = np.repeat(key, shared, 2), np.repeat(value, shared, 2)
     whole = jit_attention(query, keys, values, kernel="xla")
-    np.testing.assert_allclose(jit_blockwise(query, key, value), whole, atol=2e-5)
+    np.testing.assert_allclose(JITTED[kernel](query, key, value), whole, atol=2e-5)
 
 
-def test_half_precision_is_as_near_as_jaxs_own():
+@pytest.mark.parametrize("kernel", JITTED)
+def test_half_precision_is_as_near_as_jaxs_own(kernel):
     query, key, value, _ = (x.astype(jnp.bfloat16) for x in drawn(40, 40))
     exact = jit_attention(*(x.astype(np.float32) for x in (query, key, value)), kernel="xla")
 
@@ -96,7 +103,7 @@ def test_half_precision_is_as_near_as_jaxs_own():
         return np.abs(np.asarray(out).astype(np.float32) - exact).max()
 
     own = error(jit_attention(query, key, value, kernel="xla"))
-    assert error(jit_blockwise(query, key, value)) <= 1.5 * own
+    assert error(JITTED[kernel](query, key, value)) <= 1.5 * own
 
 
 def test_scores_that_overflow_an_exponential():
@@ -111,10 +118,15 @@ def test_one_query_sees_its_samples_keys_only():
     np.testing.assert_allclose(out[1:], alone, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "kernel",
+    [blockwise_attention, functools.partial(chunked_attention, chunk_bytes=1 << 24)],
+    ids=["blockwise", "chunked"],
+)
 @pytest.mark.parametrize("causal", [False, True])
-def test_all_scores_are_never_held(causal):
+def test_all_scores_are_never_held(causal, kernel):
     x = jax.ShapeDtypeStruct((1, 16384, 2, 64), jnp.float32)
-    run = jax.jit(functools.partial(blockwise_attention, causal=causal))
+    run = jax.jit(functools.partial(kernel, causal=causal))
     grad = jax.jit(jax.grad(lambda *y: run(*y).sum(), argnums=(0, 1, 2)))
     for function in (run, grad):
         memory = function.lower(x, x, x).compile().memory_analysis()
@@ -128,8 +140,9 @@ def test_all_scores_are_never_held(causal):
         ("cpu", jnp.bfloat16, 64, "blockwise"),
         ("gpu", jnp.bfloat16, 128, "cudnn"),
         ("gpu", jnp.float16, 80, "cudnn"),
-        ("gpu", jnp.float32, 128, "blockwise"),
-        ("gpu", jnp.bfloat16, 256, "blockwise"),
+        ("gpu", jnp.float32, 128, "chunked"),
+        ("gpu", jnp.bfloat16, 256, "chunked"),
+        ("cuda", jnp.bfloat16, 128, "chunked"),
         ("tpu", jnp.float32, 128, "splash"),
     ],
 )
@@ -147,6 +160,18 @@ def test_a_trace_may_be_for_another_platform():
     with pytest.raises(KeyError), kernels_of("tpu"):
         raise KeyError
     assert attention_kernel(jnp.float32, 64) == own
+
+
+def test_a_program_is_traced_for_each_platform():
+    """`jax.jit` would otherwise take what it traced for another platform."""
+    row = jax.ShapeDtypeStruct((1, 256, 2, 32), jnp.float32)
+    run = jax.jit(lambda x: attention(x, x, x))
+    found = {}
+    for platform in ("cpu", "tpu", "cpu"):
+        with kernels_of(platform):
+            found.setdefault(platform, []).append(str(run.trace(row).jaxpr))
+    assert "pallas_call" in found["tpu"][0]
+    assert "pallas_call" not in "".join(found["cpu"])
 
 
 @pytest.mark.parametrize(
@@ -168,7 +193,7 @@ def test_causal_attention_of_other_keys_is_refused():
 
 @pytest.mark.parametrize(
     ("capability", "kernel"),
-    [("9.0", "cudnn"), ("12.0", "cudnn"), ("7.5", "blockwise"), ("gfx942", "blockwise")],
+    [("9.0", "cudnn"), ("12.0", "cudnn"), ("7.5", "chunked"), ("gfx942", "chunked")],
 )
 def test_flash_attention_is_for_gpus_that_have_it(monkeypatch, capability, kernel):
     device = types.SimpleNamespace(compute_capability=capability)

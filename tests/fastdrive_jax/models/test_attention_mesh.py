@@ -15,7 +15,7 @@ def inputs(batch, heads, groups, count=24, size=8):
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("kernel", ["blockwise", "xla"])
+@pytest.mark.parametrize("kernel", ["blockwise", "chunked", "xla"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", [None, [24, 3, 17, 1]])
 @pytest.mark.parametrize(
