@@ -87,6 +87,7 @@ ELSEWHERE = {
         "tests/experiments/test_train_pruner_hosts.py",
     "data mask": "tests/data_pipelines/test_maskers_run.py",  # weights of Grounded SAM
     "study-pruner": "tests/experiments/test_study_pruner.py",  # CamVid
+    "compile-export": "tests/experiments/test_compile_export.py",  # a TPU's compiler
 }  # fmt: skip
 SHOWN = sorted({(page, words) for page in PAGES for words in commands(page)})
 
