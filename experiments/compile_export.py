@@ -8,14 +8,14 @@ Qwen2.5-VL with a ReconPruner is compiled in the forms that `bench-export` compa
 alone. Of each program it writes the bytes of its weights and inputs, the most that it holds, and
 how many matrix products of which type the compiler left: of int8 ones, those that the chip cannot
 do become bfloat16. Nothing is run, so neither errors nor times are known.
-Writes OUT/export_CHIP.json.
+Writes OUT/export_MODEL_CHIP.json, or export_programs_CHIP.json.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,24 @@ class CompileExportArgs:
             raise UserError(f"batch={self.batch} must be at least 1.")
 
 
+class Form(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+        name: In the table.
+        keep_ratio: In (0, 1].
+        run: The function, or a program of `jax.export`.
+        given: Shapes of its arguments.
+        kernels: See `attention.kernels_of`; a program has its own already.
+    """
+
+    name: str
+    keep_ratio: float
+    run: Callable[..., Any]
+    given: tuple
+    kernels: str = "any"
+
+
 def compile_export(args: CompileExportArgs) -> Path:
     """Compiles, prints and writes the figures; returns their path.
 
@@ -84,36 +102,33 @@ def compile_export(args: CompileExportArgs) -> Path:
     """
     need_flatbuffers()
     device = chip_devices(args.chip, 1)[0]
+    place = SingleDeviceSharding(device)
     forms = _model_forms(args) if args.programs is None else _read_forms(args.programs, args.chip)
     rows: list[Row] = []
-    for name, ratio, kernels, run, given in tqdm(forms, desc="programs", unit="program"):
-        place = SingleDeviceSharding(device)
+    for form in tqdm(forms, desc="programs", unit="program"):
         given = jax.tree.map(
-            lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), given
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), form.given
         )
-        with kernels_of(kernels):
-            lowered = jax.jit(run).lower(*given)
-        compiled = compile_for(args.chip, lowered, name)
-        held = compiled.memory_analysis().argument_size_in_bytes
-        rows += [
-            point(name, ratio, "argument_bytes", float(held), unit="B"),
-            point(name, ratio, "peak_bytes", float(peak_bytes(compiled)), unit="B"),
-        ]
-        rows += [
-            point(name, ratio, f"products {kind}", float(count))
-            for kind, count in products_of(compiled.as_text()).most_common()
-        ]
+        with kernels_of(form.kernels):
+            lowered = jax.jit(form.run).lower(*given)
+        compiled = compile_for(args.chip, lowered, form.name)
+        found = {
+            "argument_bytes": compiled.memory_analysis().argument_size_in_bytes,
+            "peak_bytes": peak_bytes(compiled),
+        }
+        for kind, count in products_of(compiled.as_text()).most_common():
+            found[f"products {kind}"] = count
+        rows += [point(form.name, form.keep_ratio, name, float(v)) for name, v in found.items()]
     for row in rows:
         tqdm.write(f"{row.method}, {row.keep_ratio:g}, {row.metric}: {row.value:,.0f}")
-    source = args.model if args.programs is None else str(args.programs)
-    meta = {"kind": device.device_kind, "of": source, "batch": args.batch}
-    return write_rows(args.out / f"export_{args.chip}.json", rows, meta)
+    meta = {"kind": device.device_kind}
+    if args.programs is None:
+        return write_rows(args.out / f"export_{args.model}_{args.chip}.json", rows, meta)
+    meta["programs"] = str(args.programs)
+    return write_rows(args.out / f"export_programs_{args.chip}.json", rows, meta)
 
 
-Compiled = tuple[str, float, str, Any, tuple]  # name, keep ratio, kernels, function, its inputs
-
-
-def _read_forms(folder: Path, chip: ChipName) -> Iterator[Compiled]:
+def _read_forms(folder: Path, chip: ChipName) -> Iterator[Form]:
     """The programs of an export for a chip's platform."""
     manifest, platform = manifests.load(folder), PLATFORMS[CHIPS[chip].platform]
     buckets = [
@@ -127,14 +142,13 @@ def _read_forms(folder: Path, chip: ChipName) -> Iterator[Compiled]:
         yield _exported(file, bucket["keep_ratio"], (folder / file).read_bytes())
 
 
-def _exported(name: str, ratio: float, program: bytes) -> Compiled:
+def _exported(name: str, ratio: float, program: bytes) -> Form:
     found = jax.export.deserialize(bytearray(program))
-    args, kwargs = jax.tree.unflatten(found.in_tree, found.in_avals)
-    assert not kwargs
-    return name, ratio, "any", found.call, args
+    args, _ = jax.tree.unflatten(found.in_tree, found.in_avals)
+    return Form(name, ratio, found.call, args)
 
 
-def _model_forms(args: CompileExportArgs) -> Iterator[Compiled]:
+def _model_forms(args: CompileExportArgs) -> Iterator[Form]:
     """A published model in the forms of `bench-export`."""
     config, bucket = QWENS[args.model], Bucket(args.keep_ratio, args.batch)
     platform = CHIPS[args.chip].platform
@@ -153,11 +167,12 @@ def _model_forms(args: CompileExportArgs) -> Iterator[Compiled]:
         jax.ShapeDtypeStruct((args.batch, *array.shape), array.dtype)
         for array in program.inputs.values()
     )
-    yield asked.dtype, args.keep_ratio, platform, partial(answer_pictures, asked), (params, *inputs)
+    run = partial(answer_pictures, asked)
+    yield Form(asked.dtype, args.keep_ratio, run, (params, *inputs), platform)
     for name, bits in EIGHT_BITS.items():
         tensors = jax.eval_shape(partial(round_params, parts(asked), bits), params)
         run = quantized_answer(asked, bits)
-        yield name, args.keep_ratio, platform, run, (tensors, *inputs)
+        yield Form(name, args.keep_ratio, run, (tensors, *inputs), platform)
     lowered = lower(program, flatten_dict(params, sep=SEPARATOR), bucket, PLATFORMS[platform])
     yield _exported("stablehlo", args.keep_ratio, lowered.serialize())
 

@@ -58,6 +58,10 @@ def ratio_within(
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
     try:
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
-    except ValueError as error:
+        known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return {
+            slug: {name: float(found[name]) for name in ("keep_ratio", "latency")}
+            for slug, found in known.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to measure again.") from error

@@ -148,9 +148,10 @@ def test_a_target_picks_the_ratio_of_each_method_once(args, world, monkeypatch):
     assert jobs["unpruned", 1.0] > 0.03  # later than the target, as it is
     monkeypatch.setattr(drive_target, "frame_planner", None)  # what is known is not timed again
     assert drive_closed_loop.settings(args, world) == jobs
-    (args.out / "target.json").write_text("{")
-    with pytest.raises(UserError, match=r"target\.json"):
-        drive_closed_loop.settings(args, world)
+    for damaged in ("{", "[1]", '{"uniform": 0.5}', '{"uniform": {"keep_ratio": 0.5}}'):
+        (args.out / "target.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"target\.json is damaged .*; delete it"):
+            drive_closed_loop.settings(args, world)
 
 
 def test_without_a_target_all_methods_are_driven_at_all_ratios(args, world):
