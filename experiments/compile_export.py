@@ -173,8 +173,10 @@ def _model_forms(args: CompileExportArgs) -> Iterator[Form]:
         tensors = jax.eval_shape(partial(round_params, parts(asked), bits), params)
         run = quantized_answer(asked, bits)
         yield Form(name, args.keep_ratio, run, (tensors, *inputs), platform)
-    lowered = lower(program, flatten_dict(params, sep=SEPARATOR), bucket, PLATFORMS[platform])
-    yield _exported("stablehlo", args.keep_ratio, lowered.serialize())
+    tensors = flatten_dict(params, sep=SEPARATOR)
+    for name, cudnn in (("stablehlo", False), ("stablehlo_cudnn", True))[: 1 + (platform == "gpu")]:
+        lowered = lower(program, tensors, bucket, PLATFORMS[platform], cudnn)
+        yield _exported(name, args.keep_ratio, lowered.serialize())
 
 
 def _abstract(asked: PrunedQwen) -> dict:

@@ -62,6 +62,8 @@ class ExportArgs:
             the bundle's, or 0.5.
         batch: Frames per call of the programs and of ONNX; several produce one each.
         platforms: Platforms of the programs.
+        cudnn: Use cuDNN's flash attention in CUDA programs of half precision. JAX does not promise
+            that other releases run them. Needs the extra `cuda` here, but no GPU.
         vla: The VLA that the pruner was trained on, if it is not the packaged one: weights of a
             tiny VLA, or the folder of a Qwen2.5-VL checkpoint.
         cameras: Cameras of a tiny VLA, in order. Required if the file of --vla does not record
@@ -77,6 +79,7 @@ class ExportArgs:
     keep_ratio: tuple[float, ...] | None = None
     batch: tuple[int, ...] = (1,)
     platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] = PLATFORMS
+    cudnn: bool = False
     vla: Path | None = None
     cameras: tuple[str, ...] | None = None
     check: bool = True
@@ -183,11 +186,12 @@ def _write(form: Form, args: ExportArgs, source: Source, buckets: tuple[Bucket, 
     if form == "pruner":
         write_pruner(folder, source.params["pruner"], source.pruner)
     elif source.qwen is not None and form in NEED_VLA:
-        write_qwen(form, folder, source, buckets, args.platforms)
+        write_qwen(form, folder, source, buckets, args.platforms, args.cudnn)
     elif form == "policy":
         write_policy(folder, source.params, source.vla, source.pruner, first.keep_ratio)
     elif form == "stablehlo":
-        write_programs(folder, driving_program(policy), source.params, buckets, args.platforms)
+        given = source.params, buckets, args.platforms, args.cudnn
+        write_programs(folder, driving_program(policy), *given)
     elif form == "int8":
         write_quantized(folder, QuantizedPolicy(policy, source.pruner), source.params)
     else:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,7 @@ from experiments.export_check import (
 )
 from experiments.export_source import Source
 from fastdrive_jax.errors import UserError
+from fastdrive_jax.export import manifest as manifests
 from fastdrive_jax.export import run_program
 from fastdrive_jax.export.eight_bits import EightBits
 from fastdrive_jax.export.programs import Bucket, read_program, write_programs
@@ -111,13 +111,13 @@ def qwen_params(source: Source) -> dict:
     return cast_params(source.params, source.qwen.dtype)
 
 
-def write_qwen(form: str, folder: Path, source: Source, buckets, platforms) -> None:
+def write_qwen(form: str, folder: Path, source: Source, buckets, platforms, cudnn: bool) -> None:
     """Writes one form of the whole model."""
     asked, params = source.qwen, qwen_params(source)
     if form == "policy":
         write_pruned_qwen(folder, asked, params, source.checkpoint)
     elif form == "stablehlo":
-        write_programs(folder, qwen_program(asked), params, buckets, platforms)
+        write_programs(folder, qwen_program(asked), params, buckets, platforms, cudnn)
     else:
         write_quantized_qwen(folder, asked, params, source.checkpoint, EightBits())
 
@@ -152,10 +152,9 @@ def qwen_differences(
 def of_answer(asked: PrunedQwen, params: dict, kernels: str | None = None) -> PlanFn:
     """The training code's answers to images, ids and lengths; see `kernels_of`."""
     params = jax.device_put(params, jax.local_devices()[0])  # programs are known by places, too
+    run = of_plan(answer_pictures, asked, params, answer="ids", static=0)
     if kernels is None:
-        return of_plan(answer_pictures, asked, params, answer="ids", static=0)
-    # Traced anew: a program that is known by its arguments may have been traced with others.
-    run = of_plan(partial(answer_pictures, asked), params, answer="ids")
+        return run
 
     def call(*inputs):
         with kernels_of(kernels):
@@ -191,11 +190,17 @@ def check_pictures(asked: PrunedQwen, count: int) -> np.ndarray:
     return check_frames(CAMERAS[: asked.pictures], asked.image_size, count).images
 
 
+def _kernels_of_programs(folder: Path) -> str:
+    """See `kernels_of`; of the programs for the devices at hand."""
+    platform = run_program.PLATFORMS[jax.default_backend()]
+    return "gpu" if platform == "cuda" and manifests.load(folder).config.get("cudnn") else platform
+
+
 def _answerers(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]:
     """(name, program, most other ids, kernels) of each form that has the bucket.
 
-    A program for CUDA has other kernels than the library takes in half precision, and of near
-    equal ids another may then be the most likely.
+    A program for CUDA without cuDNN has other kernels than the library takes in half precision, and
+    of near equal ids another may then be the most likely.
     """
     if "policy" in forms and first:
         for form in ("safetensors", "orbax"):
@@ -204,7 +209,7 @@ def _answerers(out: Path, forms, bucket: Bucket, first: bool) -> Iterator[tuple]
     if "stablehlo" in forms and runs_here(out / "stablehlo"):
         run = of_program(read_program(out / "stablehlo", PROGRAMS, bucket), "ids")
         name = f"stablehlo, {100 * bucket.keep_ratio:g}% kept, batch {bucket.batch}"
-        yield name, run, 0, run_program.PLATFORMS[jax.default_backend()]
+        yield name, run, 0, _kernels_of_programs(out / "stablehlo")
     if "int8" in forms and first:
         asked, bits, tensors = read_quantized_qwen(out / "int8")
         run = of_plan(quantized_answer(asked, bits), tensors, answer="ids")

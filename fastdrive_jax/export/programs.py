@@ -34,6 +34,7 @@ from fastdrive_jax.models.attention import kernels_of
 from fastdrive_jax.pruning.select import num_keep
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+_FLASH = "__cudnn$fmhaSoftmax"
 _PACKAGES = ("fastdrive-jax", "jax", "jaxlib", "safetensors")
 
 
@@ -81,6 +82,7 @@ def write_programs(
     params: dict,
     buckets: Sequence[Bucket],
     platforms: Sequence[str] = PLATFORMS,
+    cudnn: bool = False,
 ) -> Path:
     """Lowers the program here for every bucket and platform; none of the platforms need be here.
 
@@ -90,14 +92,16 @@ def write_programs(
         params: Of the model.
         buckets: Of the programs.
         platforms: Of "cpu", "cuda" and "tpu".
+        cudnn: See `lower`.
 
     Raises:
-        UserError: The extra `export` is not installed, or the folder cannot be written.
+        UserError: The extra `export` is not installed, or `cuda` for cuDNN, or the folder cannot be
+            written.
     """
     need_flatbuffers()
     tensors = {name: np.asarray(value) for name, value in flatten(params).items()}
     fill = functools.partial(
-        _fill, program=program, tensors=tensors, buckets=buckets, platforms=platforms
+        _fill, program=program, tensors=tensors, buckets=buckets, platforms=platforms, cudnn=cudnn
     )
     return write_folder(folder, sum(value.nbytes for value in tensors.values()), fill)
 
@@ -110,13 +114,13 @@ def need_flatbuffers() -> None:
         )
 
 
-def _fill(folder, program, tensors, buckets, platforms):
+def _fill(folder, program, tensors, buckets, platforms, cudnn):
     described = []
     for bucket in buckets:
         kept, programs = program.budget(bucket.keep_ratio), {}
         for platform in platforms:
             programs[platform] = f"b{bucket.batch}_k{kept}.{platform}.stablehlo"
-            lowered = lower(program, tensors, bucket, platform)
+            lowered = lower(program, tensors, bucket, platform, cudnn)
             (folder / programs[platform]).write_bytes(lowered.serialize())
         described.append({**to_plain(bucket), "kept": kept, "programs": programs})
     safetensors_flax.save_file(tensors, folder / SAFETENSORS, metadata={"format": manifests.FORMAT})
@@ -125,6 +129,7 @@ def _fill(folder, program, tensors, buckets, platforms):
     described = {
         "kind": program.kind,
         "buckets": described,
+        "cudnn": cudnn,
         "inputs": inputs,
         "outputs": {name: list(axes) for name, axes in program.outputs.items()},
         **program.model,
@@ -132,7 +137,9 @@ def _fill(folder, program, tensors, buckets, platforms):
     manifests.seal(folder, described, manifests.describe_tensors(tensors), _PACKAGES)
 
 
-def lower(program: Program, tensors: dict, bucket: Bucket, platform: str) -> jax.export.Exported:
+def lower(
+    program: Program, tensors: dict, bucket: Bucket, platform: str, cudnn: bool = False
+) -> jax.export.Exported:
     """The program of one bucket and platform.
 
     Args:
@@ -140,6 +147,11 @@ def lower(program: Program, tensors: dict, bucket: Bucket, platform: str) -> jax
         tensors: The parameters by flat name; of each only shape and dtype are read.
         bucket: Shapes.
         platform: "cpu", "cuda" or "tpu".
+        cudnn: Whether half precision attends by cuDNN's flash attention on "cuda", of whose calls
+            JAX does not promise that other releases know them.
+
+    Raises:
+        UserError: cuDNN is asked for and is not installed.
     """
 
     def run(weights, *inputs):
@@ -150,8 +162,20 @@ def lower(program: Program, tensors: dict, bucket: Bucket, platform: str) -> jax
         jax.ShapeDtypeStruct((bucket.batch, *array.shape), array.dtype)
         for array in program.inputs.values()
     ]
-    with kernels_of(platform), float32_products(t.dtype for t in weights.values()):
-        return jax.export.export(jax.jit(run), platforms=(platform,))(weights, *inputs)
+    flash = cudnn and platform == "cuda"
+    checks = [jax.export.DisabledSafetyCheck.custom_call(_FLASH)] if flash else []
+    export = jax.export.export(jax.jit(run), platforms=(platform,), disabled_checks=checks)
+    products = float32_products(t.dtype for t in weights.values())
+    with kernels_of("gpu" if flash else platform), products:
+        try:
+            return export(weights, *inputs)
+        except RuntimeError as error:
+            if "cuDNN is not detected" not in str(error):
+                raise
+            raise UserError(
+                "Programs with cuDNN's attention are made where it is installed, with a GPU or "
+                "without; run `pip install -e '.[cuda]'` in the clone."
+            ) from error
 
 
 def float32_products(dtypes: Iterable[Any]) -> contextlib.AbstractContextManager:

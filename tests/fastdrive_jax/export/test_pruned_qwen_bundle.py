@@ -134,6 +134,23 @@ def test_other_platforms_are_lowered_in_bfloat16(params, platform):
 
 
 @needs_flatbuffers
+def test_flash_attention_in_a_program(params):
+    """Where cuDNN is installed, which needs no GPU; elsewhere it is refused."""
+    asked = replace(ASKED, dtype="bfloat16")
+    tensors = flatten(cast_params(params, "bfloat16"))
+    given = qwen_program(asked), tensors, Bucket(0.4), "cuda"
+    with jax.default_matmul_precision("default"):
+        assert "cudnn" not in lower(*given).mlir_module()
+        if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+            with pytest.raises(UserError, match="where it is installed"):
+                lower(*given, cudnn=True)
+            return
+        program = lower(*given, cudnn=True)
+    assert "__cudnn$fmhaSoftmax" in program.mlir_module()
+    assert jax.export.deserialize(program.serialize()).platforms == ("cuda",)
+
+
+@needs_flatbuffers
 def test_the_3b_is_lowered_from_shapes_alone():
     """3,249 tokens of one picture to 812, for a GPU, without a weight in memory."""
     size = (1596, 1596)
