@@ -26,10 +26,11 @@ def collective_bytes(text: str) -> dict[str, float]:
     """Bytes that a device sends in each kind of collective of a compiled program, as in a ring.
 
     A collective within a loop is counted once for each of its rounds where the compiler notes the
-    trip count, else once.
+    trip count, else once. A TPU's compiler writes one collective several times, in each of the
+    computations that it overlaps with; a channel is counted where it first stands.
     """
     counts = trip_counts(text)
-    moved = dict.fromkeys(_TRAFFIC, 0.0)
+    moved, channels = dict.fromkeys(_TRAFFIC, 0.0), set()
     computation, groups = "", {}
     for line in text.splitlines():
         start = re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
@@ -42,6 +43,10 @@ def collective_bytes(text: str) -> dict[str, float]:
         if stage == "-start":  # its result holds the operands, too; the end's does not
             groups[name] = group_size(line)
             continue
+        channel = re.search(r"channel_id=(\d+)", line)
+        if channel and channel.group(1) in channels:
+            continue
+        channels |= {channel.group(1)} if channel else set()
         group = groups[operand] if stage == "-done" else group_size(line)
         sent = result_bytes(result) * counts.get(computation, 1)
         if kind == "all-reduce" and computation.startswith(_SUM_OF_SHARES):

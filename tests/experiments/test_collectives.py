@@ -20,6 +20,12 @@ ASYNC = """
 %all-reduce-scatter.3 (input: bf16[40,8]) -> bf16[10,8] {
   %all-reduce.1 = bf16[40,8]{1,0:T(8,128)(2,1)} all-reduce(%input), replica_groups={{0,1,2,3}}
 }
+%async_collective_fusion.1 (x: f32[6]) -> f32[24] {
+  %piece.1 = f32[24]{0} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3}}
+}
+%async_collective_fusion.2 (x: f32[6]) -> f32[24] {
+  %piece.2 = f32[24]{0} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3}}
+}
 ENTRY %main.1 (x: f32[4]) -> f32[4] {
   %g-start.2 = ((bf16[2,5]{1,0}, f32[3]{0}), (bf16[8,5]{1,0}, f32[12]{0})) all-gather-start(%x, %y), replica_groups=[2,4]<=[8]
   %g-done = (bf16[8,5]{1,0}, f32[12]{0}) all-gather-done(%g-start.2)
@@ -40,9 +46,9 @@ def test_bytes_of_collectives():
 
 
 def test_what_starts_and_ends_is_counted_once():
-    """Operands in the result of a start are not sent; a sum of which a share is kept is half."""
+    """As is a channel in several pieces, and a sum of which a share is kept is half of one."""
     moved = collective_bytes(ASYNC)
-    assert moved["all-gather"] == (8 * 5 * 2 + 12 * 4) * 3 / 4
+    assert moved["all-gather"] == (8 * 5 * 2 + 12 * 4 + 24 * 4) * 3 / 4
     assert moved["reduce-scatter"] == 4 * 4 * 3 + 40 * 8 * 2 * 3 / 4
     assert moved["all-reduce"] == 0
 
