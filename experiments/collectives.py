@@ -20,14 +20,15 @@ _COLLECTIVE = re.compile(
 )
 # A TPU's compiler adds up and keeps a share at once: the sum stands in a computation of this name.
 _SUM_OF_SHARES = "all-reduce-scatter"
+_PIECES = ("async_collective_fusion", "fused_computation")  # of what overlaps with other work
 
 
 def collective_bytes(text: str) -> dict[str, float]:
     """Bytes that a device sends in each kind of collective of a compiled program, as in a ring.
 
     A collective within a loop is counted once for each of its rounds where the compiler notes the
-    trip count, else once. A TPU's compiler writes one collective several times, in each of the
-    computations that it overlaps with; a channel is counted where it first stands.
+    trip count, else once. A TPU's compiler writes a collective in pieces, one in each of the
+    computations that it overlaps with; of those a channel is counted once.
     """
     counts = trip_counts(text)
     moved, channels = dict.fromkeys(_TRAFFIC, 0.0), set()
@@ -44,9 +45,10 @@ def collective_bytes(text: str) -> dict[str, float]:
             groups[name] = group_size(line)
             continue
         channel = re.search(r"channel_id=(\d+)", line)
-        if channel and channel.group(1) in channels:
-            continue
-        channels |= {channel.group(1)} if channel else set()
+        if channel and computation.startswith(_PIECES):
+            if channel.group(1) in channels:
+                continue
+            channels.add(channel.group(1))
         group = groups[operand] if stage == "-done" else group_size(line)
         sent = result_bytes(result) * counts.get(computation, 1)
         if kind == "all-reduce" and computation.startswith(_SUM_OF_SHARES):
