@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 from jax.experimental import topologies
 
+from experiments.training_cost import PEAKS
 from fastdrive_jax.errors import UserError
 
 ChipName = Literal["virtual", "h100", "v5e", "v5p", "v6e"]
@@ -48,7 +49,6 @@ runtime_version { major: 12 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-
 # Without these the library waits for a cloud's metadata, complains of a host that it cannot name,
 # and refuses to start beside a TPU's job.
 _TPU_COMPILER = {
@@ -80,11 +80,11 @@ class Chip:
 
 
 CHIPS: dict[ChipName, Chip] = {
-    "virtual": Chip("cpu", 989e12, 450e9),
-    "h100": Chip("gpu", 989e12, 450e9, memory=84_942_979_072),
-    "v5e": Chip("tpu", 197e12, 90e9, axes=2),
-    "v5p": Chip("tpu", 459e12, 180e9, axes=3),
-    "v6e": Chip("tpu", 918e12, 180e9, axes=2),
+    "virtual": Chip("cpu", PEAKS["H100"], 450e9),
+    "h100": Chip("gpu", PEAKS["H100"], 450e9, memory=84_942_979_072),
+    "v5e": Chip("tpu", PEAKS["TPU v5 lite"], 90e9, axes=2),
+    "v5p": Chip("tpu", PEAKS["TPU v5p"], 180e9, axes=3),
+    "v6e": Chip("tpu", PEAKS["TPU v6 lite"], 180e9, axes=2),
 }
 
 

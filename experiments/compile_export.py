@@ -35,6 +35,7 @@ from fastdrive_jax.export import manifest as manifests
 from fastdrive_jax.export.eight_bits import round_params
 from fastdrive_jax.export.programs import Bucket, lower, need_flatbuffers
 from fastdrive_jax.export.pruned_qwen import parts, quantized_answer, qwen_program
+from fastdrive_jax.export.run_program import PLATFORMS
 from fastdrive_jax.export.trees import SEPARATOR
 from fastdrive_jax.inference.pruned_qwen import PrunedQwen, answer_pictures
 from fastdrive_jax.inference.sampling import SamplingConfig
@@ -43,7 +44,6 @@ from fastdrive_jax.models.qwen2_5_vl.weights import abstract_params
 from fastdrive_jax.pruning.recon_pruner import ReconPruner, ReconPrunerConfig
 from fastdrive_jax.pruning.select import num_keep
 
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 PICTURE = (1596, 1596)  # 3,249 tokens
 
 

@@ -7,7 +7,7 @@ Nothing is allocated and no accelerator is needed. Per device it writes memory, 
 that collectives move, and from them the share of the time that an accelerator of given rates would
 compute. FLOPs are those of `training_cost`, for compilers count a loop's once and a kernel's not at
 all. For virtual devices the CPU's compiler is asked: its copies in float32 make peak and bytes
-upper bounds, and it takes about a minute on 2 cores; the compilers of GPUs and TPUs take some four.
+upper bounds, and it takes about a minute on 2 cores; the compilers of GPUs and TPUs take longer.
 Writes OUT/train_RUN_DEVICES.json, with the name of a real chip before the number.
 """
 
